@@ -1,0 +1,57 @@
+"""``lens_stats``: ``lm_head_stats`` of an un-normed hidden state at chosen rows, as one op.
+
+The op keeps the hidden state that the model keeps anyway; neither the gathered nor the normed rows outlive it.
+Arithmetic: ``ops/final_norm.py`` and the backends of ``ops/lm_head_stats``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastguard.ops import final_norm
+from fastguard.ops.lm_head_stats import op as head
+from fastguard.ops.lm_head_stats.op import LMHeadStats
+
+
+def lens_stats(
+    hidden: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    norm_kind: str = "rms",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 1e-6,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    filter_tol: float | None = None,
+    with_mean: bool = False,
+    token: Tensor | None = None,
+) -> tuple[LMHeadStats, Tensor | None]:
+    """Statistics of head(final_norm(hidden[rows])) and the next gradient token.
+
+    Args:
+        hidden: [..., D], read as [M, D] rows.
+        rows: [N] int64, indices into the M rows; none twice.
+        weight, target, bias, scale, softcap, filter_tol, with_mean: see ``lm_head_stats``.
+        norm_kind: ``none``, ``rms``, ``rms_offset`` (Gemma's 1 + weight) or ``layer``.
+        norm_weight, norm_bias: [D] or None. norm_eps: the norm's epsilon.
+        token: None, or a tensor of the shape of ``weight`` in the accumulation dtype whose *gradient* is the
+            one buffer that collects the head's gradient of all calls: pass each call's returned token to the
+            next, ``weight`` detached, and each token once. The token itself holds 4 bytes.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or a norm kind that do not fit. IndexError: a target of V or more.
+    """
+    if norm_kind not in final_norm.KINDS:
+        raise ValueError(f"norm_kind: expected one of {', '.join(final_norm.KINDS)}, got {norm_kind!r}")
+    if token is not None and token.shape != weight.shape:
+        raise ValueError(f"token: expected the shape of weight {tuple(weight.shape)}, got {tuple(token.shape)}")
+    head.check(hidden, weight, target, bias, softcap, filter_tol, rows)
+    return head.call(
+        hidden.reshape(-1, hidden.shape[-1]), weight, target, rows=rows, bias=bias,
+        norm_kind=norm_kind, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
+        scale=scale, softcap=softcap, filter_tol=filter_tol, with_mean=with_mean, token=token,
+    )  # fmt: skip

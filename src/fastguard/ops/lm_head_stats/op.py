@@ -1,0 +1,347 @@
+"""``lm_head_stats``: what every vocabulary loss needs of each row, without the N x V logits.
+
+The schema, the fake and the autograd formula live here, once; the arithmetic lives in the backend modules
+beside this file, which all expose ``forward`` and ``backward`` with the signatures of ``portable.py``.
+
+Cost: the forward is 2 N D V flops. The backward reads only the *live columns* that the forward recorded
+per tile of ``TILE`` rows (a byte a column: 255 live, 1..254 the logarithm of the dropped column's mass, 0
+nothing), so its floor is 6 N D C flops for C live columns, against 6 N D V for an exact recomputation.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastguard import backend
+from fastguard.ops import final_norm
+
+TILE = 128
+"""Rows that share one set of live columns."""
+
+DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.05, torch.bfloat16: 0.05, torch.float16: 0.05}
+"""Largest part of a row's rest mass (1 - p_target) that the backward may replace by its rank-one tail."""
+
+
+class LMHeadStats(NamedTuple):
+    """Per-row statistics of the logits, each [N], fp32 (float64 for float64 inputs)."""
+
+    lse: Tensor
+    rest_lse: Tensor
+    target_logit: Tensor
+    mean_logit: Tensor | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything but float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lm_head_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    filter_tol: float | None = None,
+    with_mean: bool = False,
+) -> LMHeadStats:
+    """Log-sum-exp, log-sum-exp without the target, target logit and (on request) mean logit of every row.
+
+    With z = softcap(scale * (hidden @ weight.T + bias)) and t the target of a row: cross-entropy is
+    ``softplus(rest_lse - target_logit)``, log(1 - p_t) is ``rest_lse - lse``, the negative entropy is
+    ``mean_logit - lse``; none of the three cancels.
+
+    Args:
+        hidden: [N, D], any strides; float64, float32, bfloat16 or float16.
+        weight: [V, D], the head, in the dtype of ``hidden``. Its gradient is skipped where it needs none.
+        target: [N] int64; a negative target leaves the row out: its statistics are 0, its gradient 0.
+        bias: [V] or None.
+        scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
+        softcap: logits become ``softcap * tanh(z / softcap)`` (Gemma 2: 30); None for none.
+        filter_tol: per row, at most this part of the rest mass 1 - p_t is left to the backward's rank-one
+            tail; 0 is exact, None takes the default of the dtype (``DEFAULT_FILTER_TOL``).
+        with_mean: also return ``mean_logit``; otherwise it is None and costs nothing.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, or a filter_tol outside [0, 1).
+        IndexError: a target of V or more.
+    """
+    check(hidden, weight, target, bias, softcap, filter_tol)
+    stats, _ = call(
+        hidden, weight, target, bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol, with_mean=with_mean
+    )
+    return stats
+
+
+def check(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    filter_tol: float | None,
+    rows: Tensor | None = None,
+) -> None:
+    """Raise a ValueError that names the argument which does not fit."""
+    if hidden.dim() != 2 and rows is None:
+        raise ValueError(f"hidden: expected [N, D], got shape {tuple(hidden.shape)}")
+    if hidden.dtype not in DEFAULT_FILTER_TOL:
+        raise ValueError(f"hidden: expected a floating dtype of {sorted(map(str, DEFAULT_FILTER_TOL))}, got {hidden.dtype}")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight: expected [V, {hidden.shape[-1]}], got shape {tuple(weight.shape)}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight: expected the dtype of hidden ({hidden.dtype}), got {weight.dtype}")
+    n = hidden.shape[0] if rows is None else rows.shape[0]
+    if target.shape != (n,) or target.dtype != torch.int64:
+        raise ValueError(f"target: expected int64 [{n}], got {target.dtype} {tuple(target.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    if softcap is not None and softcap <= 0:
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if filter_tol is not None and not 0 <= filter_tol < 1:
+        raise ValueError(f"filter_tol: expected 0 <= filter_tol < 1 or None, got {filter_tol}")
+    for name, tensor in (("weight", weight), ("target", target), ("bias", bias), ("rows", rows)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+
+
+def call(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    norm_kind: str = "none",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_eps: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    filter_tol: float | None = None,
+    with_mean: bool = False,
+    token: Tensor | None = None,
+) -> tuple[LMHeadStats, Tensor | None]:
+    """The unchecked op behind ``lm_head_stats`` and ``lens_stats``; returns the statistics and the next token.
+
+    token: see ``lens_stats``. With a token, the gradient of ``weight`` flows into the token's gradient.
+    """
+    if filter_tol is None:
+        filter_tol = DEFAULT_FILTER_TOL[hidden.dtype]
+    inputs = (hidden, weight, bias, norm_weight, norm_bias, token)
+    record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    lse, rest_lse, target_logit, mean_logit, _, token_out = torch.ops.fastguard.lm_head_stats(
+        hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
+        scale, softcap or 0.0, filter_tol, with_mean, record, token,
+    )  # fmt: skip
+    stats = LMHeadStats(lse, rest_lse, target_logit, mean_logit if with_mean else None)
+    return stats, (token_out if token is not None else None)
+
+
+def _valid(target: Tensor, vocabulary: int) -> Tensor | None:
+    """Indices of the rows that count, or None if all do."""
+    if target.numel() == 0:
+        return None
+    too_large = (target >= vocabulary).any()
+    if target.device.type == "cpu":
+        if too_large:
+            raise IndexError(f"target: expected token ids below {vocabulary}, got {int(target.max())}")
+    else:
+        torch._assert_async(~too_large)
+    ignored = target < 0
+    return (~ignored).nonzero()[:, 0] if bool(ignored.any()) else None
+
+
+def _tiles(n: int) -> int:
+    return -(-n // TILE)
+
+
+@torch.library.custom_op("fastguard::lm_head_stats", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    norm_kind: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    scale: float,
+    softcap: float,
+    filter_tol: float,
+    with_mean: bool,
+    record: bool,
+    token: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    impl = backend.choose("lm_head_stats", hidden.device)
+    valid = _valid(target, weight.shape[0])
+    if valid is not None:
+        picked = valid if rows is None else rows[valid]
+    else:
+        picked = rows
+    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps)
+    t = target if valid is None else target[valid]
+    columns = torch.zeros(_columns_shape(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
+    stats = impl.forward(x, weight, bias, t, scale, softcap, filter_tol, with_mean, columns[: _tiles(t.numel())])
+    if valid is not None:
+        stats = tuple(s.new_zeros(target.shape).index_copy_(0, valid, s) for s in stats)
+    lse, rest_lse, target_logit, mean_logit = stats
+    if not with_mean:
+        mean_logit = lse.new_zeros(0)
+    return lse, rest_lse, target_logit, mean_logit, columns, _next_token(weight, token)
+
+
+def _columns_shape(target: Tensor, weight: Tensor, filter_tol: float, record: bool) -> tuple[int, int]:
+    return (_tiles(target.shape[0]), weight.shape[0]) if record and filter_tol > 0 else (0, 0)
+
+
+def _next_token(weight: Tensor, token: Tensor | None) -> Tensor:
+    if token is None:
+        return weight.new_zeros(0)
+    return torch.zeros((), dtype=token.dtype, device=weight.device).expand(token.shape)
+
+
+@_forward.register_fake
+def _(
+    hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
+    scale, softcap, filter_tol, with_mean, record, token,
+):  # fmt: skip
+    def stat(n=target.shape[0]):
+        return hidden.new_empty(n, dtype=accumulation_dtype(hidden.dtype))
+
+    columns = hidden.new_empty(_columns_shape(target, weight, filter_tol, record), dtype=torch.uint8)
+    mean = stat() if with_mean else stat(0)
+    return stat(), stat(), stat(), mean, columns, _next_token(weight, token)
+
+
+@torch.library.custom_op("fastguard::lm_head_stats_backward", mutates_args=("acc",))
+def _backward(
+    grad_lse: Tensor | None,
+    grad_rest: Tensor | None,
+    grad_target: Tensor | None,
+    grad_mean: Tensor | None,
+    hidden: Tensor,
+    rows: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    norm_kind: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_eps: float,
+    scale: float,
+    softcap: float,
+    filter_tol: float,
+    lse: Tensor,
+    rest_lse: Tensor,
+    mean_logit: Tensor,
+    columns: Tensor,
+    acc: Tensor | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    impl = backend.choose("lm_head_stats", hidden.device)
+    wide = accumulation_dtype(hidden.dtype)
+    valid = _valid(target, weight.shape[0])
+    picked = rows if valid is None else valid if rows is None else rows[valid]
+    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps)
+
+    def at(s: Tensor | None) -> Tensor | None:
+        if s is None or s.numel() == 0:
+            return None
+        return (s if valid is None else s[valid]).to(wide).contiguous()
+
+    t = target if valid is None else target[valid]
+    dweight = acc
+    if need_weight and acc is None:
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+    dbias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if need_bias else None
+    dx = impl.backward(
+        at(grad_lse), at(grad_rest), at(grad_target), at(grad_mean), x, weight, bias, t, scale, softcap,
+        at(lse), at(rest_lse), at(mean_logit), columns[: _tiles(t.numel())] if columns.numel() else None, filter_tol,
+        need_hidden, dweight, dbias,
+    )  # fmt: skip
+    none = hidden.new_zeros(0)
+    dhidden, dnorm_weight, dnorm_bias = none, None, None
+    if need_hidden:
+        dhidden, dnorm_weight, dnorm_bias = final_norm.backward(
+            dx, hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps
+        )
+        if dhidden is dx:
+            dhidden = dx.clone()
+    return (
+        dhidden,
+        dweight.to(weight.dtype) if need_weight and acc is None else none.clone(),
+        none.clone() if dbias is None else dbias.to(weight.dtype),
+        none.clone() if dnorm_weight is None else dnorm_weight.to(norm_weight.dtype),
+        none.clone() if dnorm_bias is None else dnorm_bias.to(norm_bias.dtype),
+    )
+
+
+@_backward.register_fake
+def _(
+    grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target, norm_kind, norm_weight,
+    norm_bias, norm_eps, scale, softcap, filter_tol, lse, rest_lse, mean_logit, columns, acc,
+    need_hidden, need_weight, need_bias,
+):  # fmt: skip
+    def like(t, needed):
+        return hidden.new_empty(0) if t is None or not needed else torch.empty_like(t, memory_format=torch.contiguous_format)
+
+    norm = need_hidden and norm_kind != "none"
+    return (
+        like(hidden, need_hidden),
+        like(weight, need_weight and acc is None),
+        like(bias, need_bias),
+        like(norm_weight, norm),
+        like(norm_bias, norm),
+    )
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    (
+        hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
+        scale, softcap, filter_tol, with_mean, record, token,
+    ) = inputs  # fmt: skip
+    lse, rest_lse, _, mean_logit, columns, _ = output
+    ctx.mark_non_differentiable(columns)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        hidden, rows, weight, bias, target, norm_weight, norm_bias, lse, rest_lse, mean_logit, columns
+    )
+    ctx.norm = norm_kind, norm_eps
+    ctx.head = scale, softcap, filter_tol
+    ctx.token = None if token is None else (token.shape, token.dtype)
+
+
+def _autograd(ctx, grad_lse, grad_rest, grad_target, grad_mean, _columns, acc):
+    hidden, rows, weight, bias, target, norm_weight, norm_bias, lse, rest_lse, mean_logit, columns = ctx.saved_tensors
+    norm_kind, norm_eps = ctx.norm
+    needs = ctx.needs_input_grad
+    need_norm = needs[6] or needs[7]
+    if all(g is None for g in (grad_lse, grad_rest, grad_target, grad_mean)):
+        return (None,) * 14 + (acc,)
+    if ctx.token is None:
+        acc = None
+    elif acc is None:
+        shape, dtype = ctx.token
+        acc = torch.zeros(shape, dtype=dtype, device=weight.device)
+    dhidden, dweight, dbias, dnorm_weight, dnorm_bias = torch.ops.fastguard.lm_head_stats_backward(
+        grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target,
+        norm_kind, norm_weight, norm_bias, norm_eps, *ctx.head, lse, rest_lse, mean_logit, columns, acc,
+        needs[0] or need_norm, needs[2] or acc is not None, needs[3],
+    )  # fmt: skip
+    return (
+        dhidden if needs[0] else None, None, dweight if needs[2] and acc is None else None,
+        dbias if needs[3] else None, None, None, dnorm_weight if needs[6] else None, dnorm_bias if needs[7] else None,
+        None, None, None, None, None, None, acc,
+    )  # fmt: skip
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)

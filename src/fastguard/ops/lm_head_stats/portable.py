@@ -1,0 +1,248 @@
+"""``lm_head_stats`` by tiles of rows: products by torch, element-wise code by torch.
+
+The tile loop is shared: ``cpu.py`` runs it with C++ in place of the two element-wise functions
+(`TileKernels`). At most one tile of logits ([TILE, V]) is alive at a time.
+
+Shapes: N rows, R rows of one tile, V vocabulary, C live columns of a tile, D hidden size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from fastguard.ops.lm_head_stats.op import TILE, accumulation_dtype
+
+LIVE = 255
+"""Column code of a live column; 1..254 hold the logarithm of a dropped column's mass, 0 is none worth keeping."""
+
+CODES_PER_OCTAVE = 4
+"""Codes 1..254 reach from mass 1 down to 2^-63 in quarter octaves: a weight is known to 9%."""
+
+DENSE = 0.5
+"""Above this fraction of live columns, gathering them costs more than computing all."""
+
+
+class Row(NamedTuple):
+    """Per-row statistics of a tile, each [R]."""
+
+    lse: Tensor
+    rest_lse: Tensor
+    target_logit: Tensor
+    mean_logit: Tensor
+
+
+class TileKernels(Protocol):
+    """The element-wise work on one tile of logits."""
+
+    def statistics(
+        self, z: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float, filter_tol: float,
+        with_mean: bool, columns: Tensor | None,
+    ) -> Row:  # fmt: skip
+        """Reduce raw products z [R, V] (which may be overwritten) and fill ``columns`` [V] if given."""
+
+    def gradient(
+        self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
+        row: Row, grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
+
+        Returns the tail mass [R]: what the absent columns would add to the row's gradient before softcap and scale.
+        """
+
+
+def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    z = z.to(accumulation_dtype(z.dtype))
+    if bias is not None:
+        z = z + bias
+    if scale != 1.0:
+        z = z * scale
+    return softcap * torch.tanh(z / softcap) if softcap else z
+
+
+class TorchKernels:
+    """`TileKernels` in plain torch: any device."""
+
+    def statistics(self, z, bias, target, scale, softcap, filter_tol, with_mean, columns):  # noqa: D102
+        z = _transform(z, bias, scale, softcap)
+        target_logit = z.gather(1, target[:, None])[:, 0]
+        lse = torch.logsumexp(z, 1)
+        mean = (torch.softmax(z, 1) * z).sum(1) if with_mean else torch.zeros_like(lse)
+        rest = z.scatter(1, target[:, None], -math.inf)
+        rest_lse = torch.logsumexp(rest, 1)
+        if columns is not None:
+            r = torch.exp(rest - rest_lse[:, None]).nan_to_num_(0.0)  # V = 1 leaves no rest
+            if with_mean:
+                r = r * (1 + z - mean[:, None]).abs().clamp_min(1.0)
+            columns.copy_(encode(r, target, filter_tol))
+        return Row(lse, rest_lse, target_logit, mean)
+
+    def gradient(self, z, bias, index, target, scale, softcap, row, grads):  # noqa: D102
+        g_lse, g_rest, g_target, g_mean = (None if g is None else g[:, None] for g in grads)
+        raw = z
+        b = bias if bias is None or index is None else bias[index]
+        z = _transform(z, b, scale, softcap)
+        columns = torch.arange(z.shape[1], device=z.device) if index is None else index
+        is_target = columns[None] == target[:, None]
+        d = torch.zeros_like(z)
+        tail = z.new_zeros(z.shape[0])
+        rest = torch.exp(z - row.rest_lse[:, None]).masked_fill(is_target, 0.0)
+        dropped = (1 - rest.sum(1)).clamp_min(0.0)  # of the rest mass; times 1 - p_t it is of the softmax
+        rest_share = torch.exp(row.rest_lse - row.lse)
+        if g_lse is not None:
+            d += g_lse * torch.exp(z - row.lse[:, None])
+            tail += g_lse[:, 0] * rest_share * dropped
+        if g_mean is not None:
+            m = torch.exp(z - row.lse[:, None]) * (1 + z - row.mean_logit[:, None])
+            d += g_mean * m
+            tail += g_mean[:, 0] * (1 - m.sum(1))
+        if g_rest is not None:
+            d += g_rest * rest
+            tail += g_rest[:, 0] * dropped
+        if g_target is not None:
+            d += g_target * is_target
+        if softcap:
+            d *= 1 - (z / softcap).square()
+        raw.copy_(d * scale)
+        return tail
+
+
+def encode(r: Tensor, target: Tensor, filter_tol: float) -> Tensor:
+    """Column codes [V] of a tile with masses r [R, V] relative to each row's rest.
+
+    The threshold is the largest power of two at which no row drops more than ``filter_tol``: the bound of the
+    op is kept by choosing it, not by hoping for it.
+    """
+    largest = r.amax(0)
+    keep = torch.zeros_like(largest, dtype=torch.bool)
+    keep[target] = True
+    threshold = 0.0
+    for exponent in range(2, 24):
+        tau = 2.0**-exponent
+        dropped = (r * ((largest < tau) & ~keep)).sum(1)
+        if float(dropped.max()) <= filter_tol:
+            threshold = tau
+            break
+    live = keep | (largest >= threshold)
+    mass = r.mean(0)
+    code = (254 + CODES_PER_OCTAVE * torch.log2(mass.clamp_min(1e-30))).round().clamp(0, 254).to(torch.uint8)
+    return torch.where(live, LIVE, code).to(torch.uint8)
+
+
+def tail_weights(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised weights [tiles, V] of the dropped columns from their codes; 0 for live ones."""
+    codes = torch.arange(256, device=columns.device, dtype=torch.float32)
+    table = torch.exp2((codes - 254) / CODES_PER_OCTAVE)
+    table[0] = table[LIVE] = 0.0
+    q = table.to(dtype)[columns.long()]
+    return q / q.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    filter_tol: float,
+    with_mean: bool,
+    columns: Tensor,
+    kernels: TileKernels | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lse, rest_lse, target_logit, mean_logit) of x [N, D], each [N]; fills ``columns`` [tiles, V] unless empty."""
+    kernels = kernels or TorchKernels()
+    x = x.contiguous()
+    n = x.shape[0]
+    out = torch.zeros(4, n, dtype=accumulation_dtype(x.dtype), device=x.device)
+    buffer = torch.empty(min(TILE, n), weight.shape[0], dtype=x.dtype, device=x.device)
+    for i, start in enumerate(range(0, n, TILE)):
+        rows = slice(start, min(start + TILE, n))
+        z = buffer[: rows.stop - start]
+        torch.mm(x[rows], weight.t(), out=z)
+        code = columns[i] if columns.numel() else None
+        stats = kernels.statistics(z, bias, target[rows], scale, softcap, filter_tol, with_mean, code)
+        for o, s in zip(out, stats, strict=True):
+            o[rows] = s
+    return out[0], out[1], out[2], out[3]
+
+
+def backward(
+    g_lse: Tensor | None,
+    g_rest: Tensor | None,
+    g_target: Tensor | None,
+    g_mean: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    rest_lse: Tensor,
+    mean_logit: Tensor | None,
+    columns: Tensor | None,
+    filter_tol: float,
+    need_hidden: bool,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    kernels: TileKernels | None = None,
+) -> Tensor | None:
+    """dx [N, D] in the accumulation dtype (None unless needed); adds to dweight [V, D] and dbias [V] if given.
+
+    columns: [tiles, V] as the forward recorded them, or None for every column.
+    """
+    kernels = kernels or TorchKernels()
+    x = x.contiguous()
+    n, wide = x.shape[0], accumulation_dtype(x.dtype)
+    dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_hidden else None
+    q = None if columns is None else tail_weights(columns, wide)
+    if q is not None and softcap:
+        q = q * _softcap_slope(columns, rest_lse, softcap)
+    tail_rows = q.to(weight.dtype) @ weight if q is not None and need_hidden else None  # [tiles, D]
+    tail_x, tail_sum = [], []
+    for i, start in enumerate(range(0, n, TILE)):
+        rows = slice(start, min(start + TILE, n))
+        index = None
+        if columns is not None:
+            index = (columns[i] == LIVE).nonzero()[:, 0]
+            if index.numel() > DENSE * columns.shape[1]:
+                index = None
+        w = weight if index is None else weight.index_select(0, index)
+        d = x[rows] @ w.t()
+        row = Row(lse[rows], rest_lse[rows], lse[rows], lse[rows] if mean_logit is None else mean_logit[rows])
+        grads = tuple(None if g is None else g[rows] for g in (g_lse, g_rest, g_target, g_mean))
+        tail = kernels.gradient(d, bias, index, target[rows], scale, softcap, row, grads) * scale
+        if index is None:
+            tail = torch.zeros_like(tail)
+        if dx is not None:
+            dx[rows] = d @ w
+            if tail_rows is not None:
+                dx[rows].addr_(tail, tail_rows[i].to(wide))
+        if dweight is not None:
+            if index is None:
+                dweight.addmm_(d.t().to(wide), x[rows].to(wide))
+            else:
+                dweight.index_add_(0, index, (d.t() @ x[rows]).to(wide))
+        if dbias is not None:
+            summed = d.sum(0, dtype=wide)
+            dbias.add_(summed) if index is None else dbias.index_add_(0, index, summed)
+        tail_x.append(tail @ x[rows].to(wide))
+        tail_sum.append(tail.sum())
+    if q is not None and tail_x:
+        if dweight is not None:
+            dweight.addmm_(q.t(), torch.stack(tail_x))
+        if dbias is not None:
+            dbias.add_(torch.stack(tail_sum) @ q)
+    return dx
+
+
+def _softcap_slope(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:
+    """Mean slope 1 - (z / cap)^2 of each dropped column [tiles, V], its logit read back from its code."""
+    tiles = columns.shape[0]
+    mean_rest = torch.stack([rest_lse[i * TILE : (i + 1) * TILE].mean() for i in range(tiles)])
+    z = (columns.to(rest_lse.dtype) - 254) / CODES_PER_OCTAVE * math.log(2.0) + mean_rest[:, None]
+    return 1 - (z / softcap).clamp(-1, 1).square()

@@ -1,0 +1,27 @@
+"""Fixtures of the whole suite."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make a shared machine ten times slower
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Fresh but repeatable inputs; a failing test prints what it drew through its parameters."""
+    torch.manual_seed(1234)
+
+
+@pytest.fixture(autouse=True)
+def nan_filled_allocations():
+    """Uninitialised memory reads as NaN: a kernel that forgets to write an element cannot pass by luck."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before

@@ -1,0 +1,1 @@
+"""What a defense bought and what it cost: refusal, compliance, losses, perplexity, trainability, crossings."""

@@ -1,0 +1,54 @@
+"""``lm_head_stats`` on CPU: the tile loop of ``portable.py`` with csrc/cpu/lm_head_stats.cpp between the products."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastguard import _extension
+from fastguard.ops.lm_head_stats import portable
+from fastguard.ops.lm_head_stats.op import accumulation_dtype
+from fastguard.ops.lm_head_stats.portable import Row
+
+
+class CppKernels:
+    """`TileKernels` in C++; half-precision logits are widened to fp32 first, a tile at a time."""
+
+    def statistics(
+        self, z: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float, filter_tol: float,
+        with_mean: bool, columns: Tensor | None,
+    ) -> Row:  # fmt: skip
+        """See `TileKernels.statistics`."""
+        wide = accumulation_dtype(z.dtype)
+        out = torch.empty(4, z.shape[0], dtype=wide)
+        torch.ops.fastguard_c.lm_head_statistics(
+            z.to(wide), _as(bias, wide), target.contiguous(), scale, softcap, filter_tol, with_mean, columns, out
+        )
+        return Row(*out)
+
+    def gradient(
+        self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
+        row: Row, grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    ) -> Tensor:  # fmt: skip
+        """See `TileKernels.gradient`."""
+        wide = accumulation_dtype(z.dtype)
+        logits = z.to(wide)
+        tail = torch.empty(z.shape[0], dtype=wide)
+        stats = torch.stack([row.lse, row.rest_lse, row.mean_logit])
+        torch.ops.fastguard_c.lm_head_gradient(
+            logits, _as(bias, wide), index, target.contiguous(), scale, softcap, stats, *grads, tail
+        )
+        if logits is not z:
+            z.copy_(logits)
+        return tail
+
+
+def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype).contiguous()
+
+
+_extension.load()
+forward = functools.partial(portable.forward, kernels=CppKernels())
+backward = functools.partial(portable.backward, kernels=CppKernels())

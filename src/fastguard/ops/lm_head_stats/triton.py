@@ -1,0 +1,757 @@
+# mypy: disallow-untyped-defs=False
+# (the arguments of a kernel are pointers and scalars of Triton's own; only constexprs can be annotated)
+"""``lm_head_stats`` on GPUs, in Triton; float64 inputs are handed to ``portable.py`` (no tensor cores to gain).
+
+Forward, one pass over the logits (2 N D V flops) and no logits in memory:
+
+1. ``target_kernel``: the target logit of each row;
+2. ``scan_kernel``: a program owns (one tile of TILE rows, one part of V). It keeps a running maximum and sums per
+   row, and writes two bytes per (tile, column): the column's mean mass and its *level*, i.e. how many of the
+   thresholds ``tau`` its largest mass stays below. Masses are relative to the running rest lse, which only grows:
+   what is found negligible stays so. The run starts from the rest lse over the first HOT columns (tokenizers number
+   their merges by frequency), which keeps the parts of V comparable;
+3. ``combine_kernel``: sums over the parts, in order (no atomics). The mass that each row loses at each threshold
+   was summed on the way, so the tile's threshold is the largest that keeps every row within ``filter_tol``; where
+   none does, all columns live. The promise is settled here: the backward has nothing to redo;
+4. ``mark_kernel``: turns levels into the code LIVE.
+
+Backward over the live columns (6 N D C flops), or over all of them in windows:
+
+1. ``compact_kernel``: column codes -> list of live columns per tile, and each column's place in the list;
+2. ``dlogit_kernel``: logits of the listed columns, rows of W gathered by index inside the product; writes the
+   gradient at the raw products, transposed [C, TILE], and each row's kept mass, from which the tail follows;
+3. ``dx_kernel``: dX = dlogit @ W[list] + tail * (mean row of the dropped columns);
+4. ``dweight_kernel``: a program owns a block of columns and loops over the tiles in which any of them is live, so
+   that dW is read and written once, without atomics. Columns are ordered by the tiles that want them.
+
+One host synchronisation per backward: the largest number of live columns sizes the buffers.
+Products run in the input dtype with fp32 accumulation; float32 products are exact ("ieee") unless
+``torch.set_float32_matmul_precision`` allows TF32.
+
+Prefixes: p_ pointer, i_ index of a program or step, o_ offsets, m_ mask, b_ block of values, n_ count.
+Shapes: N rows, V vocabulary, D hidden size, T tiles, S parts of V, C places in a list of live columns, W columns
+of a window, U columns live in any tile.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastguard.ops.lm_head_stats import portable
+from fastguard.ops.lm_head_stats.op import TILE
+
+LEVEL_OCTAVES = (5, 9, 13)
+"""Thresholds: a column may be dropped below filter_tol * 2^-5, 2^-9 or 2^-13 of a row's rest mass."""
+
+HOT = 2048
+"""Columns that give the scan its starting point; used from 8 times as many columns on (1.6% of V = 128256)."""
+
+WINDOW_ELEMENTS = 2**26
+"""Most elements of dlogits alive at a time: 128 MB in bf16."""
+
+NEGATIVE = tl.constexpr(-1.0e30)
+LIVE = tl.constexpr(portable.LIVE)
+OCTAVE = tl.constexpr(portable.CODES_PER_OCTAVE)
+
+
+class Blocks(NamedTuple):
+    """Shape of a matrix kernel's program: outer and inner block, warps, pipeline stages."""
+
+    outer: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Config(NamedTuple):
+    """Block shapes of the four matrix kernels; TILE rows are the other side of each."""
+
+    scan: Blocks  # columns, D
+    dlogit: Blocks  # columns, D
+    dx: Blocks  # D, columns
+    dweight: Blocks  # D, rows; also COLUMNS columns
+
+
+COLUMNS = 128
+"""Columns that one program of ``dweight_kernel`` owns, and the granularity of lists of live columns."""
+
+
+def config(dtype: torch.dtype, shared: int) -> Config:
+    """Block shapes for a dtype and a device with ``shared`` bytes of shared memory per program."""
+    if dtype == torch.float32:
+        small = Blocks(64, 32, 8, 2)
+        return Config(small, small, small, small)
+    if shared >= 200 * 1024:  # Hopper, Blackwell
+        wide = Blocks(256, 64, 8, 4)
+        return Config(Blocks(256, 64, 8, 4), Blocks(128, 64, 8, 4), wide, wide)
+    if shared >= 144 * 1024:  # A100
+        square = Blocks(128, 64, 8, 4)
+        return Config(square, square, square, square)
+    square = Blocks(128, 32, 8, 2)
+    return Config(square, square, square, square)
+
+
+@triton.jit
+def logits(b_z, b_bias, scale, softcap, HAS_CAP: tl.constexpr):
+    """Softcap(scale * (z + bias)); tanh by its series near 0, where the exponential form would cancel."""
+    b_z = (b_z + b_bias) * scale
+    if HAS_CAP:
+        b_y = b_z / softcap
+        b_e = tl.exp(-2.0 * tl.abs(b_y))
+        b_far = tl.where(b_y < 0, -1.0, 1.0) * (1.0 - b_e) / (1.0 + b_e)
+        b_q = b_y * b_y
+        b_near = b_y * (1.0 + b_q * (-1.0 / 3 + b_q * (2.0 / 15 + b_q * (-17.0 / 315))))
+        b_z = softcap * tl.where(tl.abs(b_y) < 0.25, b_near, b_far)
+    return b_z
+
+
+@triton.jit
+def product(p_a, p_b, D, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A @ B^T in fp32 of two blocks of rows with D features; p_a [A_BLOCK], p_b [B_BLOCK] point at row starts."""
+    b_acc = tl.zeros([A_BLOCK, B_BLOCK], dtype=tl.float32)
+    o_k = tl.arange(0, BLOCK_K)
+    for k in range(0, D, BLOCK_K):
+        if EVEN:
+            b_a = tl.load(p_a[:, None] + (k + o_k)[None, :])
+            b_b = tl.load(p_b[:, None] + (k + o_k)[None, :])
+        else:
+            m_k = (k + o_k)[None, :] < D
+            b_a = tl.load(p_a[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
+            b_b = tl.load(p_b[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
+        b_acc = tl.dot(b_a, tl.trans(b_b), b_acc, input_precision=PRECISION)
+    return b_acc
+
+
+@triton.jit
+def target_kernel(
+    p_x, p_weight, p_bias, p_target, p_out, N, D, scale, softcap,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+):  # fmt: skip
+    """Target logit of each row: out [N]."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    b_target = tl.load(p_target + o_n, mask=m_n, other=0)
+    o_k = tl.arange(0, BLOCK_K)
+    b_z = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for k in range(0, D, BLOCK_K):
+        m = m_n[:, None] & ((k + o_k)[None, :] < D)
+        b_x = tl.load(p_x + o_n.to(tl.int64)[:, None] * D + (k + o_k)[None, :], mask=m, other=0.0)
+        b_w = tl.load(p_weight + b_target[:, None] * D + (k + o_k)[None, :], mask=m, other=0.0)
+        b_z += tl.sum(b_x.to(tl.float32) * b_w.to(tl.float32), 1)
+    b_bias = tl.load(p_bias + b_target, mask=m_n, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+    tl.store(p_out + o_n, logits(b_z, b_bias, scale, softcap, HAS_CAP), mask=m_n)
+
+
+@triton.jit
+def scan_kernel(
+    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_level, p_max, p_sum, p_moment, p_dropped,
+    N, V, D, n_blocks, scale, softcap, log_v, tau0, tau1, tau2,
+    TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    HAS_BOUND: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial statistics of one tile over ``n_blocks`` blocks of columns.
+
+    max, sum, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z over v != target;
+    dropped [S, 3, N]: the part of the sum in columns below each threshold. columns, level: uint8 [T, V].
+    """
+    i_tile, i_part = tl.program_id(0), tl.program_id(1)
+    o_n = i_tile * TILE + tl.arange(0, TILE)
+    m_n = o_n < N
+    n_rows = tl.minimum(N - i_tile * TILE, TILE)
+    p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
+    b_target = tl.load(p_target + o_n, mask=m_n, other=0).to(tl.int32)
+    # The maximum starts at a lower bound of the rest lse: 1 <= sum wherever it was raised since.
+    b_max = tl.load(p_bound + o_n, mask=m_n, other=0.0) if HAS_BOUND else tl.full([TILE], NEGATIVE, tl.float32)
+    b_sum = tl.zeros([TILE], dtype=tl.float32)
+    if WITH_MEAN:
+        b_target_logit = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
+        b_moment = tl.zeros([TILE], dtype=tl.float32)
+    if RECORD:
+        b_drop0 = tl.zeros([TILE], dtype=tl.float32)
+        b_drop1 = tl.zeros([TILE], dtype=tl.float32)
+        b_drop2 = tl.zeros([TILE], dtype=tl.float32)
+    for i_block in range(i_part * n_blocks, tl.minimum((i_part + 1) * n_blocks, tl.cdiv(V, BLOCK_V))):
+        o_v = i_block * BLOCK_V + tl.arange(0, BLOCK_V)
+        m_v = o_v < V
+        p_columns_w = p_weight + tl.minimum(o_v, V - 1).to(tl.int64) * D
+        b_z = product(p_rows, p_columns_w, D, TILE, BLOCK_V, BLOCK_K, EVEN, PRECISION)
+        b_bias = tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else 0.0
+        b_z = logits(b_z, b_bias, scale, softcap, HAS_CAP)
+        b_z = tl.where(m_v[None, :] & (o_v[None, :] != b_target[:, None]), b_z, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_z, 1))
+        b_shrink = tl.exp(b_max - b_new)
+        b_max = b_new
+        b_e = tl.exp(b_z - b_max[:, None])
+        b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
+        if WITH_MEAN:
+            b_z = tl.maximum(b_z, NEGATIVE)  # 0 * -inf
+            b_moment = b_moment * b_shrink + tl.sum(b_e * b_z, 1)
+        if RECORD:
+            b_rest = 1.0 / tl.maximum(b_sum, 1.0)
+            if WITH_MEAN:
+                # mean_logit weighs a column by |1 + z - mean|; lse - log V <= mean <= max bounds it.
+                b_above = 1.0 + log_v + b_z - (b_max - tl.log(b_rest))[:, None]
+                b_below = tl.maximum(b_max, b_target_logit)[:, None] - b_z
+                b_e = b_e * tl.maximum(tl.maximum(b_above, b_below), 1.0)
+            b_mass = tl.where(m_n[:, None], b_e * b_rest[:, None], 0.0)
+            b_peak = tl.max(b_mass, 0)
+            b_level = (b_peak < tau0).to(tl.int32) + (b_peak < tau1).to(tl.int32) + (b_peak < tau2).to(tl.int32)
+            b_drop0 = b_drop0 * b_shrink + tl.sum(tl.where(b_level[None, :] > 0, b_e, 0.0), 1)
+            b_drop1 = b_drop1 * b_shrink + tl.sum(tl.where(b_level[None, :] > 1, b_e, 0.0), 1)
+            b_drop2 = b_drop2 * b_shrink + tl.sum(tl.where(b_level[None, :] > 2, b_e, 0.0), 1)
+            b_mean = tl.maximum(tl.sum(b_mass, 0) / n_rows, 1e-30)
+            b_code = tl.minimum(tl.maximum(tl.log2(b_mean) * OCTAVE + 254.5, 0.0), 254.0)
+            o_out = i_tile.to(tl.int64) * V + o_v
+            tl.store(p_columns + o_out, b_code.to(tl.int32).to(tl.uint8), mask=m_v)
+            tl.store(p_level + o_out, b_level.to(tl.uint8), mask=m_v)
+    o_part = i_part * N + o_n
+    tl.store(p_max + o_part, b_max, mask=m_n)
+    tl.store(p_sum + o_part, b_sum, mask=m_n)
+    if WITH_MEAN:
+        tl.store(p_moment + o_part, b_moment, mask=m_n)
+    if RECORD:
+        o_drop = 3 * i_part * N + o_n
+        tl.store(p_dropped + o_drop, b_drop0, mask=m_n)
+        tl.store(p_dropped + o_drop + N, b_drop1, mask=m_n)
+        tl.store(p_dropped + o_drop + 2 * N, b_drop2, mask=m_n)
+
+
+@triton.jit
+def combine_kernel(
+    p_max, p_sum, p_moment, p_dropped, p_target, p_target_logit, p_lse, p_rest, p_mean, p_chosen, p_level,
+    N, V, n_parts, filter_tol,
+    TILE: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    """Sum the parts of one tile: lse, rest, mean [N]; chosen [T] is the highest level of the tile that lives."""
+    i_tile = tl.program_id(0)
+    o_n = i_tile * TILE + tl.arange(0, TILE)
+    m_n = o_n < N
+    b_max = tl.full([TILE], NEGATIVE, tl.float32)
+    b_sum = tl.zeros([TILE], dtype=tl.float32)
+    b_moment = tl.zeros([TILE], dtype=tl.float32)
+    b_drop0 = tl.zeros([TILE], dtype=tl.float32)
+    b_drop1 = tl.zeros([TILE], dtype=tl.float32)
+    b_drop2 = tl.zeros([TILE], dtype=tl.float32)
+    for i_part in range(n_parts):
+        o_part = i_part * N + o_n
+        b_part = tl.load(p_max + o_part, mask=m_n, other=0.0)
+        b_new = tl.maximum(b_max, b_part)
+        b_old, b_part = tl.exp(b_max - b_new), tl.exp(b_part - b_new)
+        b_max = b_new
+        b_sum = b_sum * b_old + b_part * tl.load(p_sum + o_part, mask=m_n, other=0.0)
+        if WITH_MEAN:
+            b_moment = b_moment * b_old + b_part * tl.load(p_moment + o_part, mask=m_n, other=0.0)
+        if RECORD:
+            o_drop = 3 * i_part * N + o_n
+            b_drop0 = b_drop0 * b_old + b_part * tl.load(p_dropped + o_drop, mask=m_n, other=0.0)
+            b_drop1 = b_drop1 * b_old + b_part * tl.load(p_dropped + o_drop + N, mask=m_n, other=0.0)
+            b_drop2 = b_drop2 * b_old + b_part * tl.load(p_dropped + o_drop + 2 * N, mask=m_n, other=0.0)
+    b_target_logit = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
+    b_rest = b_max + tl.log(b_sum)
+    b_top = tl.maximum(b_rest, b_target_logit)
+    b_lse = b_top + tl.log(tl.exp(b_rest - b_top) + tl.exp(b_target_logit - b_top))
+    tl.store(p_lse + o_n, b_lse, mask=m_n)
+    tl.store(p_rest + o_n, b_rest, mask=m_n)
+    b_floor = tl.maximum(b_sum, 1e-30)
+    if WITH_MEAN:
+        b_mean = tl.exp(b_rest - b_lse) * b_moment / b_floor + tl.exp(b_target_logit - b_lse) * b_target_logit
+        tl.store(p_mean + o_n, b_mean, mask=m_n)
+    if RECORD:
+        b_most = filter_tol * b_floor
+        n_over0 = tl.max((m_n & (b_drop0 > b_most)).to(tl.int32), 0)
+        n_over1 = tl.max((m_n & (b_drop1 > b_most)).to(tl.int32), 0)
+        n_over2 = tl.max((m_n & (b_drop2 > b_most)).to(tl.int32), 0)
+        tl.store(p_chosen + i_tile, n_over0 + n_over1 + n_over2)
+        b_target = tl.load(p_target + o_n, mask=m_n, other=0)
+        tl.store(p_level + i_tile.to(tl.int64) * V + b_target, tl.zeros([TILE], dtype=tl.uint8), mask=m_n)
+
+
+@triton.jit
+def mark_kernel(p_columns, p_level, p_chosen, V, BLOCK: tl.constexpr):
+    """Give the columns of a tile whose level is at most the chosen one the code LIVE, in place."""
+    i_tile = tl.program_id(0)
+    o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    m_v = o_v < V
+    o = i_tile.to(tl.int64) * V + o_v
+    m_live = m_v & (tl.load(p_level + o, mask=m_v, other=255).to(tl.int32) <= tl.load(p_chosen + i_tile))
+    tl.store(p_columns + o, tl.full([BLOCK], LIVE, tl.int32).to(tl.uint8), mask=m_live)
+
+
+@triton.jit
+def compact_kernel(p_codes, p_index, p_place, p_count, stride, n_columns, n_places, first, BLOCK: tl.constexpr):
+    """List the columns of one row of codes that equal LIVE.
+
+    codes [T, stride] of which n_columns are read; index [T, n_places]: first + column, ascending;
+    place [T, n_columns]: position in the list, -1 for none; count [T].
+    """
+    i_row = tl.program_id(0)
+    o = tl.arange(0, BLOCK)
+    n = 0
+    for start in range(0, n_columns, BLOCK):
+        m = start + o < n_columns
+        b_live = (tl.load(p_codes + i_row.to(tl.int64) * stride + start + o, mask=m, other=0) == LIVE).to(tl.int32)
+        b_place = n + tl.cumsum(b_live, 0) - 1
+        tl.store(p_place + i_row.to(tl.int64) * n_columns + start + o, tl.where(b_live > 0, b_place, -1), mask=m)
+        m_live = (b_live > 0) & (b_place < n_places)
+        tl.store(p_index + i_row.to(tl.int64) * n_places + b_place, first + start + o, mask=m_live)
+        n += tl.sum(b_live, 0)
+    tl.store(p_count + i_row, n)
+
+
+@triton.jit
+def dlogit_kernel(
+    p_g_lse, p_g_rest, p_g_target, p_g_mean, p_x, p_weight, p_bias, p_target, p_lse, p_rest, p_mean,
+    p_index, p_count, p_dlogit, p_kept, p_kept_mean,
+    N, D, n_places, stride_index, scale, softcap,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
+    G_LSE: tl.constexpr, G_REST: tl.constexpr, G_TARGET: tl.constexpr, G_MEAN: tl.constexpr, KEPT: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient at the raw products of the listed columns of one tile: dlogit [T, n_places, TILE].
+
+    kept, kept_mean [blocks, N]: per block of places, each row's sum of exp(z - rest_lse) over v != target and of
+    p (1 + z - mean_logit).
+    """
+    i_tile, i_block = tl.program_id(0), tl.program_id(1)
+    n_listed = tl.load(p_count + i_tile)
+    if i_block * BLOCK_C >= n_listed:
+        return
+    o_c = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < n_listed
+    o_n = i_tile * TILE + tl.arange(0, TILE)
+    m_n = o_n < N
+    b_index = tl.load(p_index + i_tile.to(tl.int64) * stride_index + o_c, mask=m_c, other=0)
+    p_columns_w = p_weight + b_index.to(tl.int64) * D
+    p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
+    b_z = product(p_columns_w, p_rows, D, BLOCK_C, TILE, BLOCK_K, EVEN, PRECISION)
+    b_bias = tl.load(p_bias + b_index).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    b_z = logits(b_z, b_bias, scale, softcap, HAS_CAP)
+    m = m_c[:, None] & m_n[None, :]
+    m_target = b_index[:, None] == tl.load(p_target + o_n, mask=m_n, other=-1)[None, :]
+    b_d = tl.zeros([BLOCK_C, TILE], dtype=tl.float32)
+    if G_LSE or G_MEAN:
+        b_p = tl.where(m, tl.exp(b_z - tl.load(p_lse + o_n, mask=m_n, other=0.0)[None, :]), 0.0)
+    if G_LSE:
+        b_d += b_p * tl.load(p_g_lse + o_n, mask=m_n, other=0.0)[None, :]
+    if G_MEAN:
+        b_m = b_p * (1.0 + b_z - tl.load(p_mean + o_n, mask=m_n, other=0.0)[None, :])
+        b_d += b_m * tl.load(p_g_mean + o_n, mask=m_n, other=0.0)[None, :]
+        if KEPT:
+            tl.store(p_kept_mean + i_block.to(tl.int64) * N + o_n, tl.sum(b_m, 0), mask=m_n)
+    if G_REST or KEPT:
+        b_rest = tl.exp(b_z - tl.load(p_rest + o_n, mask=m_n, other=0.0)[None, :])
+        b_rest = tl.where(m & ~m_target, b_rest, 0.0)
+        if KEPT:
+            tl.store(p_kept + i_block.to(tl.int64) * N + o_n, tl.sum(b_rest, 0), mask=m_n)
+    if G_REST:
+        b_d += b_rest * tl.load(p_g_rest + o_n, mask=m_n, other=0.0)[None, :]
+    if G_TARGET:
+        b_g = tl.load(p_g_target + o_n, mask=m_n, other=0.0)[None, :]
+        b_d += tl.where(m & m_target, b_g, 0.0)
+    if HAS_CAP:
+        b_y = b_z / softcap
+        b_d *= 1.0 - b_y * b_y
+    b_d *= scale
+    o_out = (i_tile.to(tl.int64) * n_places + o_c)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(p_dlogit + o_out, b_d.to(p_dlogit.dtype.element_ty))
+
+
+@triton.jit
+def dx_kernel(
+    p_dlogit, p_weight, p_index, p_count, p_tail, p_tail_row, p_dx, N, D, n_places, stride_index,
+    TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, HAS_TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx [N, D] = dlogit^T @ weight[index] (+ tail [N] times the tile's tail_row [T, D]); ADD adds to dx."""
+    i_tile, i_d = tl.program_id(0), tl.program_id(1)
+    n_listed = tl.load(p_count + i_tile)
+    o_t = tl.arange(0, TILE)
+    o_n = i_tile * TILE + o_t
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    b_acc = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
+    p_list = p_index + i_tile.to(tl.int64) * stride_index
+    p_block = p_dlogit + i_tile.to(tl.int64) * n_places * TILE
+    for c in range(0, n_listed, BLOCK_C):
+        o_c = c + tl.arange(0, BLOCK_C)
+        b_index = tl.load(p_list + o_c, mask=o_c < n_listed, other=0).to(tl.int64)
+        b_w = tl.load(p_weight + b_index[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)
+        b_d = tl.load(p_block + o_c[:, None] * TILE + o_t[None, :])
+        b_acc = tl.dot(tl.trans(b_d), b_w, b_acc, input_precision=PRECISION)
+    m = (o_n < N)[:, None] & m_d[None, :]
+    p_out = p_dx + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
+    if HAS_TAIL:
+        b_tail = tl.load(p_tail + o_n, mask=o_n < N, other=0.0)
+        b_row = tl.load(p_tail_row + i_tile.to(tl.int64) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_acc += b_tail[:, None] * b_row[None, :]
+    if ADD:
+        b_acc += tl.load(p_out, mask=m, other=0.0)
+    tl.store(p_out, b_acc, mask=m)
+
+
+@triton.jit
+def dweight_kernel(
+    p_dlogit, p_x, p_column, p_slot, p_tile, p_n_tiles, p_dweight, p_dbias, N, D, n_places, n_columns, n_tiles,
+    stride_slot, stride_tile,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dweight[column] += dlogit @ x and dbias[column] += dlogit summed over rows, for a block of columns.
+
+    column [n_columns]: the columns of W in the order of the blocks; slot [T, n_columns]: where each stands in the
+    list of a tile, -1 for nowhere; tile [blocks, T], n_tiles [blocks]: the tiles in which a block has anything.
+    """
+    i_block, i_d = tl.program_id(0), tl.program_id(1)
+    n_steps = tl.load(p_n_tiles + i_block) * (TILE // BLOCK_N)
+    if n_steps == 0:
+        return
+    o_c = i_block * COLUMNS + tl.arange(0, COLUMNS)
+    m_c = o_c < n_columns
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+    o_t = tl.arange(0, BLOCK_N)
+    b_acc = tl.zeros([COLUMNS, BLOCK_D], dtype=tl.float32)
+    b_sum = tl.zeros([COLUMNS], dtype=tl.float32)
+    for i_step in range(n_steps):
+        i_tile = tl.load(p_tile + i_block.to(tl.int64) * stride_tile + i_step // (TILE // BLOCK_N))
+        o_row = (i_step % (TILE // BLOCK_N)) * BLOCK_N + o_t
+        b_slot = tl.load(p_slot + i_tile.to(tl.int64) * stride_slot + o_c, mask=m_c, other=-1)
+        o_dlogit = (i_tile.to(tl.int64) * n_places + b_slot)[:, None] * TILE + o_row[None, :]
+        b_d = tl.load(p_dlogit + o_dlogit, mask=(b_slot >= 0)[:, None], other=0.0)
+        if BIAS:
+            b_sum += tl.sum(b_d.to(tl.float32), 1)
+        if WEIGHT:
+            o_n = tl.minimum(i_tile * TILE + o_row, N - 1).to(tl.int64)  # dlogit is 0 beyond the last row
+            b_x = tl.load(p_x + o_n[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)
+            b_acc = tl.dot(b_d, b_x, b_acc, input_precision=PRECISION)
+    b_column = tl.load(p_column + o_c, mask=m_c, other=0).to(tl.int64)
+    if WEIGHT:
+        m = m_c[:, None] & m_d[None, :]
+        p_out = p_dweight + b_column[:, None] * D + o_d[None, :]
+        tl.store(p_out, tl.load(p_out, mask=m, other=0.0) + b_acc, mask=m)
+    if BIAS:
+        if i_d == 0:
+            tl.store(p_dbias + b_column, tl.load(p_dbias + b_column, mask=m_c, other=0.0) + b_sum, mask=m_c)
+
+
+@triton.jit
+def tail_kernel(p_tail, p_x, p_out, N, D, TILE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """out [T, D] = sum over the rows of a tile of tail * x."""
+    i_tile, i_d = tl.program_id(0), tl.program_id(1)
+    o_n = i_tile * TILE + tl.arange(0, TILE)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m = (o_n < N)[:, None] & (o_d < D)[None, :]
+    b_x = tl.load(p_x + o_n.to(tl.int64)[:, None] * D + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+    b_tail = tl.load(p_tail + o_n, mask=o_n < N, other=0.0)
+    tl.store(p_out + i_tile.to(tl.int64) * D + o_d, tl.sum(b_tail[:, None] * b_x, 0), mask=o_d < D)
+
+
+@triton.jit
+def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
+    """key [n_columns] int32: sorts columns live in a quarter of the tiles first, the others by first and last tile."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_columns
+    b_count = tl.zeros([BLOCK], dtype=tl.int32)
+    b_first = tl.full([BLOCK], 0, tl.int32) + n_tiles
+    b_last = tl.zeros([BLOCK], dtype=tl.int32)
+    p_row = p_place + o
+    for i_tile in range(n_tiles):
+        m_live = tl.load(p_row, mask=m, other=-1) >= 0
+        p_row += n_columns
+        b_count += m_live.to(tl.int32)
+        b_first = tl.where(m_live, tl.minimum(b_first, i_tile), b_first)
+        b_last = tl.where(m_live, i_tile, b_last)
+    b_key = tl.where(4 * b_count >= n_tiles, 0, 1 + b_first * n_tiles + b_last)
+    tl.store(p_key + o, b_key, mask=m)
+
+
+class Window(NamedTuple):
+    """Live columns of every tile within a range of columns of W.
+
+    index [T, C]: columns of W; count [T]; column [U]: columns of W in the order in which dW is computed;
+    slot [T, U]: their places in ``index``, -1 for none; tile [blocks, T], n_tiles [blocks]: tiles per block.
+    """
+
+    index: Tensor
+    count: Tensor
+    column: Tensor
+    slot: Tensor
+    tile: Tensor
+    n_tiles: Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    filter_tol: float,
+    with_mean: bool,
+    columns: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(lse, rest_lse, target_logit, mean_logit) of x [N, D], each [N]; fills ``columns`` [T, V] unless empty.
+
+    Without ``with_mean`` the last is zeros. Signature and meaning of ``portable.forward``.
+    """
+    if x.dtype == torch.float64:
+        return portable.forward(x, weight, bias, target, scale, softcap, filter_tol, with_mean, columns)
+    x, weight = x.contiguous(), weight.contiguous()
+    (n, d), v = x.shape, weight.shape[0]
+    target_logit = torch.empty(n, dtype=torch.float32, device=x.device)
+    if n:
+        target_kernel[triton.cdiv(n, 16),](
+            x, weight, bias, target, target_logit, n, d, scale, softcap,
+            BLOCK_N=16, BLOCK_K=128, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0,
+        )  # fmt: skip
+    head = (x, weight, bias, target, target_logit, scale, softcap, filter_tol)
+    record = columns.numel() > 0
+    bound = _scan(*head, v=HOT)[1] if record and v >= 8 * HOT else None
+    lse, rest_lse, mean = _scan(*head, v=v, with_mean=with_mean, bound=bound, columns=columns if record else None)
+    return lse, rest_lse, target_logit, mean
+
+
+def _scan(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    target_logit: Tensor,
+    scale: float,
+    softcap: float,
+    filter_tol: float,
+    v: int,
+    with_mean: bool = False,
+    bound: Tensor | None = None,
+    columns: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(lse, rest_lse, mean_logit) over the first v columns, from ``bound`` [N] <= rest_lse; fills ``columns``."""
+    n, d = x.shape
+    tiles = triton.cdiv(n, TILE)
+    blocks = config(x.dtype, _shared_memory(x.device)).scan
+    n_blocks = triton.cdiv(v, blocks.outer)
+    parts = _parts(tiles, n_blocks, _processors(x.device)) if n else 1
+    per_part = triton.cdiv(n_blocks, parts)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    lse, rest_lse, mean = empty(n), empty(n), torch.zeros(n, dtype=torch.float32, device=x.device)
+    maximum, total = empty(parts, n), empty(parts, n)
+    moment = empty(parts, n) if with_mean else None
+    record = columns is not None
+    dropped = empty(parts, 3, n) if record else None
+    level = empty(tiles, v, dtype=torch.uint8) if record else None
+    chosen = empty(tiles, dtype=torch.int32) if record else None
+    if not n:
+        return lse, rest_lse, mean
+    tau = [filter_tol * 2.0**-octaves for octaves in LEVEL_OCTAVES]
+    scan_kernel[tiles, parts](
+        x, weight, bias, target, target_logit, bound, columns, level, maximum, total, moment, dropped,
+        n, v, d, per_part, scale, softcap, math.log(v), *tau,
+        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0,
+        HAS_BOUND=bound is not None, WITH_MEAN=with_mean, RECORD=record, EVEN=d % blocks.inner == 0,
+        PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    combine_kernel[tiles,](
+        maximum, total, moment, dropped, target, target_logit, lse, rest_lse, mean, chosen, level,
+        n, v, parts, filter_tol, TILE=TILE, WITH_MEAN=with_mean, RECORD=record,
+    )  # fmt: skip
+    if record:
+        mark_kernel[tiles, triton.cdiv(v, 4096)](columns, level, chosen, v, BLOCK=4096)
+    return lse, rest_lse, mean
+
+
+def backward(
+    g_lse: Tensor | None,
+    g_rest: Tensor | None,
+    g_target: Tensor | None,
+    g_mean: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: float,
+    softcap: float,
+    lse: Tensor,
+    rest_lse: Tensor,
+    mean_logit: Tensor | None,
+    columns: Tensor | None,
+    filter_tol: float,
+    need_hidden: bool,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> Tensor | None:
+    """dx [N, D] in fp32 (None unless needed); adds to the fp32 buffers dweight [V, D] and dbias [V] if given.
+
+    columns: [T, V] as the forward recorded them, or None for every column; the forward saw to it that they keep
+    ``filter_tol``. Signature and meaning of ``portable.backward``. dweight must be contiguous.
+    """
+    if x.dtype == torch.float64:
+        return portable.backward(
+            g_lse, g_rest, g_target, g_mean, x, weight, bias, target, scale, softcap, lse, rest_lse, mean_logit,
+            columns, filter_tol, need_hidden, dweight, dbias,
+        )  # fmt: skip
+    if dweight is not None and not dweight.is_contiguous():
+        raise ValueError(f"dweight: expected a contiguous tensor, got strides {dweight.stride()}")
+    x, weight = x.contiguous(), weight.contiguous()
+    (n, d), v = x.shape, weight.shape[0]
+    dx = torch.empty(n, d, dtype=torch.float32, device=x.device) if need_hidden else None
+    if not n:
+        return dx
+    tiles = triton.cdiv(n, TILE)
+    blocks = config(x.dtype, _shared_memory(x.device))
+    precision = _precision()
+    need_weight = dweight is not None or dbias is not None
+    q = None if columns is None else tail_weights(columns, rest_lse, softcap)
+    tail_row = None if q is None else q.to(weight.dtype) @ weight
+    tail = None
+
+    widest = max(WINDOW_ELEMENTS // (tiles * TILE), COLUMNS)
+    most = v if columns is None else int((columns == portable.LIVE).sum(1).max())  # the host synchronisation
+    width = v if most <= widest else widest // COLUMNS * COLUMNS
+    n_places = triton.cdiv(min(most, width), COLUMNS) * COLUMNS
+    dlogit = torch.empty(tiles, n_places, TILE, dtype=x.dtype, device=x.device)
+    places = n_places // blocks.dlogit.outer
+    kept_rest = torch.zeros(n, dtype=torch.float32, device=x.device)
+    kept_mean = torch.zeros_like(kept_rest)
+    for first in range(0, v, width):
+        last = first + width >= v
+        window = _window(columns, first, min(first + width, v), tiles, n_places, need_weight, x.device)
+        stride_index = window.index.stride(0)
+        kept = None if columns is None else torch.zeros(2, places, n, dtype=torch.float32, device=x.device)
+        dlogit_kernel[tiles, places](
+            g_lse, g_rest, g_target, g_mean, x, weight, bias, target, lse, rest_lse, mean_logit,
+            window.index, window.count, dlogit, None if kept is None else kept[0], None if kept is None else kept[1],
+            n, d, n_places, stride_index, scale, softcap,
+            TILE=TILE, BLOCK_C=blocks.dlogit.outer, BLOCK_K=blocks.dlogit.inner, HAS_BIAS=bias is not None,
+            HAS_CAP=softcap > 0, G_LSE=g_lse is not None, G_REST=g_rest is not None, G_TARGET=g_target is not None,
+            G_MEAN=g_mean is not None, KEPT=kept is not None, EVEN=d % blocks.dlogit.inner == 0, PRECISION=precision,
+            num_warps=blocks.dlogit.warps, num_stages=blocks.dlogit.stages,
+        )  # fmt: skip
+        if kept is not None:
+            kept_rest += kept[0].sum(0)
+            kept_mean += kept[1].sum(0)
+            if last:
+                tail = scale * _tail_mass(g_lse, g_rest, g_mean, lse, rest_lse, kept_rest, kept_mean)
+        if dx is not None:
+            dx_kernel[tiles, triton.cdiv(d, blocks.dx.outer)](
+                dlogit, weight, window.index, window.count, tail, tail_row, dx, n, d, n_places, stride_index,
+                TILE=TILE, BLOCK_D=blocks.dx.outer, BLOCK_C=blocks.dx.inner, ADD=first > 0,
+                HAS_TAIL=tail is not None, PRECISION=precision,
+                num_warps=blocks.dx.warps, num_stages=blocks.dx.stages,
+            )  # fmt: skip
+        if need_weight:
+            outer = triton.cdiv(d, blocks.dweight.outer) if dweight is not None else 1
+            dweight_kernel[window.n_tiles.shape[0], outer](
+                dlogit, x, window.column, window.slot, window.tile, window.n_tiles, dweight, dbias,
+                n, d, n_places, window.column.shape[0], tiles, window.slot.stride(0), window.tile.stride(0),
+                TILE=TILE, COLUMNS=COLUMNS, BLOCK_D=blocks.dweight.outer, BLOCK_N=blocks.dweight.inner,
+                WEIGHT=dweight is not None, BIAS=dbias is not None, PRECISION=precision,
+                num_warps=blocks.dweight.warps, num_stages=blocks.dweight.stages,
+            )  # fmt: skip
+    if tail is not None and q is not None:
+        if dweight is not None:
+            tail_x = torch.empty(tiles, d, dtype=torch.float32, device=x.device)
+            tail_kernel[tiles, triton.cdiv(d, 64)](tail, x, tail_x, n, d, TILE=TILE, BLOCK_D=64)
+            dweight.addmm_(q.t(), tail_x)
+        if dbias is not None:
+            tail_sum = torch.nn.functional.pad(tail, (0, tiles * TILE - n)).view(tiles, TILE).sum(1)
+            dbias.add_(tail_sum @ q)
+    return dx
+
+
+def tail_weights(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:
+    """Weights [T, V] of the dropped columns in a row's tail, the soft-cap's slope included."""
+    q = portable.tail_weights(columns, torch.float32)
+    return q * portable._softcap_slope(columns, rest_lse, softcap) if softcap else q
+
+
+def _tail_mass(
+    g_lse: Tensor | None,
+    g_rest: Tensor | None,
+    g_mean: Tensor | None,
+    lse: Tensor,
+    rest_lse: Tensor,
+    kept_rest: Tensor,
+    kept_mean: Tensor,
+) -> Tensor:
+    """What the dropped columns add to each row's sum of dlogits before soft-cap and scale: [N]."""
+    dropped = (1 - kept_rest).clamp_min(0.0)
+    tail = torch.zeros_like(dropped)
+    if g_lse is not None:
+        tail += g_lse * torch.exp(rest_lse - lse) * dropped
+    if g_rest is not None:
+        tail += g_rest * dropped
+    if g_mean is not None:
+        tail += g_mean * (1 - kept_mean)
+    return tail
+
+
+def _window(
+    columns: Tensor | None, first: int, end: int, tiles: int, n_places: int, need_weight: bool, device: torch.device
+) -> Window:
+    """The live columns among [first, end), or all of them."""
+    width = end - first
+    n_blocks = triton.cdiv(width, COLUMNS)
+    empty = torch.empty(0, 0, dtype=torch.int32, device=device)
+    if columns is None:
+        every = torch.arange(width, dtype=torch.int32, device=device)
+        tile = torch.arange(tiles, dtype=torch.int32, device=device).expand(n_blocks, -1)
+        full = torch.full((max(tiles, n_blocks),), width, dtype=torch.int32, device=device)
+        n_tiles = torch.full((n_blocks,), tiles, dtype=torch.int32, device=device)
+        return Window((first + every).expand(tiles, -1), full, first + every, every.expand(tiles, -1), tile, n_tiles)
+    index, place, count = _compact(columns[:, first:end], n_places, first)
+    if not need_weight:
+        return Window(index, count, empty[0:0, 0:0].view(0), empty, empty, empty.view(0))
+    key = torch.empty(width, dtype=torch.int32, device=device)
+    order_kernel[triton.cdiv(width, 1024),](place, key, width, tiles, BLOCK=1024)
+    order = torch.sort(key, stable=True).indices
+    slot = place.index_select(1, order)
+    padded = torch.nn.functional.pad(slot, (0, n_blocks * COLUMNS - width), value=-1)
+    wanted = (padded >= 0).view(tiles, n_blocks, COLUMNS).any(2).t()
+    tile, _, n_tiles = _compact((wanted * portable.LIVE).to(torch.uint8).contiguous(), tiles, 0)
+    return Window(index, count, (first + order).to(torch.int32), slot, tile, n_tiles)
+
+
+def _compact(codes: Tensor, n_places: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(index [rows, n_places], place [rows, columns], count [rows]) of the LIVE entries of ``codes``."""
+    rows, n_columns = codes.shape
+    index = torch.zeros(rows, n_places, dtype=torch.int32, device=codes.device)
+    place = torch.empty(rows, n_columns, dtype=torch.int32, device=codes.device)
+    count = torch.empty(rows, dtype=torch.int32, device=codes.device)
+    compact_kernel[rows,](codes, index, place, count, codes.stride(0), n_columns, n_places, first, BLOCK=2048)
+    return index, place, count
+
+
+def _parts(tiles: int, n_blocks: int, processors: int) -> int:
+    """Parts of V that finish the scan soonest: waves of programs times blocks a program, then the fewest parts."""
+
+    def cost(parts: int) -> tuple[int, int]:
+        return triton.cdiv(tiles * parts, processors) * triton.cdiv(n_blocks, parts), parts
+
+    return min(range(1, min(n_blocks, 2 * processors) + 1), key=cost)
+
+
+def _precision() -> str:
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _processors(device: torch.device) -> int:
+    """Programs that run at once; 4 in the interpreter, so that tests see more than one part."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take; the interpreter has none to run out of."""
+    if device.type != "cuda":
+        return 0
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]

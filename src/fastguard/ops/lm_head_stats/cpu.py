@@ -10,7 +10,7 @@ from torch import Tensor
 from fastguard import _extension
 from fastguard.ops.lm_head_stats import portable
 from fastguard.ops.lm_head_stats.op import accumulation_dtype
-from fastguard.ops.lm_head_stats.portable import Row
+from fastguard.ops.lm_head_stats.portable import Grads, Row
 
 
 class CppKernels:
@@ -24,13 +24,21 @@ class CppKernels:
         wide = accumulation_dtype(z.dtype)
         out = torch.empty(4, z.shape[0], dtype=wide)
         torch.ops.fastguard_c.lm_head_statistics(
-            z.to(wide), _as(bias, wide), target.contiguous(), scale, softcap, filter_tol, with_mean, columns, out
+            z.to(wide),
+            _as(bias, wide),
+            target.contiguous(),
+            scale,
+            softcap,
+            filter_tol,
+            with_mean,
+            columns,
+            out,
         )
         return Row(*out)
 
     def gradient(
         self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
-        row: Row, grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        row: Row, grads: Grads,
     ) -> Tensor:  # fmt: skip
         """See `TileKernels.gradient`."""
         wide = accumulation_dtype(z.dtype)

@@ -10,7 +10,7 @@ nothing), so its floor is 6 N D C flops for C live columns, against 6 N D V for 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from fastguard.ops import final_norm
 TILE = 128
 """Rows that share one set of live columns."""
 
-DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.05, torch.bfloat16: 0.05, torch.float16: 0.05}
+DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Largest part of a row's rest mass (1 - p_target) that the backward may replace by its rank-one tail."""
 
 
@@ -32,6 +32,15 @@ class LMHeadStats(NamedTuple):
     rest_lse: Tensor
     target_logit: Tensor
     mean_logit: Tensor | None
+
+    def cross_entropy(self) -> Tensor:
+        """-log p(target) of each row, [N]; nothing cancels where the model is sure of its target."""
+        # Past 40 the softplus is its argument to the last bit of a double, and exp(40) is finite in fp32.
+        return torch.nn.functional.softplus(self.rest_lse - self.target_logit, threshold=40.0)
+
+    def log_one_minus_p(self) -> Tensor:
+        """log(1 - p(target)) of each row, [N]."""
+        return self.rest_lse - self.lse
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -73,7 +82,14 @@ def lm_head_stats(
     """
     check(hidden, weight, target, bias, softcap, filter_tol)
     stats, _ = call(
-        hidden, weight, target, bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol, with_mean=with_mean
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        filter_tol=filter_tol,
+        with_mean=with_mean,
     )
     return stats
 
@@ -91,7 +107,9 @@ def check(
     if hidden.dim() != 2 and rows is None:
         raise ValueError(f"hidden: expected [N, D], got shape {tuple(hidden.shape)}")
     if hidden.dtype not in DEFAULT_FILTER_TOL:
-        raise ValueError(f"hidden: expected a floating dtype of {sorted(map(str, DEFAULT_FILTER_TOL))}, got {hidden.dtype}")
+        raise ValueError(
+            f"hidden: expected a floating dtype of {sorted(map(str, DEFAULT_FILTER_TOL))}, got {hidden.dtype}"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected [V, {hidden.shape[-1]}], got shape {tuple(weight.shape)}")
     if weight.dtype != hidden.dtype:
@@ -208,11 +226,11 @@ def _next_token(weight: Tensor, token: Tensor | None) -> Tensor:
 
 
 @_forward.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
     scale, softcap, filter_tol, with_mean, record, token,
 ):  # fmt: skip
-    def stat(n=target.shape[0]):
+    def stat(n: int = target.shape[0]) -> Tensor:
         return hidden.new_empty(n, dtype=accumulation_dtype(hidden.dtype))
 
     columns = hidden.new_empty(_columns_shape(target, weight, filter_tol, record), dtype=torch.uint8)
@@ -280,19 +298,27 @@ def _backward(
         dhidden,
         dweight.to(weight.dtype) if need_weight and acc is None else none.clone(),
         none.clone() if dbias is None else dbias.to(weight.dtype),
-        none.clone() if dnorm_weight is None else dnorm_weight.to(norm_weight.dtype),
-        none.clone() if dnorm_bias is None else dnorm_bias.to(norm_bias.dtype),
+        _like(dnorm_weight, norm_weight, none),
+        _like(dnorm_bias, norm_bias, none),
     )
 
 
+def _like(grad: Tensor | None, parameter: Tensor | None, none: Tensor) -> Tensor:
+    return none.clone() if grad is None or parameter is None else grad.to(parameter.dtype)
+
+
 @_backward.register_fake
-def _(
+def _(  # type: ignore[no-untyped-def]
     grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target, norm_kind, norm_weight,
     norm_bias, norm_eps, scale, softcap, filter_tol, lse, rest_lse, mean_logit, columns, acc,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
-    def like(t, needed):
-        return hidden.new_empty(0) if t is None or not needed else torch.empty_like(t, memory_format=torch.contiguous_format)
+    def like(t: Tensor | None, needed: bool) -> Tensor:
+        return (
+            hidden.new_empty(0)
+            if t is None or not needed
+            else torch.empty_like(t, memory_format=torch.contiguous_format)
+        )
 
     norm = need_hidden and norm_kind != "none"
     return (
@@ -304,10 +330,10 @@ def _(
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     (
         hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
-        scale, softcap, filter_tol, with_mean, record, token,
+        scale, softcap, filter_tol, _, _, token,
     ) = inputs  # fmt: skip
     lse, rest_lse, _, mean_logit, columns, _ = output
     ctx.mark_non_differentiable(columns)
@@ -320,7 +346,9 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.token = None if token is None else (token.shape, token.dtype)
 
 
-def _autograd(ctx, grad_lse, grad_rest, grad_target, grad_mean, _columns, acc):
+def _autograd(  # type: ignore[no-untyped-def]
+    ctx, grad_lse, grad_rest, grad_target, grad_mean, _columns, acc
+):
     hidden, rows, weight, bias, target, norm_weight, norm_bias, lse, rest_lse, mean_logit, columns = ctx.saved_tensors
     norm_kind, norm_eps = ctx.norm
     needs = ctx.needs_input_grad

@@ -27,12 +27,16 @@ DENSE = 0.5
 
 
 class Row(NamedTuple):
-    """Per-row statistics of a tile, each [R]."""
+    """Per-row statistics, each [R] for a tile or [N] for a call."""
 
     lse: Tensor
     rest_lse: Tensor
     target_logit: Tensor
     mean_logit: Tensor
+
+
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Upstream gradients of lse, rest_lse, target_logit, mean_logit; None where there is none."""
 
 
 class TileKernels(Protocol):
@@ -46,7 +50,7 @@ class TileKernels(Protocol):
 
     def gradient(
         self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
-        row: Row, grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+        row: Row, grads: Grads,
     ) -> Tensor:  # fmt: skip
         """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
 
@@ -66,7 +70,11 @@ def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float) -> 
 class TorchKernels:
     """`TileKernels` in plain torch: any device."""
 
-    def statistics(self, z, bias, target, scale, softcap, filter_tol, with_mean, columns):  # noqa: D102
+    def statistics(
+        self, z: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float, filter_tol: float,
+        with_mean: bool, columns: Tensor | None,
+    ) -> Row:  # fmt: skip
+        """See `TileKernels.statistics`."""
         z = _transform(z, bias, scale, softcap)
         target_logit = z.gather(1, target[:, None])[:, 0]
         lse = torch.logsumexp(z, 1)
@@ -80,7 +88,11 @@ class TorchKernels:
             columns.copy_(encode(r, target, filter_tol))
         return Row(lse, rest_lse, target_logit, mean)
 
-    def gradient(self, z, bias, index, target, scale, softcap, row, grads):  # noqa: D102
+    def gradient(
+        self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
+        row: Row, grads: Grads,
+    ) -> Tensor:  # fmt: skip
+        """See `TileKernels.gradient`."""
         g_lse, g_rest, g_target, g_mean = (None if g is None else g[:, None] for g in grads)
         raw = z
         b = bias if bias is None or index is None else bias[index]
@@ -152,12 +164,12 @@ def forward(
     with_mean: bool,
     columns: Tensor,
     kernels: TileKernels | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse, rest_lse, target_logit, mean_logit) of x [N, D], each [N]; fills ``columns`` [tiles, V] unless empty."""
+) -> Row:
+    """The statistics of x [N, D]; fills ``columns`` [tiles, V] unless empty."""
     kernels = kernels or TorchKernels()
     x = x.contiguous()
     n = x.shape[0]
-    out = torch.zeros(4, n, dtype=accumulation_dtype(x.dtype), device=x.device)
+    out = Row(*(torch.zeros(n, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in Row._fields))
     buffer = torch.empty(min(TILE, n), weight.shape[0], dtype=x.dtype, device=x.device)
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
@@ -167,7 +179,7 @@ def forward(
         stats = kernels.statistics(z, bias, target[rows], scale, softcap, filter_tol, with_mean, code)
         for o, s in zip(out, stats, strict=True):
             o[rows] = s
-    return out[0], out[1], out[2], out[3]
+    return out
 
 
 def backward(
@@ -200,7 +212,7 @@ def backward(
     n, wide = x.shape[0], accumulation_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_hidden else None
     q = None if columns is None else tail_weights(columns, wide)
-    if q is not None and softcap:
+    if q is not None and columns is not None and softcap:
         q = q * _softcap_slope(columns, rest_lse, softcap)
     tail_rows = q.to(weight.dtype) @ weight if q is not None and need_hidden else None  # [tiles, D]
     tail_x, tail_sum = [], []
@@ -214,7 +226,7 @@ def backward(
         w = weight if index is None else weight.index_select(0, index)
         d = x[rows] @ w.t()
         row = Row(lse[rows], rest_lse[rows], lse[rows], lse[rows] if mean_logit is None else mean_logit[rows])
-        grads = tuple(None if g is None else g[rows] for g in (g_lse, g_rest, g_target, g_mean))
+        grads = _rows(g_lse, rows), _rows(g_rest, rows), _rows(g_target, rows), _rows(g_mean, rows)
         tail = kernels.gradient(d, bias, index, target[rows], scale, softcap, row, grads) * scale
         if index is None:
             tail = torch.zeros_like(tail)
@@ -238,6 +250,10 @@ def backward(
         if dbias is not None:
             dbias.add_(torch.stack(tail_sum) @ q)
     return dx
+
+
+def _rows(g: Tensor | None, rows: slice) -> Tensor | None:
+    return None if g is None else g[rows]
 
 
 def _softcap_slope(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:

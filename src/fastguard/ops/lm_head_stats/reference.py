@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 def logits_of(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, scale: float = 1.0, softcap: float | None = None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Tensor:
     """Logits [N, V]: ``scale * (hidden @ weight.T + bias)``, soft-capped to ``cap * tanh(z / cap)``."""
     z = hidden @ weight.T

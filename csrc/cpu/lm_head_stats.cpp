@@ -355,11 +355,59 @@ void gradient_of(const Tensor& z_, const Head<T>& head, const int64_t* target, c
   });
 }
 
+// The columns a tile's backward reads: see tile_columns in portable.py. Fills index with the live columns, then the
+// warm ones, and share with the weights of the latter, unless they are more than index holds; counts has both numbers.
+template <typename T>
+void columns_of(const uint8_t* codes, int64_t V, double coverage, int64_t* index, int64_t capacity, T* share,
+                int64_t* counts) {
+  int64_t histogram[256] = {};
+  for (int64_t v = 0; v < V; ++v) ++histogram[codes[v]];
+  double mass[256] = {}, dropped = 0;
+  for (int c = 1; c < LIVE; ++c) {
+    mass[c] = std::exp2((c - 254) / static_cast<double>(CODES_PER_OCTAVE));
+    dropped += mass[c] * static_cast<double>(histogram[c]);
+  }
+  int floor = LIVE;  // the lightest code among the warm columns
+  double covered = 0;
+  int64_t warm = 0;
+  while (floor > 1 && (floor == LIVE || covered < coverage * dropped)) {
+    --floor;
+    covered += mass[floor] * static_cast<double>(histogram[floor]);
+    warm += histogram[floor];
+  }
+  const int64_t live = histogram[LIVE];
+  counts[0] = live;
+  counts[1] = warm;
+  if (live + warm > capacity) return;
+  int64_t next_live = 0, next_warm = live;
+  for (int64_t v = 0; v < V; ++v) {
+    if (codes[v] == LIVE) {
+      index[next_live++] = v;
+    } else if (codes[v] >= floor) {
+      share[next_warm - live] = static_cast<T>(mass[codes[v]] / covered);
+      index[next_warm++] = v;
+    }
+  }
+}
+
 bool is_double(const Tensor& z) { return z.element_size() == 8; }
 
 template <typename T>
 Head<T> head_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& index, double scale, double softcap) {
   return {data_or_null<T>(bias), data_or_null<int64_t>(index), static_cast<T>(scale), static_cast<T>(softcap)};
+}
+
+void columns(const Tensor& codes, double coverage, const Tensor& index, const Tensor& share, const Tensor& counts) {
+  const auto* code = static_cast<const uint8_t*>(codes.const_data_ptr());
+  auto* where = static_cast<int64_t*>(index.mutable_data_ptr());
+  auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
+  if (is_double(share)) {
+    columns_of(code, codes.size(0), coverage, where, index.size(0), static_cast<double*>(share.mutable_data_ptr()),
+               count);
+  } else {
+    columns_of(code, codes.size(0), coverage, where, index.size(0), static_cast<float*>(share.mutable_data_ptr()),
+               count);
+  }
 }
 
 void statistics(const Tensor& z, const std::optional<Tensor>& bias, const Tensor& target, double scale, double softcap,
@@ -403,11 +451,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastguard_c, m) {
       "lm_head_statistics(Tensor(a!) z, Tensor? bias, Tensor target, float scale, float softcap, float filter_tol, "
       "bool with_mean, Tensor(b!)? columns, Tensor(c!) out) -> ()");
   m.def(
+      "lm_head_columns(Tensor codes, float coverage, Tensor(a!) index, Tensor(b!) share, Tensor(c!) counts) -> ()");
+  m.def(
       "lm_head_gradient(Tensor(a!) z, Tensor? bias, Tensor? index, Tensor target, float scale, float softcap, "
       "Tensor row, Tensor? g_lse, Tensor? g_rest, Tensor? g_target, Tensor? g_mean, Tensor(b!) tail) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard_c, CPU, m) {
   m.impl("lm_head_statistics", TORCH_BOX(&statistics));
+  m.impl("lm_head_columns", TORCH_BOX(&columns));
   m.impl("lm_head_gradient", TORCH_BOX(&gradient));
 }

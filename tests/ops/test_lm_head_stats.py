@@ -1,6 +1,7 @@
 """lm_head_stats and lens_stats against their specification, on every backend this machine has."""
 
 import functools
+import importlib
 import itertools
 
 import pytest
@@ -20,6 +21,7 @@ BACKENDS = [
     for b in ("cpu", "portable")
     for reason in [backend.unavailable(b, "cpu")]
 ]
+OP = "fastguard.ops.lm_head_stats"
 NAMES = ("lse", "rest_lse", "target_logit", "mean_logit")
 
 # (N, V, D) and why
@@ -163,12 +165,35 @@ def test_filtered_gradient_is_close_and_tail_helps(on_backend, options, monkeypa
 
     exact, filtered = grads(0.0), grads(None)
     assert all(0 < e < 0.02 for e in relative(filtered, exact))
-    monkeypatch.setattr(portable, "tail_weights", lambda c, dtype: torch.zeros(c.shape, dtype=dtype))
+    owner = portable.TorchKernels if on_backend == "portable" else importlib.import_module(f"{OP}.cpu").CppKernels
+    columns = owner.columns
+
+    def weightless(*args):
+        index, live, share = columns(*args)
+        return index, live, 0 * share
+
+    monkeypatch.setattr(owner, "columns", weightless)
     without = grads(None)
     shared = [(g[0] - exact[0])[:, 0].norm() for g in (filtered, without)]
     assert shared[0] < 0.35 * shared[1]
     for mine, want in zip(filtered, exact, strict=True):
         assert_catches_spoiled(lambda x, w=want: assert_agrees("filtered", x, w, w, ulps=2**18, ratio=0.02), mine)
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["many columns", "few columns"])
+def test_backends_choose_the_same_columns(spread):
+    """The C++ and the torch choice of a tile's columns are the same function."""
+    if backend.unavailable("cpu", "cpu"):
+        pytest.skip("no C++ extension")
+    cpu = importlib.import_module(f"{OP}.cpu")
+    codes = (254 - spread * 40 * torch.randn(2000).abs()).clamp(0, 255).to(torch.uint8)
+    codes[::50] = portable.LIVE
+    ours, spec = cpu.CppKernels().columns(codes, torch.float64), portable.tile_columns(codes, torch.float64)
+    assert ours[1] == spec[1]
+    for a, b in zip(ours[::2], spec[::2], strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b)
 
 
 def test_confident_rows_do_not_cancel(on_backend):

@@ -36,6 +36,17 @@ class CppKernels:
         )
         return Row(*out)
 
+    def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
+        """See `tile_columns`."""
+        most = int(portable.DENSE * codes.numel())
+        index, share = torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=dtype)
+        counts = torch.zeros(2, dtype=torch.int64)
+        torch.ops.fastguard_c.lm_head_columns(codes, portable.COVERAGE, index, share, counts)
+        live, warm = counts.tolist()
+        if live + warm > most:
+            return None, codes.numel(), None
+        return index[: live + warm], live, share[:warm] if warm else None
+
     def gradient(
         self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
         row: Row, grads: Grads,

@@ -199,10 +199,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     impl = backend.choose("lm_head_stats", hidden.device)
     valid = _valid(target, weight.shape[0])
-    if valid is not None:
-        picked = valid if rows is None else rows[valid]
-    else:
-        picked = rows
+    picked = rows if valid is None else valid if rows is None else rows[valid]
     x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps)
     t = target if valid is None else target[valid]
     columns = torch.zeros(_columns_shape(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
@@ -287,8 +284,9 @@ def _backward(
         need_hidden, dweight, dbias,
     )  # fmt: skip
     none = hidden.new_zeros(0)
-    dhidden, dnorm_weight, dnorm_bias = none, None, None
-    if need_hidden:
+    dhidden: Tensor = none
+    dnorm_weight, dnorm_bias = None, None
+    if dx is not None:
         dhidden, dnorm_weight, dnorm_bias = final_norm.backward(
             dx, hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps
         )
@@ -296,7 +294,7 @@ def _backward(
             dhidden = dx.clone()
     return (
         dhidden,
-        dweight.to(weight.dtype) if need_weight and acc is None else none.clone(),
+        none.clone() if dweight is None or acc is not None else dweight.to(weight.dtype),
         none.clone() if dbias is None else dbias.to(weight.dtype),
         _like(dnorm_weight, norm_weight, none),
         _like(dnorm_bias, norm_bias, none),

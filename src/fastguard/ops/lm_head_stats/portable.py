@@ -22,8 +22,11 @@ LIVE = 255
 CODES_PER_OCTAVE = 4
 """Codes 1..254 reach from mass 1 down to 2^-63 in quarter octaves: a weight is known to 9%."""
 
+COVERAGE = 0.8
+"""Warm columns are the heaviest dropped ones that together hold this part of a tile's dropped mass."""
+
 DENSE = 0.5
-"""Above this fraction of live columns, gathering them costs more than computing all."""
+"""Above this fraction of live and warm columns, gathering them costs more than computing all."""
 
 
 class Row(NamedTuple):
@@ -47,6 +50,9 @@ class TileKernels(Protocol):
         with_mean: bool, columns: Tensor | None,
     ) -> Row:  # fmt: skip
         """Reduce raw products z [R, V] (which may be overwritten) and fill ``columns`` [V] if given."""
+
+    def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
+        """See `tile_columns`."""
 
     def gradient(
         self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
@@ -87,6 +93,10 @@ class TorchKernels:
                 r = r * (1 + z - mean[:, None]).abs().clamp_min(1.0)
             columns.copy_(encode(r, target, filter_tol))
         return Row(lse, rest_lse, target_logit, mean)
+
+    def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
+        """See `tile_columns`."""
+        return tile_columns(codes, dtype)
 
     def gradient(
         self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
@@ -144,13 +154,25 @@ def encode(r: Tensor, target: Tensor, filter_tol: float) -> Tensor:
     return torch.where(live, LIVE, code).to(torch.uint8)
 
 
-def tail_weights(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised weights [tiles, V] of the dropped columns from their codes; 0 for live ones."""
-    codes = torch.arange(256, device=columns.device, dtype=torch.float32)
-    table = torch.exp2((codes - 254) / CODES_PER_OCTAVE)
-    table[0] = table[LIVE] = 0.0
-    q = table.to(dtype)[columns.long()]
-    return q / q.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+def tile_columns(codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
+    """Which columns the backward of a tile reads: (index, live, share) from its codes [V].
+
+    index: live columns in ascending order, then warm ones; None for all columns (too many to gather).
+    live: how many are live. share: weights of the warm ones, of sum 1, or None where there are none.
+    """
+    mass = torch.exp2((torch.arange(256, device=codes.device, dtype=torch.float64) - 254) / CODES_PER_OCTAVE)
+    mass[0] = mass[LIVE] = 0.0
+    heaviest_first = (torch.bincount(codes.int(), minlength=256) * mass).flip(0).cumsum(0)
+    covered = (heaviest_first >= COVERAGE * heaviest_first[-1]).nonzero()[0]
+    floor = max(255 - int(covered), 1)
+    live = (codes == LIVE).nonzero()[:, 0]
+    warm = ((codes >= floor) & (codes < LIVE)).nonzero()[:, 0]
+    if live.numel() + warm.numel() > DENSE * codes.numel():
+        return None, codes.numel(), None
+    if not warm.numel():
+        return live, live.numel(), None
+    share = mass[codes[warm].int()]
+    return torch.cat([live, warm]), live.numel(), (share / share.sum()).to(dtype)
 
 
 def forward(
@@ -211,54 +233,67 @@ def backward(
     x = x.contiguous()
     n, wide = x.shape[0], accumulation_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_hidden else None
-    q = None if columns is None else tail_weights(columns, wide)
-    if q is not None and columns is not None and softcap:
-        q = q * _softcap_slope(columns, rest_lse, softcap)
-    tail_rows = q.to(weight.dtype) @ weight if q is not None and need_hidden else None  # [tiles, D]
-    tail_x, tail_sum = [], []
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
-        index = None
-        if columns is not None:
-            index = (columns[i] == LIVE).nonzero()[:, 0]
-            if index.numel() > DENSE * columns.shape[1]:
-                index = None
+        # The tile's columns: live ones, computed exactly, then warm ones, which stand for all that was dropped.
+        index, live, share = (None, weight.shape[0], None) if columns is None else kernels.columns(columns[i], wide)
         w = weight if index is None else weight.index_select(0, index)
-        d = x[rows] @ w.t()
+        d = x[rows] @ w[:live].t()
         row = Row(lse[rows], rest_lse[rows], lse[rows], lse[rows] if mean_logit is None else mean_logit[rows])
         grads = _rows(g_lse, rows), _rows(g_rest, rows), _rows(g_target, rows), _rows(g_mean, rows)
-        tail = kernels.gradient(d, bias, index, target[rows], scale, softcap, row, grads) * scale
-        if index is None:
-            tail = torch.zeros_like(tail)
+        exact = None if index is None else index[:live]
+        tail = kernels.gradient(d, bias, exact, target[rows], scale, softcap, row, grads) * scale
+        if columns is not None and index is not None and share is not None and softcap:
+            share = share * slope_of_codes(columns[i][index[live:]], row.rest_lse.mean(), softcap)
         if dx is not None:
-            dx[rows] = d @ w
-            if tail_rows is not None:
-                dx[rows].addr_(tail, tail_rows[i].to(wide))
+            dx[rows] = d @ w[:live]
+            if share is not None:
+                dx[rows].addr_(tail, (share.to(w.dtype) @ w[live:]).to(wide))
         if dweight is not None:
             if index is None:
-                dweight.addmm_(d.t().to(wide), x[rows].to(wide))
+                _add_product(dweight, d, x[rows])
             else:
-                dweight.index_add_(0, index, (d.t() @ x[rows]).to(wide))
+                grown = torch.zeros(index.numel(), x.shape[1], dtype=wide, device=x.device)
+                _add_product(grown[:live], d, x[rows])
+                if share is not None:
+                    grown[live:].addr_(share, tail @ x[rows].to(wide))
+                dweight.index_add_(0, index, grown)
         if dbias is not None:
             summed = d.sum(0, dtype=wide)
+            if share is not None:
+                summed = torch.cat([summed, share * tail.sum()])
             dbias.add_(summed) if index is None else dbias.index_add_(0, index, summed)
-        tail_x.append(tail @ x[rows].to(wide))
-        tail_sum.append(tail.sum())
-    if q is not None and tail_x:
-        if dweight is not None:
-            dweight.addmm_(q.t(), torch.stack(tail_x))
-        if dbias is not None:
-            dbias.add_(torch.stack(tail_sum) @ q)
     return dx
+
+
+def _add_product(total: Tensor, d: Tensor, x: Tensor) -> None:
+    """total [C, D] += d [R, C]^T x [R, D], widened where the product's dtype is narrower."""
+    if total.dtype == x.dtype:
+        total.addmm_(d.t(), x)
+    else:
+        total.add_(d.t() @ x)
 
 
 def _rows(g: Tensor | None, rows: slice) -> Tensor | None:
     return None if g is None else g[rows]
 
 
+def tail_weights(columns: Tensor, dtype: torch.dtype) -> Tensor:
+    """Normalised weights [tiles, V] of the dropped columns from their codes; 0 for live ones."""
+    codes = torch.arange(256, device=columns.device, dtype=torch.float32)
+    table = torch.exp2((codes - 254) / CODES_PER_OCTAVE)
+    table[0] = table[LIVE] = 0.0
+    q = table.to(dtype)[columns.int()]
+    return q / q.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
+
 def _softcap_slope(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:
-    """Mean slope 1 - (z / cap)^2 of each dropped column [tiles, V], its logit read back from its code."""
-    tiles = columns.shape[0]
-    mean_rest = torch.stack([rest_lse[i * TILE : (i + 1) * TILE].mean() for i in range(tiles)])
-    z = (columns.to(rest_lse.dtype) - 254) / CODES_PER_OCTAVE * math.log(2.0) + mean_rest[:, None]
+    """`slope_of_codes` for columns [tiles, V], each tile with the mean rest of its rows."""
+    rests = [rest_lse[i * TILE : (i + 1) * TILE].mean() for i in range(columns.shape[0])]
+    return slope_of_codes(columns, torch.stack(rests)[:, None], softcap)
+
+
+def slope_of_codes(codes: Tensor, mean_rest: Tensor, softcap: float) -> Tensor:
+    """Slope 1 - (z / cap)^2 of dropped columns from their codes, whose mass exp(z - rest) gives back a mean logit."""
+    z = (codes.to(mean_rest.dtype) - 254) / CODES_PER_OCTAVE * math.log(2.0) + mean_rest
     return 1 - (z / softcap).clamp(-1, 1).square()

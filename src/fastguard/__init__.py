@@ -1,3 +1,32 @@
 """fastguard: fused kernels and drop-in modules that immunize open-weight models against harmful fine-tuning."""
 
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
 __version__ = "0.1.0"
+
+_HOMES = {
+    "RepNoiseLoss": "fastguard.losses.repnoise",
+    "PairedCollator": "fastguard.data.collate",
+    "lm_head_stats": "fastguard.ops.lm_head_stats",
+    "lens_stats": "fastguard.ops.lens_stats",
+    "linear_cross_entropy": "fastguard.ops.linear_cross_entropy",
+    "gaussian_mmd": "fastguard.ops.gaussian_mmd",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    """Public names are imported on first use, so that ``import fastguard`` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastguard' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,372 @@
+"""Representation Noising as a drop-in loss (Rosati et al. 2024, arXiv 2405.14577).
+
+loss = CE(harmless) + beta * noise - alpha * log(harmful / (L + 1) + 1)
+
+with ``harmful`` the sum of the cross-entropies of the harmful answer read from the model's output and, through
+final norm and head, from each of the L + 1 hidden states; ``noise`` the mean over the L layers of the MMD^2
+between the MLP's outputs and Gaussian noise. The defaults are those of the published code, quirks included.
+
+Both halves of the pair run as one concatenated batch, and every term is taken by a tap where its activation
+arises: no activation is captured and no [B, T, V] logits are made.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.losses import paired
+from fastguard.losses.paired import Rows
+from fastguard.ops.gaussian_mmd import gaussian_mmd
+from fastguard.taps import Gate, Lens, Scope, Taps, find_structure
+from fastguard.taps.structure import reshard
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "short_run": {"alpha": 60.0, "beta": 1.0, "retain_weight": 3.0, "mask_padding": True},
+}
+"""Named settings for `RepNoiseLoss.preset`."""
+
+
+class _PairScope(Scope):
+    """The concatenated forward: harmful samples first, harmless samples after them.
+
+    Args:
+        lens: the head. batch: samples of one half. harmful, harmless: their rows in the concatenation.
+        entries: the hidden states to read. noise, mask: arguments of ``gaussian_mmd``.
+    """
+
+    output: Tensor | None
+    hidden: dict[int, Tensor]
+    mmd: dict[int, Tensor]
+
+    def __init__(
+        self, lens: Lens, batch: int, harmful: Rows, harmless: Rows, entries: frozenset[int],
+        noise: dict[str, Any], mask: Tensor,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.lens, self.batch, self.harmful, self.entries = lens, batch, harmful, entries
+        self.noise, self.mask = noise, mask
+        self.rows = torch.cat([harmful.rows, harmless.rows])
+        self.target = torch.cat([harmful.target, harmless.target])
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: an MLP's output, a hidden state, or the final norm's output."""
+        if kind == "mlp":
+            samples = x.reshape(2 * self.batch, -1)[: self.batch]
+            value = gaussian_mmd(samples[None], self.mask, layer=index, **self.noise)[0]
+            if keep:
+                self.mmd[index] = value
+            return
+        if kind == "norm":
+            ce = self.lens.cross_entropy(x, self.rows, self.target, normed=True, keep=keep)
+            if keep:
+                self.output = ce
+        if index in self.entries:
+            ce = self.lens.cross_entropy(x, self.harmful.rows, self.harmful.target, normed=False, keep=keep).sum()
+            if keep:
+                self.hidden[index] = ce
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.output, self.hidden, self.mmd = None, {}, {}
+
+
+class _RetainScope(Scope):
+    """A plain forward of which only the output's cross-entropy is read."""
+
+    output: Tensor | None
+
+    def __init__(self, lens: Lens, rows: Tensor, target: Tensor) -> None:
+        super().__init__()
+        self.lens, self.rows, self.target = lens, rows, target
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: the final norm's output."""
+        if kind == "norm":
+            ce = self.lens.cross_entropy(x, self.rows, self.target, normed=True, keep=keep)
+            if keep:
+                self.output = ce
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.output = None
+
+
+class RepNoiseLoss(nn.Module):
+    """The loss of Representation Noising on paired batches.
+
+    The model is not a submodule: the loss has no parameters, its state_dict holds the noise counter alone, and
+    ``.train()``, ``.to()`` do not reach the model. Construct it before the model's first compiled call and
+    before wrapping by DDP or FSDP, and hand the wrapped model to each call.
+
+    Warning: the published defaults did no more than plain safe fine-tuning in a short run (tens of steps on a
+    135M model): the cross-entropy inside the logarithm starts near 25, so that alpha 1 hardly pulls. See the
+    preset ``short_run`` for what did: ``RepNoiseLoss.preset(model, "short_run")`` with a ``retain`` batch.
+
+    Args:
+        model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
+        alpha: weight of the ascent on harmful answers. beta: weight of the noise term.
+        seed: of the noise.
+        filter_tol: see ``lm_head_stats``; 0 is exact, None the default of the dtype.
+        mask: ``difference`` (published: the tokens at which the two sequences differ) or ``labels``.
+        mask_padding: leave padding out. The published code does not: where answers differ in length, the
+            padding of the shorter one carries loss. True is recommended.
+        boundary: ``constant`` (published) counts a surviving label as log V where the position that predicts
+            it is masked out itself; ``predicted`` lets that position predict it.
+        ignore_token_zero: published: a label that is token id 0 is ignored. False counts it.
+        norm_last_twice: published: the last hidden state, already normed, goes through the norm again.
+        layers: how many of the L + 1 hidden states are read per step, drawn afresh and weighted so that the sum
+            inside the logarithm is unbiased; None reads all.
+        retain_weight: weight of the cross-entropy on the ``retain`` batch, if one is given.
+        mlp_of: from a decoder layer to its MLP, where the model's structure does not tell.
+
+    Attributes:
+        components: of the last call, detached: ``loss``, ``harmless_ce``, ``noise`` (mean), ``noise_per_layer``
+            [L], ``harmful_ce`` [L + 2] (model output, then each hidden state; NaN for those not read) and
+            ``retain_ce`` if there was a retain batch.
+
+    Raises:
+        ValueError: the model has no findable head, final norm or layers, or an option is out of range.
+    """
+
+    call: Tensor
+
+    def __init__(
+        self,
+        model: nn.Module,
+        alpha: float = 1.0,
+        beta: float = 0.001,
+        seed: int = 0,
+        filter_tol: float | None = None,
+        *,
+        mask: str = "difference",
+        mask_padding: bool = False,
+        boundary: str = "constant",
+        ignore_token_zero: bool = True,
+        norm_last_twice: bool = True,
+        layers: int | None = None,
+        retain_weight: float = 1.0,
+        mlp_of: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (("mask", mask, paired.MASKS), ("boundary", boundary, paired.BOUNDARIES)):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        self.structure = find_structure(model, mlp_of)
+        entries = len(self.structure.layers) + 1
+        if layers is not None and not 1 <= layers <= entries:
+            raise ValueError(f"layers: expected None or 1 to {entries} (hidden states of this model), got {layers}")
+        self.alpha, self.beta, self.seed, self.filter_tol = alpha, beta, seed, filter_tol
+        self.mask, self.mask_padding, self.boundary = mask, mask_padding, boundary
+        self.ignore_token_zero, self.norm_last_twice = ignore_token_zero, norm_last_twice
+        self.layers, self.retain_weight = layers, retain_weight
+        self.components: dict[str, Tensor] = {}
+        self._model = (model,)  # in a tuple, so that it does not become a submodule
+        self._last_noise: dict[str, Any] | None = None
+        self.register_buffer("call", torch.zeros((), dtype=torch.int64))
+        self._taps = self._place_taps()
+        self._finalizer = weakref.finalize(self, self._taps.close)
+
+    @classmethod
+    def preset(cls, model: nn.Module, name: str, **changes: Any) -> RepNoiseLoss:
+        """A loss with named settings, ``changes`` on top.
+
+        ``published``: the published code. ``short_run``: alpha 60, beta 1, retain_weight 3, mask_padding; in a
+        trial of 28 steps (SmolLM2-135M-Instruct, lr 1.5e-4, one seed) it delayed a harmful fine-tuning attack
+        fivefold, where the published settings did not delay it at all. Give it a retain batch: without one
+        harmless perplexity quadrupled.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(model, **{**PRESETS[name], **changes})
+
+    def _place_taps(self) -> Taps:
+        parts = self.structure
+        taps = Taps(parts.model)
+        taps.input(parts.layers[0], "hidden", 0)
+        for i, layer in enumerate(parts.layers[:-1]):
+            taps.output(layer, "hidden", i + 1)
+        for i, mlp in enumerate(parts.mlps):
+            taps.output(mlp, "mlp", i)
+        taps.output(parts.norm, "norm", len(parts.layers))
+        return taps
+
+    def forward(
+        self,
+        *,
+        harmful: Mapping[str, Tensor],
+        harmless: Mapping[str, Tensor],
+        retain: Mapping[str, Tensor] | None = None,
+        retain_weight: float | None = None,
+        model: nn.Module | None = None,
+        sample_offset: int | None = None,
+    ) -> Tensor:
+        """The loss of one paired batch, 0-dim, in fp32 (float64 for a float64 model).
+
+        Args:
+            harmful, harmless: ``input_ids`` [B, T], usually ``attention_mask`` [B, T], optionally ``labels`` and
+                whatever else the model takes per sample; the same entries and shapes in both.
+            retain: a batch of any shape on which plain cross-entropy is kept low: on ``labels`` where it has
+                them (-100 ignored), else on every token that is not padding.
+            retain_weight: for this call instead of the constructor's.
+            model: the model as wrapped by DDP, FSDP or accelerate after construction.
+            sample_offset: index of the first sample among all ranks' samples, from which the noise is drawn;
+                by default rank * B.
+
+        Raises:
+            ValueError: batches that do not fit each other, or none of whose tokens carries loss.
+            FloatingPointError: a component is not finite; the message names it and its layer.
+            RuntimeError: reentrant checkpointing, or taps that did not fire.
+        """
+        paired.check_pair(harmful, harmless)
+        masks = paired.token_masks(harmful, harmless, self.mask, self.mask_padding)
+        options = (self.boundary, self.ignore_token_zero)
+        bad = paired.surviving_rows(harmful["input_ids"], masks[0], *options)
+        good = paired.surviving_rows(harmless["input_ids"], masks[1], *options)
+        for name, rows in (("harmful", bad), ("harmless", good)):
+            if int(rows.total) == 0:
+                raise ValueError(
+                    f"{name}: no token carries loss; expected at least one position t > 0 at which the mask "
+                    f"({self.mask}{', padding left out' if self.mask_padding else ''}) is set"
+                )
+        wrapped = self._model[0] if model is None else model
+        reshard(wrapped)
+        batch, length = harmful["input_ids"].shape
+        noise = {
+            "seed": self.seed,
+            "call": self.call.to(harmful["input_ids"].device, copy=True),
+            "sample_offset": batch * _rank() if sample_offset is None else sample_offset,
+        }
+        lens = Lens(self.structure, self.filter_tol)
+        good_in_pair = good._replace(rows=good.rows + batch * length)
+        entries = self._drawn_entries()
+        read = entries if self.norm_last_twice else entries - {len(self.structure.layers)}
+        scopes: list[Scope] = [scope := _PairScope(lens, batch, bad, good_in_pair, read, noise, masks[0])]
+        try:
+            with self._taps.on(scope):
+                zero = self._run(wrapped, {k: torch.cat([harmful[k], harmless[k]]) for k in harmful})
+                output, hidden, mmd = scope.output, scope.hidden, scope.mmd
+            if output is None or len(mmd) != len(self.structure.mlps) or len(hidden) != len(read):
+                raise _silent_taps()
+            if not self.norm_last_twice and len(read) < len(entries):
+                hidden[len(self.structure.layers)] = output[: bad.rows.shape[0]].sum()
+            parts = self._combine(output, hidden, mmd, bad, good)
+            if retain is not None:
+                scopes.append(aside := _RetainScope(lens, *_next_tokens(retain)))
+                with self._taps.on(aside):
+                    zero = zero + self._run(wrapped, retain)
+                    output = aside.output
+                if output is None:
+                    raise _silent_taps()
+                parts["retain_ce"] = output.mean()
+                weight = self.retain_weight if retain_weight is None else retain_weight
+                parts["loss"] = parts["loss"] + weight * parts["retain_ce"]
+        finally:
+            lens.end()
+        parts["loss"] = parts["loss"] + zero.to(parts["loss"].dtype)
+        self._check_finite(parts, entries)
+        self.components = {name: value.detach() for name, value in parts.items()}
+        self._last_noise = {**noise, "shape": (batch, length, lens.weight.shape[1])}
+        self.call += 1
+        loss = parts["loss"]
+        return Gate.apply(loss, self._taps, scopes) if loss.requires_grad else loss  # type: ignore[no-any-return]
+
+    def _run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """One forward; returns 0 * (what logits it made), which keeps every wrapper's backward in the graph."""
+        options: dict[str, Any] = {}
+        if "logits_to_keep" in self.structure.arguments:
+            options["logits_to_keep"] = 1
+        if "use_cache" in self.structure.arguments:
+            options["use_cache"] = False
+        out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
+        logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+        return 0 * logits.sum()
+
+    def _drawn_entries(self) -> frozenset[int]:
+        """The hidden states that this step reads: all, or ``layers`` of them drawn from (seed, call)."""
+        entries = range(len(self.structure.layers) + 1)
+        if self.layers is None:
+            return frozenset(entries)
+        return frozenset(random.Random(f"{self.seed}:{int(self.call)}").sample(entries, self.layers))
+
+    def _combine(
+        self, output: Tensor, hidden: Mapping[int, Tensor], mmd: Mapping[int, Tensor], bad: Rows, good: Rows
+    ) -> dict[str, Tensor]:
+        """The loss and its components, from per-row cross-entropies of the output and sums of the hidden states."""
+        log_v = math.log(self.structure.vocabulary)
+        entries = len(self.structure.layers) + 1
+
+        def mean(total: Tensor, rows: Rows) -> Tensor:
+            return (total + rows.boundary * log_v) / rows.total
+
+        split = bad.rows.shape[0]
+        harmless_ce, output_ce = mean(output[split:].sum(), good), mean(output[:split].sum(), bad)
+        lens = {i: mean(total, bad) for i, total in hidden.items()}
+        harmful = output_ce + torch.stack(list(lens.values())).sum() * (entries / len(lens))
+        per_layer = torch.stack([mmd[i] for i in range(len(mmd))]).to(output.dtype)
+        noise = per_layer.mean()
+        missing = output_ce.new_full((), math.nan)
+        return {
+            "loss": harmless_ce + self.beta * noise - self.alpha * torch.log(harmful / entries + 1),
+            "harmless_ce": harmless_ce,
+            "noise": noise,
+            "noise_per_layer": per_layer,
+            "harmful_ce": torch.stack([output_ce, *(lens.get(i, missing) for i in range(entries))]),
+        }
+
+    def _check_finite(self, parts: Mapping[str, Tensor], entries: frozenset[int]) -> None:
+        """Raise a FloatingPointError that names the first component, and its layer, that is not finite."""
+        count = len(self.structure.layers) + 1
+        values: dict[str, Tensor] = {"harmless_ce": parts["harmless_ce"]}
+        values["harmful_ce of the model's output"] = parts["harmful_ce"][0]
+        for i in (i for i in range(count) if i in entries):
+            values[f"harmful_ce of hidden state {i} (of 0 to {count - 1})"] = parts["harmful_ce"][i + 1]
+        for i, value in enumerate(parts["noise_per_layer"]):
+            values[f"noise of layer {i} (of 0 to {count - 2})"] = value
+        if "retain_ce" in parts:
+            values["retain_ce"] = parts["retain_ce"]
+        values["loss"] = parts["loss"]
+        given = torch.stack([value.detach().to(parts["loss"].dtype) for value in values.values()]).tolist()
+        for name, value in zip(values, given, strict=True):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"RepNoiseLoss: {name} is {value}")
+
+    def close(self) -> None:
+        """Remove the hooks from the model; the loss is of no use afterwards."""
+        self._finalizer()
+
+
+def _rank() -> int:
+    distributed = torch.distributed
+    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+
+
+def _silent_taps() -> RuntimeError:
+    return RuntimeError(
+        "RepNoiseLoss: the forward did not pass its taps. Construct the loss before the first call of a compiled "
+        "model, and let model= be a wrapper of the model that the loss was constructed with, not a copy of it"
+    )
+
+
+def _next_tokens(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows into the flattened positions of a plain batch and the tokens they predict."""
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError("retain: expected input_ids of shape [B, T]")
+    if "labels" in batch:
+        label, counts = batch["labels"], batch["labels"] != -100
+    else:
+        label, counts = ids, batch["attention_mask"] != 0 if "attention_mask" in batch else ids >= 0
+    where = counts[:, 1:].nonzero()
+    if where.shape[0] == 0:
+        raise ValueError("retain: no token carries loss")
+    return where[:, 0] * ids.shape[1] + where[:, 1], label[:, 1:][counts[:, 1:]]

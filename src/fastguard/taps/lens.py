@@ -1,0 +1,63 @@
+"""A hidden state read through the final norm and the head: the cross-entropy of chosen rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastguard.ops.lens_stats import lens_stats
+from fastguard.taps import anchor
+from fastguard.taps.structure import Structure, head_parameters
+
+
+class Lens:
+    """The head and the final norm as all taps of one loss call share them.
+
+    The head's gradient is one buffer for all taps: a token passes from tap to tap and its gradient is the
+    buffer (see ``lens_stats``). Construct it before the forward, while parameters are sharded.
+
+    Args:
+        structure: the model's parts.
+        filter_tol: see ``lm_head_stats``.
+    """
+
+    def __init__(self, structure: Structure, filter_tol: float | None) -> None:
+        self.structure, self.filter_tol = structure, filter_tol
+        weight, bias = head_parameters(structure.head)
+        self.weight = anchor.full(weight)
+        self.bias = anchor.anchored(bias)
+        self.first_token = self.token = anchor.token(weight)
+        norm = structure.norm
+        self.norm_weight = self.norm_bias = None
+        if structure.norm_kind is not None:
+            self.norm_weight = anchor.anchored(getattr(norm, "weight", None))
+            self.norm_bias = anchor.anchored(getattr(norm, "bias", None))
+
+    def cross_entropy(self, hidden: Tensor, rows: Tensor, target: Tensor, normed: bool, keep: bool) -> Tensor:
+        """Cross-entropy [N] of head(norm(hidden[rows])) against target, fp32 (float64 for float64).
+
+        Args:
+            hidden: [..., D]. rows: [N] into its flattened rows. target: [N].
+            normed: ``hidden`` has been through the final norm already; read it as it is.
+            keep: False in a recompute, whose results are dropped: it must not take part in the token chain.
+        """
+        kind = "none" if normed else self.structure.norm_kind
+        if kind is None:
+            hidden = self.structure.norm.forward(hidden.reshape(-1, hidden.shape[-1])[rows])
+            rows, kind = torch.arange(rows.shape[0], device=rows.device), "none"
+        if self.weight.dtype != hidden.dtype:  # mixed precision: products in the activations' dtype
+            self.weight = self.weight.to(hidden.dtype)
+        stats, token = lens_stats(
+            hidden, rows, self.weight, target,
+            norm_kind=kind, norm_weight=None if kind == "none" else self.norm_weight,
+            norm_bias=None if kind == "none" else self.norm_bias, norm_eps=self.structure.norm_eps,
+            bias=self.bias, scale=self.structure.scale, softcap=self.structure.softcap, filter_tol=self.filter_tol,
+            token=self.token if keep else self.first_token,
+        )  # fmt: skip
+        if keep:
+            self.token = token
+        return torch.nn.functional.softplus(stats.rest_lse - stats.target_logit)
+
+    def end(self) -> None:
+        """Forget the token: it refers to the graph, and checkpoints in the graph refer to this lens."""
+        self.token = None

@@ -1,0 +1,324 @@
+"""Find a causal language model's head, final norm, decoder layers and MLPs by watching it run, not by names.
+
+A probe forward of a few tokens records every module's input and output. The final norm is the module that
+produced the head's input; the decoder layers are the ModuleList whose last item produced the norm's input; a
+layer's MLP is the last of its children, attention aside, that has weight matrices and returns a hidden state.
+What the probe found is then verified: scale(head(norm(h))) must be the model's logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.ops import final_norm
+from fastguard.taps.anchor import full
+from fastguard.taps.taps import first_tensor
+
+PROBE_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The parts of a causal language model.
+
+    Attributes:
+        model: the model under every wrapper (DDP, PEFT, compiled).
+        head, norm, layers, mlps: its modules; one MLP per layer.
+        norm_kind: a kind of ``ops/final_norm.py``, or None for a norm that is called as a module.
+        norm_eps: the norm's epsilon.
+        scale, softcap: what the model does to the head's output (see ``lm_head_stats``).
+        vocabulary: columns of the head.
+        arguments: the names of the arguments of the model's forward.
+    """
+
+    model: nn.Module
+    head: nn.Module
+    norm: nn.Module
+    layers: tuple[nn.Module, ...]
+    mlps: tuple[nn.Module, ...]
+    norm_kind: str | None
+    norm_eps: float
+    scale: float
+    softcap: float | None
+    vocabulary: int
+    arguments: frozenset[str]
+
+
+@dataclass
+class _Call:
+    module: nn.Module
+    x: Tensor | None
+    y: Tensor
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The language model inside torch.compile, DistributedDataParallel, PEFT and checkpoint wrappers."""
+    while True:
+        if hasattr(model, "get_base_model"):
+            config = getattr(model, "active_peft_config", None)
+            if getattr(config, "is_prompt_learning", False):
+                raise ValueError(
+                    "model: prompt tuning adds positions to the hidden states and is not supported; use LoRA"
+                )
+            model = model.get_base_model()  # type: ignore[operator]
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "_checkpoint_wrapped_module"):
+            model = model._checkpoint_wrapped_module  # type: ignore[assignment]
+        elif hasattr(model, "_fsdp_wrapped_module"):
+            raise ValueError("model: FSDP1 flattens the head's weight; use FSDP2 (torch.distributed.fsdp.fully_shard)")
+        elif [name for name, _ in model.named_children()] == ["module"]:
+            model = model.module  # type: ignore[assignment]
+        else:
+            return model
+
+
+def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The weight [V, D] and bias [V] that a head computes with; with LoRA on it, base plus delta (differentiable).
+
+    Raises ValueError where the head has no weight matrix.
+    """
+    weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
+    if not isinstance(weight, Tensor) or weight.dim() != 2:
+        raise ValueError(f"model: its head {type(head).__name__} has no [V, D] weight")
+    if hasattr(head, "get_delta_weight") and not head.disable_adapters and not head.merged:
+        for adapter in head.active_adapters:  # type: ignore[union-attr]
+            if adapter in head.lora_A or adapter in head.lora_embedding_A:  # type: ignore[operator]
+                weight = weight + head.get_delta_weight(adapter).to(weight.dtype)  # type: ignore[operator]
+    return weight, bias if isinstance(bias, Tensor) else None
+
+
+def find_structure(model: nn.Module, mlp_of: Callable[[nn.Module], nn.Module] | None = None) -> Structure:
+    """Probe ``model`` and return its parts. Runs two forwards of a few tokens, in evaluation mode, no gradients.
+
+    Args:
+        model: a causal language model that takes ``input_ids`` and returns logits; it may be wrapped.
+        mlp_of: from a decoder layer to the module whose output counts as its MLP's, where the rule fails.
+
+    Raises:
+        ValueError: no head, final norm, layers or MLPs are found, or the logits are not head(norm(h)) up to a
+            scale and a soft-cap.
+    """
+    base = unwrap(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ValueError("model: expected a decoder-only language model, got an encoder-decoder")
+    arguments = frozenset(inspect.signature(base.forward).parameters)
+    head = _head(base)
+    weight, _ = head_parameters(head)
+    if weight.device.type == "meta":
+        raise ValueError("model: its parameters are on the meta device; load them before the loss is constructed")
+    with _quiet(model, base):
+        calls, logits = _record(base, arguments, weight.shape[0])
+        at = _last(calls, head)
+        if at is None or calls[at].x is None:
+            raise ValueError(f"model: its head {type(head).__name__} took no part in a forward")
+        normed = calls[at].x
+        assert normed is not None
+        norm_call = next((c for c in calls[:at] if _leaf(c.module) and _same(c.y, normed)), None)
+        if norm_call is None or norm_call.x is None:
+            raise ValueError("model: no module produces the head's input; expected a final norm before the head")
+        layers, mlps = _layers(base, calls, norm_call.x, mlp_of)
+        scale, softcap = _transform(calls[at].y, logits, base)
+        kind, eps = _verify(base, arguments, head, norm_call, normed)
+    return Structure(base, head, norm_call.module, layers, mlps, kind, eps, scale, softcap, weight.shape[0], arguments)
+
+
+def _head(base: nn.Module) -> nn.Module:
+    getter = getattr(base, "get_output_embeddings", None)
+    head = getter() if callable(getter) else getattr(base, "lm_head", None)
+    if not isinstance(head, nn.Module):
+        raise ValueError(
+            f"model: {type(base).__name__} has no language model head (get_output_embeddings gave {head!r})"
+        )
+    return head
+
+
+@contextlib.contextmanager
+def _quiet(model: nn.Module, base: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own mode, and every FSDP2 shard, is put back."""
+    modes = [(module, module.training) for module in base.modules()]
+    try:
+        base.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Shard every FSDP2 group again: after a forward without backward the root computes on a stale full copy."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def _run(base: nn.Module, arguments: frozenset[str], vocabulary: int) -> Tensor:
+    device = next(base.parameters()).device
+    ids = torch.arange(1, PROBE_TOKENS + 1, device=device)[None] % vocabulary
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in arguments else {}
+    out = base(input_ids=ids, **options)
+    return out.logits if hasattr(out, "logits") else first_tensor(out)
+
+
+def _record(base: nn.Module, arguments: frozenset[str], vocabulary: int) -> tuple[list[_Call], Tensor]:
+    """Every module call in order of completion, and the logits."""
+    calls: list[_Call] = []
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+        with contextlib.suppress(TypeError):
+            calls.append(_Call(module, given[0] if given else None, first_tensor(output)))
+
+    handles = [m.register_forward_hook(hook, with_kwargs=True) for m in base.modules() if m is not base]
+    try:
+        return calls, _run(base, arguments, vocabulary)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _last(calls: list[_Call], module: nn.Module) -> int | None:
+    return next((i for i in reversed(range(len(calls))) if calls[i].module is module), None)
+
+
+def _leaf(module: nn.Module) -> bool:
+    return next(module.children(), None) is None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _layers(
+    base: nn.Module, calls: list[_Call], last: Tensor, mlp_of: Callable[[nn.Module], nn.Module] | None
+) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
+    """The ModuleList whose last item returned ``last``, and one MLP per item."""
+    by_module = {call.module: call for call in calls}
+    for candidate in base.modules():
+        if isinstance(candidate, nn.ModuleList) and len(candidate):
+            call = by_module.get(candidate[-1])
+            if call is not None and _same(call.y, last):
+                layers = tuple(candidate)
+                break
+    else:
+        raise ValueError("model: no ModuleList of decoder layers ends in the final norm's input")
+    if mlp_of is not None:
+        return layers, tuple(mlp_of(layer) for layer in layers)
+    return layers, tuple(_mlp(layer, i, calls, last.shape[-1]) for i, layer in enumerate(layers))
+
+
+def _mlp(layer: nn.Module, index: int, calls: list[_Call], width: int) -> nn.Module:
+    layer = getattr(layer, "_checkpoint_wrapped_module", layer)
+    children = {
+        child
+        for name, child in layer.named_children()
+        if "attn" not in name.lower() and "attention" not in name.lower()
+        if any(p.dim() >= 2 for p in child.parameters())
+    }
+    called = [c.module for c in calls if c.module in children and c.y.shape[-1] == width]
+    if not called:
+        raise ValueError(
+            f"model: layer {index} ({type(layer).__name__}) has no child that looks like an MLP; name it by mlp_of="
+        )
+    return called[-1]
+
+
+def _text_config(base: nn.Module) -> Any:
+    config: Any = getattr(base, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    eps = torch.finfo(b.dtype).eps
+    return bool((a.double() - b.double()).abs().max() <= 64 * eps * b.double().abs().max().clamp_min(1e-30))
+
+
+def _transform(raw: Tensor, logits: Tensor, base: nn.Module) -> tuple[float, float | None]:
+    """(scale, softcap) that turn the head's output into the logits."""
+    config = _text_config(base)
+
+    def number(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return float(value) if value else None
+
+    softcap = number("final_logit_softcapping")
+    divisor = number("logits_scaling")
+    scales = [1.0, number("logit_scale"), 1 / divisor if divisor else None]
+    for scale in (s for s in scales if s is not None):
+        for cap in (None, softcap) if softcap else (None,):
+            z = raw.double() * scale
+            z = cap * torch.tanh(z / cap) if cap else z
+            if _close(z.to(logits.dtype), logits):
+                return scale, cap
+    raise ValueError(
+        "model: its logits are not its head's output up to final_logit_softcapping, logit_scale or logits_scaling "
+        f"of the config (largest difference {float((raw.double() - logits.double()).abs().max()):.3g})"
+    )
+
+
+def _verify(
+    base: nn.Module, arguments: frozenset[str], head: nn.Module, norm_call: _Call, normed: Tensor
+) -> tuple[str | None, float]:
+    """(norm kind, eps); raises unless head_parameters gives what the head computes.
+
+    Both modules are called on probe vectors from their own pre-forward hooks, where FSDP has gathered them.
+    """
+    found: dict[str, Any] = {}
+
+    def at_norm(module: nn.Module, args: Any) -> None:
+        rows = first_tensor(args).reshape(-1, normed.shape[-1])
+        generator = torch.Generator().manual_seed(0)
+        scales = torch.tensor([1e-3, 1e-2, 0.1, 1, 10, 30])[:, None]  # small ones tell epsilons apart
+        noise = scales * torch.randn(len(scales), rows.shape[-1], generator=generator)
+        x = torch.cat([rows, noise.to(rows)])
+        found["norm"] = _norm_kind(module, base, x, module.forward(x))
+
+    def at_head(module: nn.Module, args: Any) -> None:
+        x = first_tensor(args)
+        weight, bias = head_parameters(module)
+        expected = torch.nn.functional.linear(x, full(weight), None if bias is None else full(bias))
+        found["head"] = _close(expected, module.forward(x))
+
+    handles = [norm_call.module.register_forward_pre_hook(at_norm), head.register_forward_pre_hook(at_head)]
+    try:
+        _run(base, arguments, head_parameters(head)[0].shape[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found["head"]:
+        raise ValueError(f"model: its head {type(head).__name__} is not a linear map by its weight and bias")
+    kind, eps = found["norm"]
+    if kind is None:
+        warnings.warn(
+            f"final norm {type(norm_call.module).__name__}: neither an RMS nor a layer norm; it will be called as a "
+            "module, and every layer keeps a copy of its normed rows",
+            stacklevel=4,
+        )
+    return kind, eps
+
+
+def _norm_kind(norm: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> tuple[str | None, float]:
+    """The kind and the epsilon whose arithmetic comes nearest to ``y``, the norm's output; (None, 0) if none does."""
+    config = _text_config(base)
+    named = [getattr(config, name, None) for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")]
+    candidates = {float(v) for v in (*vars(norm).values(), *named) if isinstance(v, float) and 0 <= v < 0.1}
+    candidates.add(torch.finfo(x.dtype).eps)  # nn.RMSNorm's own default
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    best: tuple[float, str | None, float] = (float("inf"), None, 0.0)
+    for kind in ("rms", "rms_offset", "layer"):
+        for eps in sorted(candidates):
+            z = final_norm.forward(x, None, kind, weight, bias if kind == "layer" else None, eps)
+            error = float(((z - y).double().norm(dim=-1) / y.double().norm(dim=-1).clamp_min(1e-30)).max())
+            best = min(best, (error, kind, eps), key=lambda item: item[0])
+    rounding = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)  # float64 models norm in float32
+    return (best[1], best[2]) if best[0] <= 8 * rounding else (None, 0.0)

@@ -1,0 +1,272 @@
+"""Permanent hooks that hand activations to the scope of the forward in progress.
+
+A *site* is a hook on one module. Hooks added after a model's first compiled call never fire, so sites are
+registered once and switched on and off by the scope they hold: a scope while a tapped forward runs, None
+between forwards.
+
+A *scope* is what the taps of one forward share. Activation checkpointing runs parts of the forward again
+during backward, when the scope of that forward is long gone from the sites, or another has taken its place;
+a tap that then reads the wrong scope gives wrong gradients without a word. Hence two bindings:
+
+* the checkpoint functions of the model's modules (transformers' ``_gradient_checkpointing_func``, torch's
+  ``CheckpointWrapper.checkpoint_fn``) are wrapped so that what they run re-enters the scope it began in;
+* under any other checkpointer the scope is that of the backward in progress, which `Gate` announces; two of
+  them in one backward are an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+CHECKPOINT_FUNCTIONS = ("_gradient_checkpointing_func", "checkpoint_fn")
+"""Attributes that hold the checkpoint function of a transformers module and of torch's CheckpointWrapper."""
+
+
+class Scope:
+    """What the taps of one forward share; losses subclass it and say in `observe` what a site is worth.
+
+    It must hold no tensor computed from activations once its forward is over: checkpoints keep the scope,
+    and the graph keeps the checkpoints.
+    """
+
+    def __init__(self) -> None:
+        self.grad_enabled = torch.is_grad_enabled()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """Take the statistic of activation ``x`` at site (kind, index).
+
+        keep: False in a recompute, where the same operations must run and their results be dropped.
+        """
+        raise NotImplementedError
+
+    def end(self) -> None:
+        """Drop everything that was computed from activations; called when the forward is over or failed."""
+        raise NotImplementedError
+
+
+class _Off(Scope):
+    """The scope of a forward that is not tapped, so that its recompute is not tapped either."""
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+
+OFF = _Off()
+
+
+class Inert:
+    """What a site becomes in a deep copy or a pickle of the model: it must not reach into the original's store."""
+
+    def __call__(self, *_: Any) -> None:
+        """Do nothing."""
+
+
+def first_tensor(value: Any) -> Tensor:
+    """The activation in a module's output: the tensor itself or the first tensor of a tuple or a list."""
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            if isinstance(item, Tensor):
+                return item
+    raise TypeError(f"tapped module: expected a tensor or a tuple that holds one, got {type(value).__name__}")
+
+
+class Site:
+    """A forward hook: shows the output of its module to the scope it holds."""
+
+    def __init__(self, taps: Taps, module: nn.Module, kind: str, index: int) -> None:
+        self.taps, self.module, self.kind, self.index = taps, module, kind, index
+        self.scope: Scope | None = None
+
+    def register(self) -> RemovableHandle:
+        """Put the hook on its module."""
+        return self.module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The hook that torch calls."""
+        self.fire(output)
+
+    def fire(self, value: Any) -> None:
+        """Let the scope observe ``value``, if there is one."""
+        scope = self.scope
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if scope is None and recomputing:
+            scope = self.taps.scope_of_backward()
+        if scope is None or scope is OFF:
+            return
+        if scope.grad_enabled and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{type(self.module).__name__} runs without gradients inside a forward that has them, as under "
+                "reentrant activation checkpointing, which would silently drop this tap's gradient. Use the "
+                "non-reentrant form: gradient_checkpointing_enable({'use_reentrant': False})"
+            )
+        scope.observe(self.kind, self.index, first_tensor(value), not recomputing)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Inert, ()
+
+
+class InputSite(Site):
+    """A forward pre-hook: shows the first input of its module to the scope it holds."""
+
+    def register(self) -> RemovableHandle:
+        """Put the hook on its module."""
+        return self.module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """The hook that torch calls."""
+        self.fire(args if args else kwargs.get("hidden_states"))
+
+
+class _Bound:
+    """A function that runs with the scopes that the sites held when it was handed to a checkpoint."""
+
+    def __init__(self, run: Callable[..., Any], sites: Sequence[Site]) -> None:
+        self.run = run
+        self.bound = [(site, site.scope or OFF) for site in sites]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        before = [site.scope for site, _ in self.bound]
+        for site, scope in self.bound:
+            site.scope = scope
+        try:
+            return self.run(*args, **kwargs)
+        finally:
+            for (site, _), previous in zip(self.bound, before, strict=True):
+                site.scope = previous
+
+
+class BoundCheckpoint:
+    """Stands in for a module's checkpoint function; copies and pickles get the function itself."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.sites: list[Site] = []
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the checkpoint function on ``run`` bound to the scopes of this moment."""
+        if torch.compiler.is_compiling():  # the compiled recompute reads graph inputs, no scope
+            return self.function(run, *args, **kwargs)
+        return self.function(_Bound(run, self.sites), *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (self.function,)
+
+
+class Taps:
+    """The sites of one loss on one model.
+
+    Args:
+        model: the module under which every site and checkpoint function is found.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.sites: list[Site] = []
+        self._handles: list[RemovableHandle] = []
+        self._task = -1
+        self._live: list[weakref.ref[Scope]] = []
+
+    def output(self, module: nn.Module, kind: str, index: int = 0) -> None:
+        """Tap the output of ``module``."""
+        self._add(Site(self, module, kind, index))
+
+    def input(self, module: nn.Module, kind: str, index: int = 0) -> None:
+        """Tap the first input of ``module``."""
+        self._add(InputSite(self, module, kind, index))
+
+    def _add(self, site: Site) -> None:
+        self.sites.append(site)
+        self._handles.append(site.register())
+
+    @contextlib.contextmanager
+    def on(self, scope: Scope) -> Iterator[None]:
+        """Serve ``scope`` while one forward runs; whatever happens in it, the sites end up switched off."""
+        if any(site.scope is not None for site in self.sites):
+            raise RuntimeError("taps: a tapped forward is already in progress on this model; it cannot be nested")
+        self._bind_checkpoints()
+        try:
+            for site in self.sites:
+                site.scope = scope
+            yield
+        finally:
+            for site in self.sites:
+                site.scope = None
+            scope.end()
+
+    def _bind_checkpoints(self) -> None:
+        """Wrap checkpoint functions not yet wrapped: checkpointing may be switched on at any time."""
+        for module in self.model.modules():
+            for name in CHECKPOINT_FUNCTIONS:
+                function = module.__dict__.get(name)
+                if function is None:
+                    continue
+                if not isinstance(function, BoundCheckpoint):
+                    function = BoundCheckpoint(function)
+                    setattr(module, name, function)
+                if not any(site.taps is self for site in function.sites):
+                    inside = set(module.modules())
+                    function.sites += [site for site in self.sites if site.module in inside]
+
+    def begin_backward(self, scope: Scope) -> None:
+        """Note that the backward in progress belongs to ``scope`` (see `Gate`)."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task, self._live = task, []
+        self._live.append(weakref.ref(scope))
+
+    def scope_of_backward(self) -> Scope | None:
+        """The scope that the backward in progress belongs to, for a recompute that carries none of its own."""
+        if self._task != torch._C._current_graph_task_id():
+            return None
+        live = [scope for ref in self._live if (scope := ref()) is not None]
+        if len(live) > 1:
+            raise RuntimeError(
+                f"taps: a checkpoint recomputes in a backward of {len(live)} tapped forwards and its checkpoint "
+                "function is not known to fastguard, so that the tap cannot tell which forward it belongs to. Call "
+                "backward once per forward, or use the model's gradient_checkpointing_enable or torch's "
+                "checkpoint_wrapper"
+            )
+        return live[0] if live else None
+
+    def close(self) -> None:
+        """Remove every hook and give the model its own checkpoint functions back."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self.model.modules():
+            for name in CHECKPOINT_FUNCTIONS:
+                function = module.__dict__.get(name)
+                if isinstance(function, BoundCheckpoint):
+                    function.sites = [site for site in function.sites if site.taps is not self]
+                    if not function.sites:
+                        setattr(module, name, function.function)
+        self._handles, self.sites = [], []
+
+
+class Gate(torch.autograd.Function):
+    """Identity on a loss: the first thing its backward does is to tell the taps whose backward this is."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, taps: Taps, scopes: Sequence[Scope]) -> Tensor:
+        """Return the loss; ``scopes`` are those of the forwards that it was computed from."""
+        ctx.taps, ctx.scopes = taps, scopes
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        """Pass the gradient on."""
+        for scope in ctx.scopes:
+            ctx.taps.begin_backward(scope)
+        return grads[0], None, None

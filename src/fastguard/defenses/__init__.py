@@ -1,0 +1,1 @@
+"""Published defenses, each a page of code on the rooms below."""

@@ -71,7 +71,7 @@ def published_loss(
     harmful_sum = torch.stack(ces).sum()
 
     terms = []
-    for i, x in enumerate(captured):
+    for i, x in enumerate(x.reshape(*mask.shape, -1) for x in captured):
         m = mask[..., None].to(x.dtype)
         z = noise(i).to(x)
         terms.append(mmd((x * m).flatten(1), (z * m).flatten(1)))

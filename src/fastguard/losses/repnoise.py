@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from fastguard.losses import paired
 from fastguard.losses.paired import Rows
 from fastguard.ops.gaussian_mmd import gaussian_mmd
+from fastguard.ops.lm_head_stats.op import accumulation_dtype
+from fastguard.ops.philox import gaussian_noise
 from fastguard.taps import Gate, Lens, Scope, Taps, find_structure
 from fastguard.taps.structure import reshard
 
@@ -275,7 +277,8 @@ class RepNoiseLoss(nn.Module):
         parts["loss"] = parts["loss"] + zero.to(parts["loss"].dtype)
         self._check_finite(parts, entries)
         self.components = {name: value.detach() for name, value in parts.items()}
-        self._last_noise = {**noise, "shape": (batch, length, lens.weight.shape[1])}
+        wide = accumulation_dtype(lens.weight.dtype)
+        self._last_noise = {**noise, "shape": (batch, length, lens.weight.shape[1]), "dtype": wide}
         self.call += 1
         loss = parts["loss"]
         return Gate.apply(loss, self._taps, scopes) if loss.requires_grad else loss  # type: ignore[no-any-return]
@@ -339,6 +342,19 @@ class RepNoiseLoss(nn.Module):
         for name, value in zip(values, given, strict=True):
             if not math.isfinite(value):
                 raise FloatingPointError(f"RepNoiseLoss: {name} is {value}")
+
+    def last_noise(self, layer: int) -> Tensor:
+        """The noise of the last call at ``layer``, made again: standard normals [B, T, F], before the mask.
+
+        Raises RuntimeError before the first call, IndexError for a layer that the model does not have.
+        """
+        if self._last_noise is None:
+            raise RuntimeError("last_noise: there has been no call yet")
+        if not 0 <= layer < len(self.structure.layers):
+            raise IndexError(f"layer: expected 0 to {len(self.structure.layers) - 1}, got {layer}")
+        options = dict(self._last_noise)
+        batch, length, width = options.pop("shape")
+        return gaussian_noise(batch, length * width, layer=layer, **options).view(batch, length, width)
 
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""

@@ -94,7 +94,11 @@ def pair(
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter's gradient, taken off the model."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    found = {
+        name.replace("_checkpoint_wrapped_module.", ""): p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     model.zero_grad(set_to_none=True)
     return found
 

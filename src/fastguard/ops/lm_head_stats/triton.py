@@ -6,14 +6,13 @@ Forward, one pass over the logits (2 N D V flops) and no logits in memory:
 
 1. ``target_kernel``: the target logit of each row;
 2. ``scan_kernel``: a program owns (one tile of TILE rows, one part of V). It keeps a running maximum and sums per
-   row, and writes two bytes per (tile, column): the column's mean mass and its *level*, i.e. how many of the
-   thresholds ``tau`` its largest mass stays below. Masses are relative to the running rest lse, which only grows:
-   what is found negligible stays so. The run starts from the rest lse over the first HOT columns (tokenizers number
-   their merges by frequency), which keeps the parts of V comparable;
-3. ``combine_kernel``: sums over the parts, in order (no atomics). The mass that each row loses at each threshold
-   was summed on the way, so the tile's threshold is the largest that keeps every row within ``filter_tol``; where
-   none does, all columns live. The promise is settled here: the backward has nothing to redo;
-4. ``mark_kernel``: turns levels into the code LIVE.
+   row, and writes two bytes per (tile, column), codes of the column's mean and largest mass. Masses are relative to
+   the running rest lse, which only grows: what is found negligible stays so. The run starts from the rest lse over
+   the first HOT columns (tokenizers number their merges by frequency), which keeps the parts of V comparable;
+3. ``combine_kernel``: sums over the parts, in order (no atomics). The scan also summed what each row would lose at
+   two thresholds; the tile takes the larger if it keeps every row within ``filter_tol``, and all columns where
+   none does. The promise is settled here: the backward has nothing to redo;
+4. ``mark_kernel``: gives the columns at or above the threshold the code LIVE.
 
 Backward over the live columns (6 N D C flops), or over all of them in windows:
 
@@ -39,15 +38,15 @@ import math
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+import triton
 from fastguard.ops.lm_head_stats import portable
 from fastguard.ops.lm_head_stats.op import TILE
 
-LEVEL_OCTAVES = (5, 9, 13)
-"""Thresholds: a column may be dropped below filter_tol * 2^-5, 2^-9 or 2^-13 of a row's rest mass."""
+OCTAVES = (6, 11)
+"""A tile's threshold is 6 or 11 octaves below filter_tol (rounded down to a power of two), or 0."""
 
 HOT = 2048
 """Columns that give the scan its starting point; used from 8 times as many columns on (1.6% of V = 128256)."""
@@ -56,6 +55,7 @@ WINDOW_ELEMENTS = 2**26
 """Most elements of dlogits alive at a time: 128 MB in bf16."""
 
 NEGATIVE = tl.constexpr(-1.0e30)
+FAR = tl.constexpr(-1.0e15)  # its square is finite
 LIVE = tl.constexpr(portable.LIVE)
 OCTAVE = tl.constexpr(portable.CODES_PER_OCTAVE)
 
@@ -72,7 +72,7 @@ class Blocks(NamedTuple):
 class Config(NamedTuple):
     """Block shapes of the four matrix kernels; TILE rows are the other side of each."""
 
-    scan: Blocks  # columns, D
+    scan: Blocks  # columns (twice: see product2), D
     dlogit: Blocks  # columns, D
     dx: Blocks  # D, columns
     dweight: Blocks  # D, rows; also COLUMNS columns
@@ -88,13 +88,13 @@ def config(dtype: torch.dtype, shared: int) -> Config:
         small = Blocks(64, 32, 8, 2)
         return Config(small, small, small, small)
     if shared >= 200 * 1024:  # Hopper, Blackwell
-        wide = Blocks(256, 64, 8, 4)
-        return Config(Blocks(256, 64, 8, 4), Blocks(128, 64, 8, 4), wide, wide)
+        square, wide = Blocks(128, 64, 8, 4), Blocks(256, 64, 8, 4)
+        return Config(scan=square, dlogit=square, dx=wide, dweight=wide)
     if shared >= 144 * 1024:  # A100
         square = Blocks(128, 64, 8, 4)
-        return Config(square, square, square, square)
+        return Config(scan=Blocks(64, 64, 8, 4), dlogit=square, dx=square, dweight=square)
     square = Blocks(128, 32, 8, 2)
-    return Config(square, square, square, square)
+    return Config(scan=Blocks(64, 32, 8, 2), dlogit=square, dx=square, dweight=square)
 
 
 @triton.jit
@@ -112,7 +112,10 @@ def logits(b_z, b_bias, scale, softcap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def product(p_a, p_b, D, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def product(
+    p_a, p_b, D, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """A @ B^T in fp32 of two blocks of rows with D features; p_a [A_BLOCK], p_b [B_BLOCK] point at row starts."""
     b_acc = tl.zeros([A_BLOCK, B_BLOCK], dtype=tl.float32)
     o_k = tl.arange(0, BLOCK_K)
@@ -149,87 +152,133 @@ def target_kernel(
 
 
 @triton.jit
+def product2(
+    p_a, p_b, p_c, D, A_BLOCK: tl.constexpr, B_BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A @ B^T and A @ C^T, A loaded once: the traffic of one product twice as wide, in two sets of registers."""
+    b_ab = tl.zeros([A_BLOCK, B_BLOCK], dtype=tl.float32)
+    b_ac = tl.zeros([A_BLOCK, B_BLOCK], dtype=tl.float32)
+    o_k = tl.arange(0, BLOCK_K)
+    for k in range(0, D, BLOCK_K):
+        if EVEN:
+            b_a = tl.load(p_a[:, None] + (k + o_k)[None, :])
+            b_b = tl.load(p_b[:, None] + (k + o_k)[None, :])
+            b_c = tl.load(p_c[:, None] + (k + o_k)[None, :])
+        else:
+            m_k = (k + o_k)[None, :] < D
+            b_a = tl.load(p_a[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
+            b_b = tl.load(p_b[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
+            b_c = tl.load(p_c[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
+        b_ab = tl.dot(b_a, tl.trans(b_b), b_ab, input_precision=PRECISION)
+        b_ac = tl.dot(b_a, tl.trans(b_c), b_ac, input_precision=PRECISION)
+    return b_ab, b_ac
+
+
+@triton.jit
+def fold(
+    b_z, o_v, b_max, b_sum, b_moment, b_drop0, b_drop1, p_target, p_target_logit, m_n, n_rows,
+    p_bias, p_columns, p_peak, V, scale, softcap, log_v, tau0, tau1,
+    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr,
+):  # fmt: skip
+    """Take the raw products b_z of the columns o_v into the running statistics; write their two bytes."""
+    m_v = o_v < V
+    b_bias = tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else 0.0
+    b_z = logits(b_z, b_bias, scale, softcap, HAS_CAP)
+    b_target = tl.load(p_target, mask=m_n, other=0).to(tl.int32)
+    # Twice as low as the lowest maximum: an absent column has no mass even where nothing else has any.
+    b_z = tl.where(m_v[None, :] & (o_v[None, :] != b_target[:, None]), b_z, 2 * NEGATIVE)
+    b_new = tl.maximum(b_max, tl.max(b_z, 1))
+    b_shrink = tl.exp(b_max - b_new)
+    b_e = tl.exp(b_z - b_new[:, None])
+    b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
+    if WITH_MEAN:
+        b_moment = b_moment * b_shrink + tl.sum(b_e * b_z, 1)
+    if RECORD:
+        b_rest = tl.maximum(b_sum, 1.0)
+        if WITH_MEAN:
+            # mean_logit weighs a column by |1 + z - mean|; lse - log V <= mean <= max bounds it.
+            b_above = 1.0 + log_v + b_z - (b_new + tl.log(b_rest))[:, None]
+            b_target_logit = tl.load(p_target_logit, mask=m_n, other=0.0)
+            b_below = tl.maximum(b_new, b_target_logit)[:, None] - b_z
+            b_e = b_e * tl.maximum(tl.maximum(b_above, b_below), 1.0)
+        # A row loses no more than its own small masses: columns that another row keeps alive are counted too.
+        b_drop0 = b_drop0 * b_shrink + tl.sum(tl.where(b_e < (tau0 * b_rest)[:, None], b_e, 0.0), 1)
+        b_drop1 = b_drop1 * b_shrink + tl.sum(tl.where(b_e < (tau1 * b_rest)[:, None], b_e, 0.0), 1)
+        b_mass = b_e * tl.where(m_n, 1.0 / b_rest, 0.0)[:, None]
+        tl.store(p_columns + o_v, encode(tl.sum(b_mass, 0) / n_rows), mask=m_v)
+        tl.store(p_peak + o_v, encode(tl.max(b_mass, 0)), mask=m_v)
+    return b_new, b_sum, b_moment, b_drop0, b_drop1
+
+
+@triton.jit
+def encode(b_mass):
+    """Column code of a mean mass: exponent and two bits of mantissa, a logarithm in quarter octaves good to 9%."""
+    b_bits = (b_mass.to(tl.int32, bitcast=True) + (1 << 20)) >> 21
+    return tl.minimum(tl.maximum(b_bits - 127 * OCTAVE + 254, 0), 254).to(tl.uint8)
+
+
+@triton.jit
 def scan_kernel(
-    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_level, p_max, p_sum, p_moment, p_dropped,
-    N, V, D, n_blocks, scale, softcap, log_v, tau0, tau1, tau2,
+    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_peak, p_max, p_sum, p_moment, p_dropped,
+    N, V, D, n_blocks, scale, softcap, log_v, tau0, tau1,
     TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_BOUND: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Partial statistics of one tile over ``n_blocks`` blocks of columns.
+    """Partial statistics of one tile over ``n_blocks`` blocks of 2 BLOCK_V columns.
 
     max, sum, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z over v != target;
-    dropped [S, 3, N]: the part of the sum in columns below each threshold. columns, level: uint8 [T, V].
+    dropped [S, 2, N]: the part of the sum in columns below each threshold. columns, peak: codes [T, V] of each
+    column's mean and largest mass in the tile, relative to the rest lse as known when it was read.
     """
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     o_n = i_tile * TILE + tl.arange(0, TILE)
     m_n = o_n < N
     n_rows = tl.minimum(N - i_tile * TILE, TILE)
     p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
-    b_target = tl.load(p_target + o_n, mask=m_n, other=0).to(tl.int32)
     # The maximum starts at a lower bound of the rest lse: 1 <= sum wherever it was raised since.
     b_max = tl.load(p_bound + o_n, mask=m_n, other=0.0) if HAS_BOUND else tl.full([TILE], NEGATIVE, tl.float32)
     b_sum = tl.zeros([TILE], dtype=tl.float32)
-    if WITH_MEAN:
-        b_target_logit = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
-        b_moment = tl.zeros([TILE], dtype=tl.float32)
+    b_moment = tl.zeros([TILE], dtype=tl.float32)
+    b_drop0 = tl.zeros([TILE], dtype=tl.float32)
+    b_drop1 = tl.zeros([TILE], dtype=tl.float32)
     if RECORD:
-        b_drop0 = tl.zeros([TILE], dtype=tl.float32)
-        b_drop1 = tl.zeros([TILE], dtype=tl.float32)
-        b_drop2 = tl.zeros([TILE], dtype=tl.float32)
-    for i_block in range(i_part * n_blocks, tl.minimum((i_part + 1) * n_blocks, tl.cdiv(V, BLOCK_V))):
-        o_v = i_block * BLOCK_V + tl.arange(0, BLOCK_V)
-        m_v = o_v < V
-        p_columns_w = p_weight + tl.minimum(o_v, V - 1).to(tl.int64) * D
-        b_z = product(p_rows, p_columns_w, D, TILE, BLOCK_V, BLOCK_K, EVEN, PRECISION)
-        b_bias = tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else 0.0
-        b_z = logits(b_z, b_bias, scale, softcap, HAS_CAP)
-        b_z = tl.where(m_v[None, :] & (o_v[None, :] != b_target[:, None]), b_z, -float("inf"))
-        b_new = tl.maximum(b_max, tl.max(b_z, 1))
-        b_shrink = tl.exp(b_max - b_new)
-        b_max = b_new
-        b_e = tl.exp(b_z - b_max[:, None])
-        b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
-        if WITH_MEAN:
-            b_z = tl.maximum(b_z, NEGATIVE)  # 0 * -inf
-            b_moment = b_moment * b_shrink + tl.sum(b_e * b_z, 1)
-        if RECORD:
-            b_rest = 1.0 / tl.maximum(b_sum, 1.0)
-            if WITH_MEAN:
-                # mean_logit weighs a column by |1 + z - mean|; lse - log V <= mean <= max bounds it.
-                b_above = 1.0 + log_v + b_z - (b_max - tl.log(b_rest))[:, None]
-                b_below = tl.maximum(b_max, b_target_logit)[:, None] - b_z
-                b_e = b_e * tl.maximum(tl.maximum(b_above, b_below), 1.0)
-            b_mass = tl.where(m_n[:, None], b_e * b_rest[:, None], 0.0)
-            b_peak = tl.max(b_mass, 0)
-            b_level = (b_peak < tau0).to(tl.int32) + (b_peak < tau1).to(tl.int32) + (b_peak < tau2).to(tl.int32)
-            b_drop0 = b_drop0 * b_shrink + tl.sum(tl.where(b_level[None, :] > 0, b_e, 0.0), 1)
-            b_drop1 = b_drop1 * b_shrink + tl.sum(tl.where(b_level[None, :] > 1, b_e, 0.0), 1)
-            b_drop2 = b_drop2 * b_shrink + tl.sum(tl.where(b_level[None, :] > 2, b_e, 0.0), 1)
-            b_mean = tl.maximum(tl.sum(b_mass, 0) / n_rows, 1e-30)
-            b_code = tl.minimum(tl.maximum(tl.log2(b_mean) * OCTAVE + 254.5, 0.0), 254.0)
-            o_out = i_tile.to(tl.int64) * V + o_v
-            tl.store(p_columns + o_out, b_code.to(tl.int32).to(tl.uint8), mask=m_v)
-            tl.store(p_level + o_out, b_level.to(tl.uint8), mask=m_v)
+        p_columns += i_tile.to(tl.int64) * V
+        p_peak += i_tile.to(tl.int64) * V
+    for i_block in range(i_part * n_blocks, tl.minimum((i_part + 1) * n_blocks, tl.cdiv(V, 2 * BLOCK_V))):
+        o_v = i_block * 2 * BLOCK_V + tl.arange(0, BLOCK_V)
+        p_left = p_weight + tl.minimum(o_v, V - 1).to(tl.int64) * D
+        p_right = p_weight + tl.minimum(o_v + BLOCK_V, V - 1).to(tl.int64) * D
+        b_left, b_right = product2(p_rows, p_left, p_right, D, TILE, BLOCK_V, BLOCK_K, EVEN, PRECISION)
+        b_max, b_sum, b_moment, b_drop0, b_drop1 = fold(
+            b_left, o_v, b_max, b_sum, b_moment, b_drop0, b_drop1, p_target + o_n, p_target_logit + o_n,
+            m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, tau0, tau1,
+            HAS_BIAS, HAS_CAP, WITH_MEAN, RECORD,
+        )  # fmt: skip
+        b_max, b_sum, b_moment, b_drop0, b_drop1 = fold(
+            b_right, o_v + BLOCK_V, b_max, b_sum, b_moment, b_drop0, b_drop1, p_target + o_n, p_target_logit + o_n,
+            m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, tau0, tau1,
+            HAS_BIAS, HAS_CAP, WITH_MEAN, RECORD,
+        )  # fmt: skip
     o_part = i_part * N + o_n
     tl.store(p_max + o_part, b_max, mask=m_n)
     tl.store(p_sum + o_part, b_sum, mask=m_n)
     if WITH_MEAN:
         tl.store(p_moment + o_part, b_moment, mask=m_n)
     if RECORD:
-        o_drop = 3 * i_part * N + o_n
+        o_drop = 2 * i_part * N + o_n
         tl.store(p_dropped + o_drop, b_drop0, mask=m_n)
         tl.store(p_dropped + o_drop + N, b_drop1, mask=m_n)
-        tl.store(p_dropped + o_drop + 2 * N, b_drop2, mask=m_n)
 
 
 @triton.jit
 def combine_kernel(
-    p_max, p_sum, p_moment, p_dropped, p_target, p_target_logit, p_lse, p_rest, p_mean, p_chosen, p_level,
-    N, V, n_parts, filter_tol,
+    p_max, p_sum, p_moment, p_dropped, p_target, p_target_logit, p_lse, p_rest, p_mean, p_least, p_peak,
+    N, V, n_parts, filter_tol, code0, code1,
     TILE: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr,
 ):  # fmt: skip
-    """Sum the parts of one tile: lse, rest, mean [N]; chosen [T] is the highest level of the tile that lives."""
+    """Sum the parts of one tile: lse, rest, mean [N]; least [T]: the peak code from which columns live."""
     i_tile = tl.program_id(0)
     o_n = i_tile * TILE + tl.arange(0, TILE)
     m_n = o_n < N
@@ -238,7 +287,6 @@ def combine_kernel(
     b_moment = tl.zeros([TILE], dtype=tl.float32)
     b_drop0 = tl.zeros([TILE], dtype=tl.float32)
     b_drop1 = tl.zeros([TILE], dtype=tl.float32)
-    b_drop2 = tl.zeros([TILE], dtype=tl.float32)
     for i_part in range(n_parts):
         o_part = i_part * N + o_n
         b_part = tl.load(p_max + o_part, mask=m_n, other=0.0)
@@ -249,10 +297,9 @@ def combine_kernel(
         if WITH_MEAN:
             b_moment = b_moment * b_old + b_part * tl.load(p_moment + o_part, mask=m_n, other=0.0)
         if RECORD:
-            o_drop = 3 * i_part * N + o_n
+            o_drop = 2 * i_part * N + o_n
             b_drop0 = b_drop0 * b_old + b_part * tl.load(p_dropped + o_drop, mask=m_n, other=0.0)
             b_drop1 = b_drop1 * b_old + b_part * tl.load(p_dropped + o_drop + N, mask=m_n, other=0.0)
-            b_drop2 = b_drop2 * b_old + b_part * tl.load(p_dropped + o_drop + 2 * N, mask=m_n, other=0.0)
     b_target_logit = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
     b_rest = b_max + tl.log(b_sum)
     b_top = tl.maximum(b_rest, b_target_logit)
@@ -265,22 +312,21 @@ def combine_kernel(
         tl.store(p_mean + o_n, b_mean, mask=m_n)
     if RECORD:
         b_most = filter_tol * b_floor
-        n_over0 = tl.max((m_n & (b_drop0 > b_most)).to(tl.int32), 0)
-        n_over1 = tl.max((m_n & (b_drop1 > b_most)).to(tl.int32), 0)
-        n_over2 = tl.max((m_n & (b_drop2 > b_most)).to(tl.int32), 0)
-        tl.store(p_chosen + i_tile, n_over0 + n_over1 + n_over2)
+        m_ok0 = tl.max((m_n & (b_drop0 > b_most)).to(tl.int32), 0) == 0
+        m_ok1 = tl.max((m_n & (b_drop1 > b_most)).to(tl.int32), 0) == 0
+        tl.store(p_least + i_tile, tl.where(m_ok0, code0, tl.where(m_ok1, code1, 0)))
         b_target = tl.load(p_target + o_n, mask=m_n, other=0)
-        tl.store(p_level + i_tile.to(tl.int64) * V + b_target, tl.zeros([TILE], dtype=tl.uint8), mask=m_n)
+        tl.store(p_peak + i_tile.to(tl.int64) * V + b_target, tl.full([TILE], LIVE, tl.int32).to(tl.uint8), mask=m_n)
 
 
 @triton.jit
-def mark_kernel(p_columns, p_level, p_chosen, V, BLOCK: tl.constexpr):
-    """Give the columns of a tile whose level is at most the chosen one the code LIVE, in place."""
+def mark_kernel(p_columns, p_peak, p_least, V, BLOCK: tl.constexpr):
+    """Give the columns of a tile whose peak code is at least the tile's the code LIVE, in place."""
     i_tile = tl.program_id(0)
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_v = o_v < V
     o = i_tile.to(tl.int64) * V + o_v
-    m_live = m_v & (tl.load(p_level + o, mask=m_v, other=255).to(tl.int32) <= tl.load(p_chosen + i_tile))
+    m_live = m_v & (tl.load(p_peak + o, mask=m_v, other=0).to(tl.int32) >= tl.load(p_least + i_tile))
     tl.store(p_columns + o, tl.full([BLOCK], LIVE, tl.int32).to(tl.uint8), mask=m_live)
 
 
@@ -324,43 +370,43 @@ def dlogit_kernel(
     if i_block * BLOCK_C >= n_listed:
         return
     o_c = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < n_listed
     o_n = i_tile * TILE + tl.arange(0, TILE)
     m_n = o_n < N
-    b_index = tl.load(p_index + i_tile.to(tl.int64) * stride_index + o_c, mask=m_c, other=0)
-    p_columns_w = p_weight + b_index.to(tl.int64) * D
+    b_index = tl.load(p_index + i_tile.to(tl.int64) * stride_index + o_c, mask=o_c < n_listed, other=-1)
+    b_column = tl.maximum(b_index, 0)
+    p_listed = p_weight + b_column.to(tl.int64) * D
     p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
-    b_z = product(p_columns_w, p_rows, D, BLOCK_C, TILE, BLOCK_K, EVEN, PRECISION)
-    b_bias = tl.load(p_bias + b_index).to(tl.float32)[:, None] if HAS_BIAS else 0.0
-    b_z = logits(b_z, b_bias, scale, softcap, HAS_CAP)
-    m = m_c[:, None] & m_n[None, :]
-    m_target = b_index[:, None] == tl.load(p_target + o_n, mask=m_n, other=-1)[None, :]
+    b_z = product(p_listed, p_rows, D, BLOCK_C, TILE, BLOCK_K, EVEN, PRECISION)
+    b_bias = tl.load(p_bias + b_column).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    # Places beyond the list and rows beyond the last have no mass and no target.
+    b_z = tl.where(b_index[:, None] >= 0, logits(b_z, b_bias, scale, softcap, HAS_CAP), FAR)
+    m_target = b_index[:, None] == tl.load(p_target + o_n, mask=m_n, other=-2).to(tl.int32)[None, :]
     b_d = tl.zeros([BLOCK_C, TILE], dtype=tl.float32)
     if G_LSE or G_MEAN:
-        b_p = tl.where(m, tl.exp(b_z - tl.load(p_lse + o_n, mask=m_n, other=0.0)[None, :]), 0.0)
+        b_p = tl.exp(b_z - tl.load(p_lse + o_n, mask=m_n, other=float("inf"))[None, :])
     if G_LSE:
         b_d += b_p * tl.load(p_g_lse + o_n, mask=m_n, other=0.0)[None, :]
     if G_MEAN:
         b_m = b_p * (1.0 + b_z - tl.load(p_mean + o_n, mask=m_n, other=0.0)[None, :])
         b_d += b_m * tl.load(p_g_mean + o_n, mask=m_n, other=0.0)[None, :]
         if KEPT:
-            tl.store(p_kept_mean + i_block.to(tl.int64) * N + o_n, tl.sum(b_m, 0), mask=m_n)
+            tl.store(p_kept_mean + i_block * N + o_n, tl.sum(b_m, 0), mask=m_n)
     if G_REST or KEPT:
-        b_rest = tl.exp(b_z - tl.load(p_rest + o_n, mask=m_n, other=0.0)[None, :])
-        b_rest = tl.where(m & ~m_target, b_rest, 0.0)
+        b_rest = tl.exp(b_z - tl.load(p_rest + o_n, mask=m_n, other=float("inf"))[None, :])
+        b_rest = tl.where(m_target, 0.0, b_rest)
         if KEPT:
-            tl.store(p_kept + i_block.to(tl.int64) * N + o_n, tl.sum(b_rest, 0), mask=m_n)
+            tl.store(p_kept + i_block * N + o_n, tl.sum(b_rest, 0), mask=m_n)
     if G_REST:
         b_d += b_rest * tl.load(p_g_rest + o_n, mask=m_n, other=0.0)[None, :]
     if G_TARGET:
-        b_g = tl.load(p_g_target + o_n, mask=m_n, other=0.0)[None, :]
-        b_d += tl.where(m & m_target, b_g, 0.0)
+        b_d += tl.where(m_target, tl.load(p_g_target + o_n, mask=m_n, other=0.0)[None, :], 0.0)
     if HAS_CAP:
         b_y = b_z / softcap
         b_d *= 1.0 - b_y * b_y
     b_d *= scale
-    o_out = (i_tile.to(tl.int64) * n_places + o_c)[:, None] * TILE + tl.arange(0, TILE)[None, :]
-    tl.store(p_dlogit + o_out, b_d.to(p_dlogit.dtype.element_ty))
+    p_out = p_dlogit + (i_tile.to(tl.int64) * n_places + i_block * BLOCK_C) * TILE
+    o_out = tl.arange(0, BLOCK_C)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(p_out + o_out, b_d.to(p_dlogit.dtype.element_ty))
 
 
 @triton.jit
@@ -376,7 +422,13 @@ def dx_kernel(
     o_n = i_tile * TILE + o_t
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_acc = tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
+    m = (o_n < N)[:, None] & m_d[None, :]
+    p_out = p_dx + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
+    b_acc = tl.load(p_out, mask=m, other=0.0) if ADD else tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
+    if HAS_TAIL:
+        b_tail = tl.load(p_tail + o_n, mask=o_n < N, other=0.0)
+        b_row = tl.load(p_tail_row + i_tile.to(tl.int64) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
+        b_acc += b_tail[:, None] * b_row[None, :]
     p_list = p_index + i_tile.to(tl.int64) * stride_index
     p_block = p_dlogit + i_tile.to(tl.int64) * n_places * TILE
     for c in range(0, n_listed, BLOCK_C):
@@ -385,14 +437,6 @@ def dx_kernel(
         b_w = tl.load(p_weight + b_index[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)
         b_d = tl.load(p_block + o_c[:, None] * TILE + o_t[None, :])
         b_acc = tl.dot(tl.trans(b_d), b_w, b_acc, input_precision=PRECISION)
-    m = (o_n < N)[:, None] & m_d[None, :]
-    p_out = p_dx + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
-    if HAS_TAIL:
-        b_tail = tl.load(p_tail + o_n, mask=o_n < N, other=0.0)
-        b_row = tl.load(p_tail_row + i_tile.to(tl.int64) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-        b_acc += b_tail[:, None] * b_row[None, :]
-    if ADD:
-        b_acc += tl.load(p_out, mask=m, other=0.0)
     tl.store(p_out, b_acc, mask=m)
 
 
@@ -417,28 +461,29 @@ def dweight_kernel(
     o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < D
     o_t = tl.arange(0, BLOCK_N)
-    b_acc = tl.zeros([COLUMNS, BLOCK_D], dtype=tl.float32)
+    b_column = tl.load(p_column + o_c, mask=m_c, other=0).to(tl.int64)
+    if WEIGHT:
+        m = m_c[:, None] & m_d[None, :]
+        p_out = p_dweight + b_column[:, None] * D + o_d[None, :]
+        b_acc = tl.load(p_out, mask=m, other=0.0)
     b_sum = tl.zeros([COLUMNS], dtype=tl.float32)
     for i_step in range(n_steps):
         i_tile = tl.load(p_tile + i_block.to(tl.int64) * stride_tile + i_step // (TILE // BLOCK_N))
         o_row = (i_step % (TILE // BLOCK_N)) * BLOCK_N + o_t
         b_slot = tl.load(p_slot + i_tile.to(tl.int64) * stride_slot + o_c, mask=m_c, other=-1)
-        o_dlogit = (i_tile.to(tl.int64) * n_places + b_slot)[:, None] * TILE + o_row[None, :]
-        b_d = tl.load(p_dlogit + o_dlogit, mask=(b_slot >= 0)[:, None], other=0.0)
+        p_lists = p_dlogit + i_tile.to(tl.int64) * n_places * TILE
+        b_d = tl.load(p_lists + b_slot[:, None] * TILE + o_row[None, :], mask=(b_slot >= 0)[:, None], other=0.0)
         if BIAS:
             b_sum += tl.sum(b_d.to(tl.float32), 1)
         if WEIGHT:
-            o_n = tl.minimum(i_tile * TILE + o_row, N - 1).to(tl.int64)  # dlogit is 0 beyond the last row
-            b_x = tl.load(p_x + o_n[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)
+            o_x = tl.minimum(o_row, N - 1 - i_tile * TILE)  # dlogit is 0 beyond the last row
+            p_rows = p_x + i_tile.to(tl.int64) * TILE * D
+            b_x = tl.load(p_rows + o_x[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)
             b_acc = tl.dot(b_d, b_x, b_acc, input_precision=PRECISION)
-    b_column = tl.load(p_column + o_c, mask=m_c, other=0).to(tl.int64)
     if WEIGHT:
-        m = m_c[:, None] & m_d[None, :]
-        p_out = p_dweight + b_column[:, None] * D + o_d[None, :]
-        tl.store(p_out, tl.load(p_out, mask=m, other=0.0) + b_acc, mask=m)
-    if BIAS:
-        if i_d == 0:
-            tl.store(p_dbias + b_column, tl.load(p_dbias + b_column, mask=m_c, other=0.0) + b_sum, mask=m_c)
+        tl.store(p_out, b_acc, mask=m)
+    if BIAS and i_d == 0:
+        tl.store(p_dbias + b_column, tl.load(p_dbias + b_column, mask=m_c, other=0.0) + b_sum, mask=m_c)
 
 
 @triton.jit
@@ -475,12 +520,12 @@ def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
 class Window(NamedTuple):
     """Live columns of every tile within a range of columns of W.
 
-    index [T, C]: columns of W; count [T]; column [U]: columns of W in the order in which dW is computed;
-    slot [T, U]: their places in ``index``, -1 for none; tile [blocks, T], n_tiles [blocks]: tiles per block.
+    listed [T, C]: columns of W; n_listed [T]; column [U]: columns of W in the order in which dW is computed;
+    slot [T, U]: their places in ``listed``, -1 for none; tile [blocks, T], n_tiles [blocks]: tiles per block.
     """
 
-    index: Tensor
-    count: Tensor
+    listed: Tensor
+    n_listed: Tensor
     column: Tensor
     slot: Tensor
     tile: Tensor
@@ -497,10 +542,10 @@ def forward(
     filter_tol: float,
     with_mean: bool,
     columns: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(lse, rest_lse, target_logit, mean_logit) of x [N, D], each [N]; fills ``columns`` [T, V] unless empty.
+) -> portable.Row:
+    """The statistics of x [N, D], each [N]; fills ``columns`` [T, V] unless empty.
 
-    Without ``with_mean`` the last is zeros. Signature and meaning of ``portable.forward``.
+    Without ``with_mean`` mean_logit is zeros. Signature and meaning of ``portable.forward``.
     """
     if x.dtype == torch.float64:
         return portable.forward(x, weight, bias, target, scale, softcap, filter_tol, with_mean, columns)
@@ -516,7 +561,7 @@ def forward(
     record = columns.numel() > 0
     bound = _scan(*head, v=HOT)[1] if record and v >= 8 * HOT else None
     lse, rest_lse, mean = _scan(*head, v=v, with_mean=with_mean, bound=bound, columns=columns if record else None)
-    return lse, rest_lse, target_logit, mean
+    return portable.Row(lse, rest_lse, target_logit, mean)
 
 
 def _scan(
@@ -537,7 +582,7 @@ def _scan(
     n, d = x.shape
     tiles = triton.cdiv(n, TILE)
     blocks = config(x.dtype, _shared_memory(x.device)).scan
-    n_blocks = triton.cdiv(v, blocks.outer)
+    n_blocks = triton.cdiv(v, 2 * blocks.outer)
     parts = _parts(tiles, n_blocks, _processors(x.device)) if n else 1
     per_part = triton.cdiv(n_blocks, parts)
 
@@ -548,25 +593,26 @@ def _scan(
     maximum, total = empty(parts, n), empty(parts, n)
     moment = empty(parts, n) if with_mean else None
     record = columns is not None
-    dropped = empty(parts, 3, n) if record else None
-    level = empty(tiles, v, dtype=torch.uint8) if record else None
-    chosen = empty(tiles, dtype=torch.int32) if record else None
+    dropped = empty(parts, 2, n) if record else None
+    peak = empty(tiles, v, dtype=torch.uint8) if record else None
+    least = empty(tiles, dtype=torch.int32) if record else None
     if not n:
         return lse, rest_lse, mean
-    tau = [filter_tol * 2.0**-octaves for octaves in LEVEL_OCTAVES]
+    exponents = [math.floor(math.log2(filter_tol)) - octaves for octaves in OCTAVES] if record else [0, 0]
     scan_kernel[tiles, parts](
-        x, weight, bias, target, target_logit, bound, columns, level, maximum, total, moment, dropped,
-        n, v, d, per_part, scale, softcap, math.log(v), *tau,
+        x, weight, bias, target, target_logit, bound, columns, peak, maximum, total, moment, dropped,
+        n, v, d, per_part, scale, softcap, math.log(v), *(2.0**e for e in exponents),
         TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0,
         HAS_BOUND=bound is not None, WITH_MEAN=with_mean, RECORD=record, EVEN=d % blocks.inner == 0,
         PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     combine_kernel[tiles,](
-        maximum, total, moment, dropped, target, target_logit, lse, rest_lse, mean, chosen, level,
-        n, v, parts, filter_tol, TILE=TILE, WITH_MEAN=with_mean, RECORD=record,
+        maximum, total, moment, dropped, target, target_logit, lse, rest_lse, mean, least, peak,
+        n, v, parts, filter_tol, *(254 + portable.CODES_PER_OCTAVE * e for e in exponents),
+        TILE=TILE, WITH_MEAN=with_mean, RECORD=record,
     )  # fmt: skip
     if record:
-        mark_kernel[tiles, triton.cdiv(v, 4096)](columns, level, chosen, v, BLOCK=4096)
+        mark_kernel[tiles, triton.cdiv(v, 4096)](columns, peak, least, v, BLOCK=4096)
     return lse, rest_lse, mean
 
 
@@ -626,25 +672,27 @@ def backward(
     for first in range(0, v, width):
         last = first + width >= v
         window = _window(columns, first, min(first + width, v), tiles, n_places, need_weight, x.device)
-        stride_index = window.index.stride(0)
-        kept = None if columns is None else torch.zeros(2, places, n, dtype=torch.float32, device=x.device)
+        stride_index = window.listed.stride(0)
+        kept = kept_m = None
+        if columns is not None:
+            kept, kept_m = torch.zeros(2, places, n, device=x.device).unbind()
         dlogit_kernel[tiles, places](
             g_lse, g_rest, g_target, g_mean, x, weight, bias, target, lse, rest_lse, mean_logit,
-            window.index, window.count, dlogit, None if kept is None else kept[0], None if kept is None else kept[1],
+            window.listed, window.n_listed, dlogit, kept, kept_m,
             n, d, n_places, stride_index, scale, softcap,
             TILE=TILE, BLOCK_C=blocks.dlogit.outer, BLOCK_K=blocks.dlogit.inner, HAS_BIAS=bias is not None,
             HAS_CAP=softcap > 0, G_LSE=g_lse is not None, G_REST=g_rest is not None, G_TARGET=g_target is not None,
             G_MEAN=g_mean is not None, KEPT=kept is not None, EVEN=d % blocks.dlogit.inner == 0, PRECISION=precision,
             num_warps=blocks.dlogit.warps, num_stages=blocks.dlogit.stages,
         )  # fmt: skip
-        if kept is not None:
-            kept_rest += kept[0].sum(0)
-            kept_mean += kept[1].sum(0)
+        if kept is not None and kept_m is not None:
+            kept_rest += kept.sum(0)
+            kept_mean += kept_m.sum(0)
             if last:
                 tail = scale * _tail_mass(g_lse, g_rest, g_mean, lse, rest_lse, kept_rest, kept_mean)
         if dx is not None:
             dx_kernel[tiles, triton.cdiv(d, blocks.dx.outer)](
-                dlogit, weight, window.index, window.count, tail, tail_row, dx, n, d, n_places, stride_index,
+                dlogit, weight, window.listed, window.n_listed, tail, tail_row, dx, n, d, n_places, stride_index,
                 TILE=TILE, BLOCK_D=blocks.dx.outer, BLOCK_C=blocks.dx.inner, ADD=first > 0,
                 HAS_TAIL=tail is not None, PRECISION=precision,
                 num_warps=blocks.dx.warps, num_stages=blocks.dx.stages,
@@ -697,7 +745,13 @@ def _tail_mass(
 
 
 def _window(
-    columns: Tensor | None, first: int, end: int, tiles: int, n_places: int, need_weight: bool, device: torch.device
+    columns: Tensor | None,
+    first: int,
+    end: int,
+    tiles: int,
+    n_places: int,
+    need_weight: bool,
+    device: torch.device,
 ) -> Window:
     """The live columns among [first, end), or all of them."""
     width = end - first

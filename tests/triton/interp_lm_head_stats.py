@@ -1,0 +1,291 @@
+"""The GPU kernels of ``lm_head_stats`` in Triton's interpreter, against the float64 specification.
+
+Run by tests/test_triton.py with TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton in a process of its own. bfloat16
+is left to GPUs: the interpreter computes products of bfloat16 operands wrongly.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+import pytest
+import torch
+
+from checks import assert_agrees, assert_catches_spoiled
+from fastguard.ops.lm_head_stats import lm_head_stats, portable, reference
+
+if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
+    pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
+
+from fastguard.ops.lm_head_stats import triton as ops
+
+pytestmark = pytest.mark.interpreter
+
+NAMES = ("lse", "rest_lse", "target_logit", "mean_logit")
+OPTIONS = {"scale": 1.3, "softcap": 15.0}
+
+# (N, V, D) and why
+SHAPES = {
+    "one row": (1, 200, 40),
+    "one token": (3, 1, 16),
+    "two tokens": (5, 2, 16),
+    "a block with one column": (4, 129, 16),
+    "two tiles, parts of unequal size, odd D": (130, 1003, 41),
+}
+
+
+def draw(n, v, d, dtype, spread=1.0):
+    """Hidden, weight, bias, target; logits of standard deviation ``spread`` from hidden and weight, 0.5 from bias."""
+    hidden = (torch.randn(n, d) * spread / d**0.5).to(dtype)
+    return hidden, torch.randn(v, d).to(dtype), (0.5 * torch.randn(v)).to(dtype), torch.randint(0, v, (n,))
+
+
+def gradients(fn, inputs, upstream, which):
+    """Values, and gradients of the outputs ``which``, at fresh leaves."""
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    outputs = fn(*leaves)
+    grads = torch.autograd.grad(
+        [outputs[i] for i in which], leaves, [upstream[i].to(outputs[i].dtype) for i in which], allow_unused=True
+    )
+    return [o.detach() for o in outputs], [
+        torch.zeros_like(t) if g is None else g for g, t in zip(grads, leaves, strict=True)
+    ]
+
+
+def all_three(inputs, target, upstream, which, filter_tol=0.0, **options):
+    """(values, gradients) of the kernels, of the specification in float64, and of the same dtype in PyTorch."""
+
+    def ours(h, w, *b):
+        return lm_head_stats(h, w, target, bias=b[0] if b else None, filter_tol=filter_tol, with_mean=True, **options)
+
+    def spec(h, w, *b):
+        return reference.lm_head_stats(h, w, target, b[0] if b else None, **options)
+
+    mine = gradients(ours, inputs, upstream, which)
+    exact = gradients(spec, [t.double() for t in inputs], upstream, which)
+    return mine, exact, gradients(spec, inputs, upstream, which)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+def test_exact_mode_matches_the_specification(shape, dtype):
+    """Bias, scale, softcap, an ignored row, every output, upstream gradients that differ per row."""
+    n, v, d = shape
+    *inputs, target = draw(n, v, d, dtype)
+    if n > 1:
+        target[1] = -100
+    upstream = torch.randn(4, n, dtype=torch.float64)
+    which = [0, 2, 3] if v == 1 else [0, 1, 2, 3]  # without a rest, rest_lse is -inf by definition
+    mine, exact, peer = all_three(inputs, target, upstream, which, **OPTIONS)
+    for i in which:
+        assert_agrees(NAMES[i], mine[0][i], exact[0][i], peer[0][i])
+    for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
+        assert_agrees(name, got, want, same)
+        if v > 2 and n > 1:
+            assert_catches_spoiled(lambda g, w=want, s=same, name=name: assert_agrees(name, g, w, s), got)
+
+
+@pytest.mark.parametrize("which", [c for k in (1, 2) for c in itertools.combinations(range(4), k)], ids=str)
+@pytest.mark.parametrize("filter_tol", [0.0, 0.1])
+def test_outputs_alone_and_in_pairs(which, filter_tol):
+    """Gradients that are not asked for take no part; filtered ones are as close as their bound, per tensor."""
+    *inputs, target = draw(9, 300, 16, torch.float32, spread=3.0)
+    mine, exact, peer = all_three(inputs[:2], target, torch.randn(4, 9, dtype=torch.float64), which, filter_tol)
+    for name, got, want, same in zip(("hidden", "weight"), mine[1], exact[1], peer[1], strict=True):
+        assert_agrees(name, got, want, same, ulps=32 if filter_tol == 0 else 0.02 * 2**23)
+
+
+def record(inputs, target, filter_tol, with_mean=False, **options):
+    """(columns, float64 masses relative to the rest [N, V]) of the rows."""
+    hidden, weight, bias = inputs
+    n, v = hidden.shape[0], weight.shape[0]
+    columns = torch.zeros(-(-n // portable.TILE), v, dtype=torch.uint8)
+    scale, softcap = options.get("scale", 1.0), options.get("softcap", 0.0)
+    _, rest_lse, _, _ = ops.forward(hidden, weight, bias, target, scale, softcap, filter_tol, with_mean, columns)
+    z = reference.logits_of(hidden.double(), weight.double(), bias.double(), scale, softcap)
+    return columns, torch.exp(z - rest_lse.double()[:, None]).scatter(1, target[:, None], 0.0)
+
+
+@pytest.mark.parametrize("hot", [64, 2048], ids=["from a bound", "from nothing"])
+@pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "softcap"])
+def test_filter_keeps_its_promise(hot, options, monkeypatch):
+    """No row drops more than filter_tol of its rest mass, targets live, and codes tell a dropped column's mass."""
+    monkeypatch.setattr(ops, "HOT", hot)
+    n, v, tol = 130, 1000, 0.1
+    *inputs, target = draw(n, v, 40, torch.float32, spread=5.0)
+    columns, mass = record(inputs, target, tol, **options)
+    live = columns == portable.LIVE
+    tile = torch.arange(n) // portable.TILE
+    assert 0.01 < live.double().mean() < 0.9, "the case must drop columns"
+    assert float((mass * ~live[tile]).sum(1).max()) <= tol * (1 + 1e-5)
+    assert live[tile, target].all()
+    # Running masses are upper bounds of the final ones, so codes may be high but not lower than half a step.
+    mean = torch.stack([mass[tile == i].mean(0) for i in range(2)])
+    known = ~live & (columns > 1)
+    octaves = (columns.double() - 254) / portable.CODES_PER_OCTAVE - torch.log2(mean)
+    assert known.any()
+    assert float(octaves[known].min()) > -0.25
+    assert float(octaves[known].max()) < 8.0
+
+
+def test_a_bound_to_start_from_drops_more(monkeypatch):
+    """Where hot columns hold the mass, parts of V that start without knowing it keep columns that hold none."""
+    *inputs, target = draw(8, 1000, 16, torch.float32, spread=2.0)
+    inputs[2][:8] += 12.0
+    counts = {}
+    for hot in (64, 2048):
+        monkeypatch.setattr(ops, "HOT", hot)
+        counts[hot] = int((record(inputs, target, 0.1)[0] == portable.LIVE).sum())
+    assert counts[64] < counts[2048] / 2
+
+
+def flat_and_peaked(n=130, v=1000):
+    """Rows with one dominant column each, and one row whose mass lies evenly on all."""
+    *inputs, target = draw(n, v, 40, torch.float32, spread=6.0)
+    inputs[0][3] = 0
+    inputs[2].zero_()
+    return inputs, target
+
+
+def test_a_tile_over_the_bound_is_done_over_all_columns(monkeypatch):
+    """A row that no threshold can serve makes its tile exact; the other tile keeps its filter."""
+    monkeypatch.setattr(ops, "OCTAVES", (1, 2))
+    inputs, target = flat_and_peaked()
+    columns, mass = record(inputs, target, 0.1)
+    live = columns == portable.LIVE
+    would_drop = mass[3] < 0.1 / 4
+    assert float(mass[3][would_drop].sum()) > 0.1, "the case must break the bound at every threshold"
+    assert live[0].all()
+    assert not live[1].all()
+    mine, exact, peer = all_three(inputs, target, torch.randn(4, 130, dtype=torch.float64), range(4), 0.1)
+    first = slice(0, portable.TILE)
+    assert_agrees("hidden", mine[1][0][first], exact[1][0][first], peer[1][0][first])
+
+
+def test_the_second_threshold_serves_where_the_first_cannot(monkeypatch):
+    """One row of middling entropy lowers its tile's threshold; it need not make the tile exact."""
+    monkeypatch.setattr(ops, "OCTAVES", (1, 9))
+    *inputs, target = draw(8, 1000, 40, torch.float32, spread=12.0)
+    inputs[0][3] /= 4
+    columns, mass = record((*inputs[:2], torch.zeros(1000)), target, 0.1)
+    live = columns[0] == portable.LIVE
+    peak = mass.max(0).values
+    assert float(mass[3][peak < 2.0**-5].sum()) > 0.1, "the case must break the bound at the first threshold"
+    assert not live.all()
+    assert float((mass * ~live).sum(1).max()) <= 0.1 * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("index", range(4), ids=NAMES)
+def test_filtered_hidden_gradient_is_within_its_bound_row_by_row(index):
+    """A row's error is at most |g| times its dropped weight (twice: the tail stands for it) times the longest head row.
+
+    That is beyond the error of fp32 itself; and without the tail the error would be half as large again.
+    """
+    n, tol, scale = 130, 0.1, 1.3
+    *inputs, target = draw(n, 1000, 40, torch.float32, spread=2.0)
+    inputs[1] += torch.randn(40)  # rows of real heads have a part in common; the tail is made of it
+    inputs[2][:8] += 9.0
+    upstream = torch.randn(4, n, dtype=torch.float64)
+    mine, exact, peer = all_three(inputs, target, upstream, [index], tol, scale=scale)
+    columns, mass = record(inputs, target, tol, with_mean=True, scale=scale)
+    share = torch.exp(exact[0][1] - exact[0][0])[:, None]
+    z = reference.logits_of(*(t.double() for t in inputs), scale)
+    gradient = [mass * share, mass, torch.zeros_like(mass), mass * share * (1 + z - exact[0][3][:, None])][index]
+    dropped = gradient * (columns != portable.LIVE)[torch.arange(n) // portable.TILE]
+    g = scale * upstream[index][:, None]
+    longest = inputs[1].double().norm(dim=1).max()
+    error = (mine[1][0].double() - exact[1][0]).norm(dim=1)
+    rounding = 4 * (peer[1][0].double() - exact[1][0]).norm(dim=1).max()
+    assert (error <= 2 * g[:, 0].abs() * dropped.abs().sum(1) * longest + rounding).all()
+    if index != 2:
+        without_tail = ((g * dropped) @ inputs[1].double()).norm()
+        assert float(without_tail) > 20 * float(rounding), "the case must drop mass"
+        assert float(error.norm()) < 0.67 * float(without_tail)
+
+
+@pytest.mark.parametrize("filter_tol", [0.0, 0.1], ids=["all columns", "dense tiles"])
+def test_windows_of_columns_add_up(filter_tol, monkeypatch):
+    """Where the dlogits of all columns would not fit their buffer, windows of columns give the same gradients."""
+    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 2 * portable.TILE * 384)
+    *inputs, target = draw(130, 1003, 40, torch.float32)
+    assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == portable.LIVE).sum(1).max() > 384
+    upstream = torch.randn(4, 130, dtype=torch.float64)
+    mine, exact, peer = all_three(inputs, target, upstream, range(4), filter_tol)
+    for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
+        assert_agrees(name, got, want, same, ulps=32 if filter_tol == 0 else 0.02 * 2**23)
+
+
+@pytest.mark.parametrize("filter_tol", [0.0, 0.1])
+@pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
+def test_one_gradient_wanted(wanted, filter_tol):
+    """Frozen inputs get no gradient and change none."""
+    *inputs, target = draw(130, 300, 16, torch.float32, spread=3.0)
+    got = []
+    for names in ((wanted,), ("hidden", "weight", "bias")):
+        leaves = dict(zip(("hidden", "weight", "bias"), (t.clone() for t in inputs), strict=True))
+        for name in names:
+            leaves[name].requires_grad_()
+        stats = lm_head_stats(leaves["hidden"], leaves["weight"], target, bias=leaves["bias"], filter_tol=filter_tol)
+        (stats.lse - stats.target_logit).sum().backward()
+        assert [k for k, t in leaves.items() if t.grad is not None] == list(names)
+        got.append(leaves[wanted].grad)
+    assert torch.equal(*got)
+
+
+def test_buffers_are_added_to():
+    """dweight and dbias collect the gradients of several calls."""
+    hidden, weight, bias, target = draw(5, 130, 16, torch.float32)
+    ones = torch.ones(5)
+    stats = ops.forward(hidden, weight, bias, target, 1.0, 0.0, 0.0, False, torch.zeros(0, 130, dtype=torch.uint8))
+
+    def run(dweight, dbias):
+        ops.backward(
+            ones, None, None, None, hidden, weight, bias, target, 1.0, 0.0, stats[0], stats[1], None, None, 0.0,
+            False, dweight, dbias,
+        )  # fmt: skip
+        return dweight, dbias
+
+    once = run(torch.zeros(130, 16), torch.zeros(130))
+    more = run(torch.ones(130, 16), torch.ones(130))
+    for a, b in zip(once, more, strict=True):
+        torch.testing.assert_close(b, a + 1, rtol=0, atol=1e-6)
+
+
+def test_refuses_a_strided_buffer():
+    hidden, weight, _, target = draw(2, 8, 16, torch.float32)
+    with pytest.raises(ValueError, match="dweight"):
+        ops.backward(
+            torch.ones(2), None, None, None, hidden, weight, None, target, 1.0, 0.0, torch.zeros(2), torch.zeros(2),
+            None, None, 0.0, False, torch.zeros(16, 8).t(), None,
+        )  # fmt: skip
+
+
+def test_float64_is_served_by_the_portable_backend():
+    *inputs, target = draw(5, 61, 8, torch.float64)
+    mine, exact, _ = all_three(inputs, target, torch.randn(4, 5, dtype=torch.float64), range(4))
+    for got, want in zip(mine[1], exact[1], strict=True):
+        assert_agrees("gradient", got, want, ulps=256)
+
+
+def test_no_rows_and_nan():
+    *inputs, target = draw(3, 20, 8, torch.float32)
+    empty = lm_head_stats(inputs[0][:0], inputs[1], target[:0])
+    assert all(s.shape == (0,) for s in empty[:3])
+    inputs[0][1] = float("nan")
+    stats = lm_head_stats(inputs[0], inputs[1], target, with_mean=True)
+    for s in stats:
+        assert s.isnan().tolist() == [False, True, False]
+
+
+def test_results_repeat_bit_for_bit():
+    *inputs, target = draw(130, 300, 16, torch.float32, spread=3.0)
+    upstream = torch.randn(4, 130)
+
+    def once():
+        return gradients(
+            lambda h, w, b: lm_head_stats(h, w, target, bias=b, with_mean=True), inputs, upstream, range(4)
+        )
+
+    for first, second in zip(itertools.chain(*once()), itertools.chain(*once()), strict=True):
+        assert torch.equal(first, second)

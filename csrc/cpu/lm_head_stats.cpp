@@ -132,8 +132,13 @@ FASTGUARD_INLINE void reduce_row(T* z, int64_t V, int64_t target, const Head<T>&
   *largest = base;
 }
 
-// A block of columns of the tile: their largest and summed mass over the rows, and each row's mass under every
-// candidate threshold. mass [R, width] is scratch. Masses are relative to the row's rest.
+FASTGUARD_INLINE float threshold(int k) {
+  return std::exp2(-FIRST_OCTAVE - OCTAVES_PER_STEP * static_cast<float>(k));
+}
+
+// A block of columns of the tile: their largest and summed mass over the rows, and each row's mass by the number of
+// candidate thresholds that its columns fall under: dropped[n, k] grows by the columns under exactly k + 1 of them.
+// mass [R, BLOCK] is scratch. Masses are relative to the row's rest.
 template <typename T>
 FASTGUARD_INLINE void column_block(const T* z, int64_t V, int64_t R, int64_t first, int64_t width, const T* factor,
                                    const T* rest, const T* mean, const int64_t* target, const uint8_t* is_target,
@@ -158,23 +163,41 @@ FASTGUARD_INLINE void column_block(const T* z, int64_t V, int64_t R, int64_t fir
       total[c] += r[c];
     }
   }
-  T below[THRESHOLDS][BLOCK];
-  for (int k = 0; k < THRESHOLDS; ++k) {
-    const T tau = T(std::exp2(-FIRST_OCTAVE - OCTAVES_PER_STEP * static_cast<float>(k)));
-    for (int64_t c = 0; c < width; ++c) below[k][c] = largest[c] < tau && is_target[first + c] == 0 ? T(1) : T(0);
+  // Each column falls under the first so many thresholds. Most fall under all (one masked sum) or under none (out);
+  // the contested rest is listed by threshold, so that a row's sums run through registers.
+  T everywhere[BLOCK];
+  int16_t contested[BLOCK];
+  int64_t ends[THRESHOLDS] = {};
+  int8_t under[BLOCK];
+  for (int64_t c = 0; c < width; ++c) {
+    int count = 0;
+    for (int k = 0; k < THRESHOLDS; ++k) count += largest[c] < threshold(k) ? 1 : 0;
+    under[c] = static_cast<int8_t>(is_target[first + c] == 0 ? count : 0);
+    everywhere[c] = under[c] == THRESHOLDS ? T(1) : T(0);
+  }
+  int64_t listed = 0;
+  for (int k = 1; k < THRESHOLDS; ++k) {
+    for (int64_t c = 0; c < width; ++c) {
+      if (under[c] == k) contested[listed++] = static_cast<int16_t>(c);
+    }
+    ends[k] = listed;
   }
   for (int64_t n = 0; n < R; ++n) {
     const T* r = mass + n * BLOCK;
-    for (int k = 0; k < THRESHOLDS; ++k) {
-      T lane[LANES] = {};
-      int64_t c = 0;
-      for (; c + LANES <= width; c += LANES) {
-        for (int64_t j = 0; j < LANES; ++j) lane[j] += r[c + j] * below[k][c + j];
-      }
-      for (; c < width; ++c) lane[0] += r[c] * below[k][c];
-      double sum = 0;
-      for (int64_t j = 0; j < LANES; ++j) sum += lane[j];
-      dropped[n * THRESHOLDS + k] += sum;
+    double* mine = dropped + n * THRESHOLDS;
+    T lane[LANES] = {};
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES) {
+      for (int64_t j = 0; j < LANES; ++j) lane[j] += r[c + j] * everywhere[c + j];
+    }
+    for (; c < width; ++c) lane[0] += r[c] * everywhere[c];
+    double all = 0;
+    for (int64_t j = 0; j < LANES; ++j) all += lane[j];
+    mine[THRESHOLDS - 1] += all;
+    for (int k = 1; k < THRESHOLDS; ++k) {
+      T sum = 0;
+      for (int64_t i = ends[k - 1]; i < ends[k]; ++i) sum += r[contested[i]];
+      mine[k - 1] += sum;
     }
   }
 }
@@ -315,12 +338,17 @@ void statistics_of(const Tensor& z_, const Head<T>& head, const int64_t* target,
     for (size_t i = 0; i < mine.size(); ++i) dropped[i] += mine[i];
   }
 
-  // The largest threshold at which no row drops more than filter_tol; none left: every column is live.
+  // The largest threshold at which no row drops more than filter_tol; none: every column is live.
   T tau = 0;
-  for (int k = 0; k < THRESHOLDS && tau == T(0); ++k) {
+  std::vector<double> below(R, 0.0);
+  for (int k = THRESHOLDS - 1; k >= 0; --k) {
     bool kept = true;
-    for (int64_t n = 0; n < R; ++n) kept = kept && dropped[n * THRESHOLDS + k] <= filter_tol;  // false for NaN
-    if (kept) tau = T(std::exp2(-FIRST_OCTAVE - OCTAVES_PER_STEP * static_cast<float>(k)));
+    for (int64_t n = 0; n < R; ++n) {
+      below[n] += dropped[n * THRESHOLDS + k];
+      kept = kept && below[n] <= filter_tol;  // false for NaN
+    }
+    if (!kept) break;
+    tau = T(threshold(k));
   }
   torch::stable::parallel_for(0, V, 8192, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {

@@ -1,4 +1,4 @@
-"""Multi-bandwidth MMD between samples and counter-based Gaussian noise."""
+"""Multi-bandwidth MMD^2 between samples and counter-based Gaussian noise, without noise or differences in memory."""
 
 from fastguard.ops.gaussian_mmd.op import gaussian_mmd
 

@@ -1,11 +1,11 @@
-"""``gaussian_mmd``: MMD^2 between each layer's samples and Gaussian noise that is made where it is read.
+"""``gaussian_mmd``: how far a layer's samples are from Gaussian noise, as one number that has a gradient.
 
-All distances come from one Gram matrix of the pooled sample ([2B, 2B] per layer): the samples are read once in
-the forward and once in the backward, whose gradient is a linear combination of the pooled rows. Noise is remade
-from its counters (``ops/philox.py``) and masked features are neither made nor read.
+The schema, the fakes and the autograd formula live here, once; the arithmetic lives in the backend modules
+beside this file, which expose ``forward`` and ``backward`` with the signatures of ``portable.py``.
 
-Cost per layer with m unmasked features a sample: 4 B^2 m flops of products, B m noise samples, B m values read;
-twice that in the backward, which writes B F.
+Cost, per layer: x is read once in the forward and once in the backward, dx written once; noise is made twice,
+B F normals of about 50 integer and float operations each, which outweigh the 2 B^2 F multiply-adds up to B = 16
+or so. Tokens that no sample's mask keeps cost nothing. Kept for the backward: x, the mask, a 2B x 2B matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fastguard import backend
-from fastguard.ops.gaussian_mmd.reference import BANDWIDTHS
+from fastguard.ops.gaussian_mmd.portable import Source
+from fastguard.ops.philox import check_coordinates, seed_int64
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,128 +32,134 @@ def gaussian_mmd(
     sample_offset: int = 0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """MMD^2 of every layer's samples against standard normal noise (RepNoise, arXiv 2405.14577, noise term).
+    """Biased MMD^2 between the samples of each layer and standard normal noise, under five Gaussian kernels.
+
+    The noise term of RepNoise (Rosati et al. 2024). Kernel: sum over i = 0..4 of exp(-d2 / (bw 2^i)), where bw is a
+    quarter of the mean squared distance among the 2B rows of samples and noise, without gradient. Where every row
+    is masked the rows coincide: the result is 0 and so is its gradient.
 
     Args:
-        x: [L, B, F], any strides. F = T * D where a mask is given.
-        mask: [B, T] bool or 0/1; each entry covers D features of x and of the noise, 0 sets both to zero.
-        seed: of the noise. call: int64, 0-dim, the noise counter (0 if None).
-        layer: index of the first layer. sample_offset: global index of the first sample.
-        noise: [L, B, F] to use instead of generated noise (no gradient flows into it).
+        x: [L, B, F], any strides (no copy is made if features are contiguous); float64, float32, bfloat16, float16.
+        mask: [B, T] of bool or 0/1, F a multiple of T; each entry keeps or drops F / T features of a sample and of
+            its noise, in every layer. None keeps all.
+        seed: any integer, taken mod 2^64. call: 0-dim int64 tensor, a counter to be raised before each use; None is
+            0. Its value is copied, so that raising it in place between forward and backward is safe.
+        layer: index of the first layer. sample_offset: global index of the first sample. With seed and call they
+            determine the noise (``fastguard.ops.philox``).
+        noise: [L, B, F] to be used instead, in a floating dtype; it gets no gradient.
 
     Returns:
-        [L], fp32 (float64 for float64 x). A layer whose rows all coincide, as when all is masked, gives 0 with
-        zero gradient.
+        [L], fp32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit; the message names the argument.
+        ValueError: shapes, dtypes or devices that do not fit, no samples, a mask that is not 0/1, a coordinate of
+            the noise out of range.
     """
-    if x.dim() != 3 or x.shape[1] < 1:
-        raise ValueError(f"x: expected [L, B, F] with B >= 1, got shape {tuple(x.shape)}")
+    _check(x, mask, noise)
+    check_coordinates(x.shape[0], x.shape[1], x.shape[2], call, layer, sample_offset)
+    fixed = None if noise is None else noise.detach()
+    mmd, _, _ = torch.ops.fastguard.gaussian_mmd(x, mask, fixed, call, seed_int64(seed), layer, sample_offset)
+    return mmd  # type: ignore[no-any-return]
+
+
+def _check(x: Tensor, mask: Tensor | None, noise: Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"x: expected [L, B, F], got shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:
-        raise ValueError(f"x: expected one of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+        raise ValueError(f"x: expected a dtype of {', '.join(map(str, DTYPES))}, got {x.dtype}")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one sample, got shape {tuple(x.shape)}")
     if mask is not None:
-        if mask.dim() != 2 or mask.shape[0] != x.shape[1] or not mask.shape[1] or x.shape[2] % mask.shape[1]:
-            raise ValueError(
-                f"mask: expected [{x.shape[1]}, T] with T a divisor of {x.shape[2]} features, got {tuple(mask.shape)}"
-            )
+        _, b, features = x.shape
+        if mask.dim() != 2 or mask.shape[0] != b:
+            raise ValueError(f"mask: expected [{b}, T], got shape {tuple(mask.shape)}")
+        if mask.shape[1] == 0 or features % mask.shape[1]:
+            raise ValueError(f"mask: expected T to divide the {features} features of x, got T = {mask.shape[1]}")
+        if mask.is_complex():
+            raise ValueError(f"mask: expected bool or 0/1, got {mask.dtype}")
         if mask.device != x.device:
             raise ValueError(f"mask: expected device {x.device}, got {mask.device}")
-        mask = mask != 0
-    if noise is not None and (noise.shape != x.shape or noise.device != x.device):
-        raise ValueError(f"noise: expected {tuple(x.shape)} on {x.device}, got {tuple(noise.shape)} on {noise.device}")
-    if call is None:
-        call = torch.zeros((), dtype=torch.int64, device=x.device)
-    if call.dim() or call.dtype != torch.int64:
-        raise ValueError(f"call: expected a 0-dim int64 tensor, got {call.dtype} {tuple(call.shape)}")
-    if sample_offset < 0 or layer < 0:
-        name, value = ("sample_offset", sample_offset) if sample_offset < 0 else ("layer", layer)
-        raise ValueError(f"{name}: expected 0 or more, got {value}")
-    fixed = None if noise is None else noise.detach()
-    value, _ = torch.ops.fastguard.gaussian_mmd(x, mask, fixed, call, seed, layer, sample_offset)
-    return value  # type: ignore[no-any-return]
+    if noise is not None:
+        if noise.shape != x.shape or not noise.is_floating_point():
+            raise ValueError(
+                f"noise: expected a floating dtype and shape {tuple(x.shape)}, got {noise.dtype} {tuple(noise.shape)}"
+            )
+        if noise.device != x.device:
+            raise ValueError(f"noise: expected device {x.device}, got {noise.device}")
 
 
-def kernel_matrix(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """From Gram matrices [L, 2B, 2B]: the MMD^2 [L] and its derivative [L, 2B, 2B] by the squared distances.
-
-    The bandwidth counts as a constant, as published.
-    """
-    n = gram.shape[-1]
-    b = n // 2
-    square = gram.diagonal(dim1=-2, dim2=-1)
-    d2 = (square[..., :, None] + square[..., None, :] - 2 * gram).clamp_min(0.0)
-    d2.diagonal(dim1=-2, dim2=-1).zero_()
-    bandwidth = d2.sum((-2, -1), keepdim=True) / (n * n - n) / 4
-    # All rows equal: distances over bandwidth tend to no limit, but every kernel value is equal; take distance 0.
-    inverse = torch.where(bandwidth > 0, 1 / bandwidth, torch.zeros_like(bandwidth))
-    sign = gram.new_full((n, n), -1.0 / (b * b))
-    sign[:b, :b] = sign[b:, b:] = 1.0 / (b * b)
-    kernel, slope = torch.zeros_like(d2), torch.zeros_like(d2)
-    for i in range(BANDWIDTHS):
-        rate = inverse / 2**i
-        term = torch.exp(-d2 * rate)
-        kernel += term
-        slope -= term * rate
-    return (kernel * sign).sum((-2, -1)), slope * sign
+def _keep(mask: Tensor | None) -> Tensor | None:
+    """The mask as contiguous bool; a ValueError (an assertion on the device) if it holds anything but 0 and 1."""
+    if mask is None:
+        return None
+    keep = mask != 0
+    if mask.dtype != torch.bool:
+        binary = (mask == keep).all()
+        if mask.device.type != "cpu":
+            torch._assert_async(binary, "mask: expected bool or 0/1")
+        elif not binary:
+            raise ValueError("mask: expected bool or 0/1, got other values")
+    return keep.contiguous()
 
 
-def combination(gram: Tensor, grad: Tensor) -> Tensor:
-    """Coefficients [L, B, 2B]: the gradient of sample i is their sum over the pooled rows j, grad [L] included."""
-    _, slope = kernel_matrix(gram)
-    pull = 2 * (slope + slope.transpose(-2, -1))
-    weights = torch.diag_embed(pull.sum(-1)) - pull
-    return (weights[:, : gram.shape[-1] // 2] * grad[:, None, None]).contiguous()
+def _dense_features(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @torch.library.custom_op("fastguard::gaussian_mmd", mutates_args=())
 def _forward(
-    x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor, seed: int, layer: int, sample_offset: int
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor | None, seed: int, layer: int, sample_offset: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The call is an output of its own: its value at this forward must outlive the caller's counter.
+    counter = torch.zeros((), dtype=torch.int64, device=x.device) if call is None else call.to(x.device, copy=True)
     impl = backend.choose("gaussian_mmd", x.device)
-    gram = impl.gram(x, mask, noise, call, seed, layer, sample_offset)
-    value, _ = kernel_matrix(gram)
-    return value, gram
+    source = Source(seed, counter, layer, sample_offset, noise)
+    mmd, gram = impl.forward(_dense_features(x), _keep(mask), source)
+    return mmd, gram, counter
 
 
 @_forward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    x, mask, noise, call, seed, layer, sample_offset
-):
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+def _(x, mask, noise, call, seed, layer, sample_offset):  # type: ignore[no-untyped-def]
     layers, b, _ = x.shape
-    return x.new_empty(layers, dtype=wide), x.new_empty(layers, 2 * b, 2 * b, dtype=wide)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    gram = x.new_empty(layers, 2 * b, 2 * b, dtype=wide)
+    return x.new_empty(layers, dtype=wide), gram, x.new_empty((), dtype=torch.int64)
 
 
 @torch.library.custom_op("fastguard::gaussian_mmd_backward", mutates_args=())
 def _backward(
-    grad: Tensor, x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor, gram: Tensor,
-    seed: int, layer: int, sample_offset: int,
-) -> Tensor:  # fmt: skip
+    grad: Tensor,
+    x: Tensor,
+    mask: Tensor | None,
+    noise: Tensor | None,
+    call: Tensor,
+    gram: Tensor,
+    seed: int,
+    layer: int,
+    sample_offset: int,
+) -> Tensor:
     impl = backend.choose("gaussian_mmd", x.device)
-    weights = combination(gram, grad.to(gram.dtype))
-    return impl.combine(weights, x, mask, noise, call, seed, layer, sample_offset)  # type: ignore[no-any-return]
+    source = Source(seed, call, layer, sample_offset, noise)
+    return impl.backward(grad, _dense_features(x), _keep(mask), source, gram)  # type: ignore[no-any-return]
 
 
 @_backward.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad, x, mask, noise, call, gram, seed, layer, sample_offset
-):
+def _(grad, x, mask, noise, call, gram, seed, layer, sample_offset):  # type: ignore[no-untyped-def]
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, mask, noise, call, *ctx.place = inputs
-    ctx.mark_non_differentiable(output[1])
+    x, mask, noise, _, *ctx.coordinates = inputs
+    _, gram, call = output
+    ctx.mark_non_differentiable(gram, call)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(x, mask, noise, call, output[1])
+    ctx.save_for_backward(x, mask, noise, call, gram)
 
 
-def _autograd(ctx: Any, grad: Tensor | None, _gram: Tensor | None) -> tuple[Tensor | None, ...]:
-    if grad is None or not ctx.needs_input_grad[0]:
-        return (None,) * 7
-    x, mask, noise, call, gram = ctx.saved_tensors
-    dx = torch.ops.fastguard.gaussian_mmd_backward(grad, x, mask, noise, call, gram, *ctx.place)
+def _autograd(ctx, grad, _gram, _call):  # type: ignore[no-untyped-def]
+    dx = None
+    if grad is not None and ctx.needs_input_grad[0]:
+        dx = torch.ops.fastguard.gaussian_mmd_backward(grad, *ctx.saved_tensors, *ctx.coordinates)
     return dx, None, None, None, None, None, None
 
 

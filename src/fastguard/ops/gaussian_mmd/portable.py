@@ -1,65 +1,131 @@
-"""``gaussian_mmd`` in torch, a block of features at a time: any device, no compiler.
+"""``gaussian_mmd`` in plain PyTorch: Gram matrices by blocks of features, noise remade in each.
 
-Shapes: L layers, B samples, F features, P pooled rows (samples, then noise: 2B).
+Shapes: L layers, B samples, F features, T mask entries, R = 2B rows (the samples, then their noise).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastguard.ops.philox import gaussian_noise
+from fastguard.ops.gaussian_mmd.reference import KERNELS
+from fastguard.ops.philox import noise_slice
 
-BLOCK = 16384
-"""Features made and read at a time; a multiple of 4."""
+BLOCK_ELEMENTS = 2**17
+"""Most noise elements alive at a time: 1 MB as int64."""
 
 
-def _pooled(
-    x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor, seed: int, layer: int, sample_offset: int
-) -> Iterator[tuple[int, slice, Tensor]]:
-    """(layer, features, masked pooled rows [P, at most BLOCK]) over all layers and blocks of features."""
+class Source(NamedTuple):
+    """Where the noise comes from: counters, or the explicit tensor [L, B, F]."""
+
+    seed: int
+    call: Tensor
+    layer: int
+    sample_offset: int
+    explicit: Tensor | None
+
+
+def distances(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared distances [L, R, R] of rows from their inner products, and 1 / bandwidth [L, 1, 1].
+
+    The difference n_i + n_j - 2 g_ij cancels where rows lie close together, but a kernel sees it over the
+    bandwidth, and noise is nearly orthogonal to any sample: a row of squared norm n adds about n to its distance
+    from each of B rows, so the bandwidth is at least n / 8B and the error of the ratio at most some 16 B roundings.
+    """
+    norm = gram.diagonal(dim1=1, dim2=2)
+    d2 = (norm[:, :, None] + norm[:, None] - 2 * gram).clamp_min(0)
+    rows = gram.shape[1]
+    bandwidth = d2.sum((1, 2), keepdim=True) / (rows * rows - rows) / 4
+    live = bandwidth >= torch.finfo(gram.dtype).tiny
+    return d2, torch.where(live, 1 / bandwidth, 0)
+
+
+def mmd_of(gram: Tensor) -> Tensor:
+    """MMD^2 [L] from the inner products of the rows, [L, R, R]."""
+    d2, inverse = distances(gram)
+    b = gram.shape[1] // 2
+    k = kernel_sum(d2 * inverse)
+    return (k[:, :b, :b] + k[:, b:, b:] - k[:, :b, b:] - k[:, b:, :b]).sum((1, 2)) / b**2
+
+
+def kernel_sum(ratio: Tensor, weighted: bool = False) -> Tensor:
+    """Sum over i of exp(-ratio / 2^i), each divided by 2^i if ``weighted``: minus its derivative."""
+    total = torch.zeros_like(ratio)
+    for i in range(KERNELS):
+        total += torch.exp(ratio * -(2.0**-i)) * (2.0**-i if weighted else 1.0)
+    return total
+
+
+def coefficients(gram: Tensor, grad: Tensor) -> Tensor:
+    """[L, B, R] such that the gradient of sample i is sum_j c_ij row_j, for upstream gradients grad [L].
+
+    With s = -dk/d(d2): c_ij = (4 g / B^2) s(x_i, x_j) towards samples j != i, -(4 g / B^2) s(x_i, z_j) towards
+    noise, and what makes each row sum to zero towards the sample itself.
+    """
+    d2, inverse = distances(gram)
+    b = gram.shape[1] // 2
+    c = kernel_sum((d2 * inverse)[:, :b], weighted=True) * inverse * (4 * grad[:, None, None] / b**2)
+    c[:, :, b:].neg_()
+    itself = c.diagonal(dim1=1, dim2=2)
+    itself.zero_().copy_(-c.sum(2))
+    return c
+
+
+def segments(mask: Tensor | None, features: int, block: int) -> list[tuple[int, int]]:
+    """Ranges of at most ``block`` features that cover every token which counts in any sample, and no other."""
+    if mask is None:
+        runs = [(0, features)]
+    else:
+        width = features // mask.shape[1]
+        edge = torch.nn.functional.pad(mask.any(0).to(torch.int8), (1, 1)).diff().nonzero()[:, 0].tolist()
+        runs = [(a * width, b * width) for a, b in zip(edge[::2], edge[1::2], strict=True)]
+    return [(at, min(at + block, stop)) for start, stop in runs for at in range(start, stop, block)]
+
+
+def rows_of(x: Tensor, mask: Tensor | None, source: Source) -> Iterator[tuple[int, slice, Tensor | None, Tensor]]:
+    """(layer index, features, mask of the samples there, masked rows [R, features]) for every live block."""
     layers, b, features = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for i in range(layers):
-        for start in range(0, features, BLOCK):
-            part = slice(start, min(start + BLOCK, features))
-            if noise is None:
-                z = gaussian_noise(
-                    b, part.stop - start, seed=seed, call=call.to(x.device), layer=layer + i,
-                    sample_offset=sample_offset, first=start, dtype=wide,
+    block = max(64, BLOCK_ELEMENTS // b // 64 * 64)
+    for first, last in segments(mask, features, block):
+        here = slice(first, last)
+        weight = None
+        if mask is not None:
+            token = torch.arange(first, last, device=x.device) // (features // mask.shape[1])
+            weight = mask[:, token]
+        for i in range(layers):
+            if source.explicit is None:
+                z = noise_slice(
+                    b, first, last, seed=source.seed, call=source.call, layer=source.layer + i,
+                    sample_offset=source.sample_offset, dtype=wide,
                 )  # fmt: skip
             else:
-                z = noise[i, :, part].to(wide)
-            rows = torch.cat([x[i, :, part].to(wide), z])
-            if mask is not None:
-                entry = torch.arange(start, part.stop, device=x.device) // (features // mask.shape[1])
-                rows = rows * mask[:, entry].repeat(2, 1)
-            yield i, part, rows
+                z = source.explicit[i, :, here]
+            rows = torch.cat([x[i, :, here].to(wide), z.to(wide)])
+            if weight is not None:
+                # Not a product: what lies under the mask may be anything, infinities included.
+                rows = torch.where(weight.repeat(2, 1), rows, 0)
+            yield i, here, weight, rows
 
 
-def gram(
-    x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor, seed: int, layer: int, sample_offset: int
-) -> Tensor:
-    """Gram matrices [L, P, P] of the masked pooled rows."""
+def forward(x: Tensor, mask: Tensor | None, source: Source) -> tuple[Tensor, Tensor]:
+    """MMD^2 [L] of x [L, B, F] under mask [B, T] (bool), and the rows' inner products [L, R, R]; fp32 or float64."""
+    layers, b, _ = x.shape
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    out = torch.zeros(x.shape[0], 2 * x.shape[1], 2 * x.shape[1], dtype=wide, device=x.device)
-    for i, _, rows in _pooled(x, mask, noise, call, seed, layer, sample_offset):
-        out[i].addmm_(rows, rows.t())
-    return out
+    gram = torch.zeros(layers, 2 * b, 2 * b, dtype=wide, device=x.device)
+    for i, _, _, rows in rows_of(x, mask, source):
+        gram[i].addmm_(rows, rows.T)
+    return mmd_of(gram), gram
 
 
-def combine(
-    weights: Tensor, x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor, seed: int, layer: int,
-    sample_offset: int,
-) -> Tensor:  # fmt: skip
-    """weights [L, B, P] @ masked pooled rows: [L, B, F] in the dtype of x; noise is remade."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    for i, part, rows in _pooled(x, mask, noise, call, seed, layer, sample_offset):
-        mine = weights[i] @ rows
-        if mask is not None:
-            entry = torch.arange(part.start, part.stop, device=x.device) // (x.shape[2] // mask.shape[1])
-            mine = mine * mask[:, entry]
-        out[i, :, part] = mine.to(x.dtype)
-    return out
+def backward(grad: Tensor, x: Tensor, mask: Tensor | None, source: Source, gram: Tensor) -> Tensor:
+    """dx [L, B, F], contiguous, in the dtype of x."""
+    c = coefficients(gram, grad)
+    dx = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+    for i, here, weight, rows in rows_of(x, mask, source):
+        d = c[i] @ rows
+        dx[i, :, here] = d if weight is None else torch.where(weight, d, 0)
+    return dx

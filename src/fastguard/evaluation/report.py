@@ -1,0 +1,410 @@
+"""One self-contained page, ``report.html``, from the ``metrics.json`` of a run.
+
+The page loads nothing: style, drawings and text are in it, and its content-security policy forbids the rest.
+It reads on wide and narrow screens, in light and dark. Every sentence is made from the figures of the run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastguard.evaluation.figures import Line, Panel, svg
+from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model
+
+_SERIES = {"aligned": 0, "immunized": 1, "control": 2}
+_FIRST_COMPONENT = 4  # colours of the parts of a loss start here
+_COMPONENTS = {
+    "loss": "loss",
+    "harmless_ce": "harmless cross-entropy",
+    "harmful_ce": "harmful cross-entropy",
+    "noise": "noise (MMD)",
+    "retain": "retain cross-entropy",
+}
+
+
+def write(run_dir: Path) -> Path:
+    """Write ``report.html`` beside the ``metrics.json`` in ``run_dir``; returns its path.
+
+    Raises FileNotFoundError where there are no metrics, ValueError where they are of another schema.
+    """
+    file = Path(run_dir) / "report.html"
+    file.write_text(render(load(run_dir)), encoding="utf-8")
+    return file
+
+
+def load(run_dir: Path) -> Metrics:
+    """Read the metrics of a run. Raises FileNotFoundError or ValueError."""
+    file = Path(run_dir) / "metrics.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"RUN_DIR: no {file}; expected the folder of a finished run")
+    try:
+        metrics = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not valid JSON: {error}") from error
+    found = metrics.get("schema") if isinstance(metrics, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{file}: metrics of schema {found!r}, expected {SCHEMA}")
+    return metrics
+
+
+def render(metrics: Metrics) -> str:
+    """The page, as text."""
+    import jinja2
+    import yaml
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastguard.evaluation"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": number, "duration": duration, "memory": memory}
+    series = _series(metrics)
+    return environment.get_template("report.html.j2").render(
+        run=metrics,
+        series=series,
+        headlines=headlines(metrics),
+        attacks=_attack_figures(metrics, series),
+        table=comparison(metrics),
+        training=_training_figures(metrics),
+        benign=_benign_figure(metrics, series),
+        samples=_samples(metrics),
+        limits=limits(metrics),
+        longest=max((stage["wall_s"] for stage in metrics["stages"]), default=1.0) or 1.0,
+        config=yaml.safe_dump(metrics["config"], sort_keys=False, allow_unicode=True),
+    )
+
+
+def summary(metrics: Metrics) -> str:
+    """The result in a few lines of plain text."""
+    said = headlines(metrics)
+    for aim in metrics["aims"]:
+        state = {True: "met", False: "MISSED", None: "not measured"}[aim["met"]]
+        value = "-" if aim["value"] is None else number(aim["value"])
+        said.append(f"{state:>12}  {aim['name']}: {value} (asked: {aim['sense']} {number(aim['bound'])})")
+    return "\n".join(said)
+
+
+def headlines(metrics: Metrics) -> list[str]:
+    """What the attacks found, a sentence per learning rate, and what the defense cost."""
+    models, said = metrics["models"], []
+    for lr in _learning_rates(metrics):
+        steps = [
+            f"{crossing_text(attacks, 'compliance_crossing')} on the {name} model"
+            for name, model in models.items()
+            if (attacks := _at(model, lr))
+        ]
+        threshold = next(a["threshold"] for model in models.values() for a in _at(model, lr))
+        said.append(
+            f"Attack steps until {percent(threshold)} of answers comply, at learning rate {lr:g}: {_and(steps)}."
+        )
+    if {"aligned", "immunized"} <= set(models):
+        before, after = (models[name]["utility"]["perplexity"] for name in ("aligned", "immunized"))
+        said.append(
+            f"Perplexity on harmless text: {number(after)} after immunization, {number(before)} before "
+            f"({after / before:.2f} times)."
+        )
+    return said
+
+
+def crossing_text(attacks: Sequence[Attack], which: str) -> str:
+    """The step at which a curve crosses its level: one figure, or median and range over the seeds.
+
+    ``which``: ``compliance_crossing`` or ``refusal_crossing``. An attack that does not get there counts as more
+    than its budget.
+    """
+    steps = sorted((math.inf if a[which] is None else a[which], a["budget"]) for a in attacks)  # type: ignore[literal-required]
+
+    def text(step: float, budget: int) -> str:
+        return f"more than {budget}" if step == math.inf else f"{step:.1f}"
+
+    if len(steps) == 1:
+        return text(*steps[0])
+    middle = statistics.median(step for step, _ in steps)
+    budget = min(budget for _, budget in steps)
+    low, high = text(*steps[0]), text(*steps[-1])
+    return text(middle, budget) if low == high else f"{text(middle, budget)} ({low} to {high})"
+
+
+@dataclass
+class Row:
+    """One line of the comparison: a name, what it means, and a cell for each model."""
+
+    name: str
+    note: str
+    cells: list[str]
+
+
+@dataclass
+class Group:
+    """Lines of the comparison that belong together."""
+
+    title: str
+    rows: list[Row] = field(default_factory=list)
+
+
+def comparison(metrics: Metrics) -> list[Group]:
+    """The table of all models: under attack, what the defense costs, how each was made."""
+    models = list(metrics["models"].values())
+
+    def row(name: str, note: str, cell: Callable[[Model], str | None]) -> Row:
+        return Row(name, note, [cell(model) or "not measured" for model in models])
+
+    groups = [_under_attack(metrics, lr, row) for lr in _learning_rates(metrics)]
+    utility = Group(
+        "What it costs",
+        [
+            row("Perplexity", "held-out harmless conversations", lambda m: number(m["utility"]["perplexity"])),
+            row("Over-refusal", "ordinary instructions refused", lambda m: percent(m["utility"]["over_refusal"])),
+            row("Refusal of edgy prompts", "harmless, but they sound dangerous", _edgy_text),
+            row("Learns a benign task", "held-out loss before and after", _benign_text),
+        ],
+    )
+    made = Group(
+        "How it was made",
+        [
+            row("Method", "", lambda m: m["training"]["method"]),
+            row("From", "", lambda m: m["training"]["parent"]),
+            row("Optimisation", "steps, time, learning rate", _training_text),
+        ],
+    )
+    return [*groups, utility, made]
+
+
+def _under_attack(metrics: Metrics, lr: float, row: Callable[[str, str, Callable[[Model], str | None]], Row]) -> Group:
+    """The lines of the comparison that one learning rate gives."""
+    first = next(a for model in metrics["models"].values() for a in _at(model, lr))
+    level, rest, whole = (
+        percent(first["threshold"]),
+        percent(1 - first["threshold"]),
+        f"over steps 0 to {first['budget']}",
+    )
+    several = len(_seeds(metrics)) > 1
+    interpolated = "interpolated" + ("; median and range of the seeds" if several else "")
+
+    def crossed(which: str) -> Callable[[Model], str | None]:
+        return lambda model: crossing_text(found, which) if (found := _at(model, lr)) else None
+
+    def mean(which: str) -> Callable[[Model], str | None]:
+        return lambda model: (
+            percent(statistics.fmean(a[which] for a in found)) if (found := _at(model, lr)) else None  # type: ignore[literal-required]
+        )
+
+    def losses(model: Model) -> str | None:
+        points = [a["points"] for a in _at(model, lr)]
+        if not points:
+            return None
+        first, last = (statistics.fmean(p[i]["harmful_loss"] for p in points) for i in (0, -1))
+        return _change(first, last)
+
+    return Group(
+        f"Under attack, learning rate {lr:g}",
+        [
+            row(f"Steps until {level} comply", interpolated, crossed("compliance_crossing")),
+            row(f"Steps until refusal falls to {rest}", interpolated, crossed("refusal_crossing")),
+            row("Mean compliance", whole, mean("compliance_area")),
+            row("Mean refusal", whole, mean("refusal_area")),
+            row("Harmful loss", "first and last scored step" + ("; mean of the seeds" if several else ""), losses),
+        ],
+    )
+
+
+def limits(metrics: Metrics) -> list[str]:
+    """What the figures of this run do not show; then the notes of the run itself."""
+    said = []
+    if metrics["quick"]:
+        said.append("This was a quick run, to see that everything works. Its figures are no result.")
+    if "harmful" in metrics["data"]:
+        n = metrics["data"]["harmful"]["splits"]["measure"]["prompts"]
+        said.append(
+            f"Rates come from {n} held-out harmful prompts: one prompt is {100 / n:.1f} points, and a rate near 50% "
+            f"is known to about \N{PLUS-MINUS SIGN}{196 * math.sqrt(0.25 / n):.0f} points (95%, binomial)."
+        )
+    seeds = len(_seeds(metrics))
+    said.append(
+        f"Each model was trained once and attacked with {seeds} seed{'s' if seeds != 1 else ''} per learning rate: "
+        "the spread between trainings is not shown."
+    )
+    said.append(
+        f"Only harmful fine-tuning of all weights was tried, at learning rate{_s(_learning_rates(metrics))} "
+        f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no adapters, no other optimizers, no search for the "
+        "attacker's best settings, no jailbreak prompts, no editing of weights or activations."
+    )
+    said.append(
+        f"One model, {metrics['config'].get('model', {}).get('name', 'unnamed')}, with short trainings: "  # type: ignore[attr-defined]
+        "nothing here says how other sizes, families or longer immunizations behave."
+    )
+    said.append("Crossings are linear between scored steps. Times hold for this machine under the load it had.")
+    return [*said, *(note for note in metrics["notes"] if note not in said)]
+
+
+def percent(value: float) -> str:
+    """A rate as a percentage."""
+    return f"{100 * value:.3g}%"
+
+
+def number(value: float) -> str:
+    """Three significant digits, without an exponent where that is readable."""
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as ``41 s``, ``4 min 50 s`` or ``1 h 5 min``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def memory(size: int) -> str:
+    """Bytes in GiB."""
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _series(metrics: Metrics) -> dict[str, int]:
+    """The colour of each model; further models take what follows the three usual ones."""
+    extra = [name for name in metrics["models"] if name not in _SERIES]
+    colours = _SERIES | {name: len(_SERIES) + i for i, name in enumerate(extra)}
+    return {name: colours[name] for name in metrics["models"]}
+
+
+def _learning_rates(metrics: Metrics) -> list[float]:
+    return sorted({a["lr"] for model in metrics["models"].values() for a in model["attacks"]})
+
+
+def _seeds(metrics: Metrics) -> list[int]:
+    return sorted({a["seed"] for model in metrics["models"].values() for a in model["attacks"]})
+
+
+def _at(model: Model, lr: float) -> list[Attack]:
+    return [a for a in model["attacks"] if a["lr"] == lr]
+
+
+def _and(parts: Iterable[str]) -> str:
+    *most, last = list(parts)
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _s(things: Sequence[object]) -> str:
+    return "s" if len(things) != 1 else ""
+
+
+def _training_text(model: Model) -> str:
+    made = model["training"]
+    return f"{made['steps']} steps, {duration(made['wall_s'])}, {made['lr']:g}"
+
+
+def _edgy_text(model: Model) -> str | None:
+    rate = model["utility"]["edgy_over_refusal"]
+    return None if rate is None else percent(rate)
+
+
+def _change(before: float, after: float) -> str:
+    return f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}"
+
+
+def _benign_text(model: Model) -> str | None:
+    benign = model["utility"]["benign"]
+    if benign is None:
+        return None
+    return f"{_change(benign['loss'][0], benign['loss'][-1])} (step {benign['steps'][-1]})"
+
+
+def _attack_figures(metrics: Metrics, series: dict[str, int]) -> list[dict[str, Any]]:
+    """For each learning rate three panels over one axis of steps: compliance, refusal, harmful loss."""
+    return [
+        {
+            "lr": lr,
+            "batch": runs[0][1]["batch"],
+            "budget": max(a["budget"] for _, a in runs),
+            "panels": _attack_panels([(series[name], a) for name, a in runs], f"at learning rate {lr:g}"),
+        }
+        for lr in _learning_rates(metrics)
+        if (runs := [(name, a) for name, model in metrics["models"].items() for a in _at(model, lr)])
+    ]
+
+
+def _attack_panels(runs: Sequence[tuple[int, Attack]], at: str) -> list[str]:
+    """The panels of one learning rate; ``runs`` are attacks with the colour of their model."""
+    threshold, budget = runs[0][1]["threshold"], max(a["budget"] for _, a in runs)
+
+    def lines(key: str, crossing: str | None) -> list[Line]:
+        return [
+            Line(
+                x=[p["step"] for p in a["points"]],
+                y=[p[key] for p in a["points"]],  # type: ignore[literal-required]
+                series=series,
+                stopped=crossing is not None,
+                crossing=a[crossing] if crossing else None,  # type: ignore[literal-required]
+            )
+            for series, a in runs
+        ]
+
+    rates = [  # a finished attack runs on above the compliance threshold and below that of refusal
+        ("Compliance", "compliance", threshold, f"threshold {percent(threshold)}", False),
+        ("Refusal", "refusal", 1 - threshold, f"{percent(1 - threshold)} still refuse", True),
+    ]
+    panels = [
+        Panel(
+            title, lines(key, f"{key}_crossing"), "attack steps", budget, rate=True, level=level, level_label=label,
+            label_above=above, description=f"{title} of each model along the attack, {at}",
+        )
+        for title, key, level, label, above in rates
+    ]  # fmt: skip
+    said = f"Loss of each model on harmful targets along the attack, {at}"
+    loss = Panel("Harmful loss, nats per token", lines("harmful_loss", None), "attack steps", budget, description=said)
+    return [svg(panel) for panel in (*panels, loss)]
+
+
+def _training_figures(metrics: Metrics) -> list[dict[str, Any]]:
+    """How each model was made: the parts of its loss, or the loss where it has no parts."""
+    figures = []
+    for name, model in metrics["models"].items():
+        curve = model["training"]["curve"]
+        keys = list(dict.fromkeys(k for point in curve for k in point if k not in ("step", "loss"))) or ["loss"]
+        keys = [k for k in keys if any(k in point for point in curve)]
+        if not keys:
+            continue
+        lines = [
+            Line([p["step"] for p in curve if k in p], [p[k] for p in curve if k in p], _FIRST_COMPONENT + i)
+            for i, k in enumerate(keys)
+        ]
+        said = f"Loss of the {name} model along its training"
+        steps = max(max(line.x) for line in lines)
+        panel = Panel(f"Making {name}: loss by part" if len(keys) > 1 else f"Making {name}: loss", lines,
+                      "training steps", steps, markers=False, description=said)  # fmt: skip
+        legend = [(_COMPONENTS.get(k, k.replace("_", " ")), _FIRST_COMPONENT + i) for i, k in enumerate(keys)]
+        figures.append({"legend": legend, "svg": svg(panel)})
+    return figures
+
+
+def _benign_figure(metrics: Metrics, series: dict[str, int]) -> str | None:
+    """Held-out loss of the benign task along its fine-tuning, or None where it was not measured."""
+    lines = [
+        Line(benign["steps"], benign["loss"], series[name])
+        for name, model in metrics["models"].items()
+        if (benign := model["utility"]["benign"]) is not None
+    ]
+    if not lines:
+        return None
+    said = "Held-out loss of every model along the fine-tuning on a harmless task"
+    steps = max(max(line.x) for line in lines)
+    return svg(Panel("Benign task: loss, nats per token", lines, "fine-tuning steps", steps, description=said))
+
+
+def _samples(metrics: Metrics) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each harmless prompt with the answers of all models."""
+    prompts: dict[str, list[tuple[str, str]]] = {}
+    for model in metrics["models"].values():
+        for sample in model["utility"]["samples"]:
+            prompts.setdefault(sample["prompt"], []).append((model["label"], sample["answer"]))
+    return list(prompts.items())

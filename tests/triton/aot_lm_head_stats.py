@@ -32,7 +32,7 @@ BLOCK_NAMES = {
 MATRIX = tuple(BLOCK_NAMES)
 
 
-def arguments(name: str, blocks: ops.Blocks | None, plain: bool) -> dict[str, Any]:
+def arguments(name: str, blocks: ops.Blocks | None, plain: bool, dtype: str = "bf16") -> dict[str, Any]:
     """Types and constants of a kernel. plain: what a RepNoise step launches; otherwise every option on."""
     flags: dict[str, Any] = {
         "TILE": TILE, "COLUMNS": ops.COLUMNS, "PRECISION": "ieee", "EVEN": True, "HAS_BIAS": not plain,
@@ -51,7 +51,7 @@ def arguments(name: str, blocks: ops.Blocks | None, plain: bool) -> dict[str, An
         elif p.name in absent:
             out[p.name] = None
         else:
-            out[p.name] = TYPES.get(p.name, "*fp32")
+            out[p.name] = TYPES.get(p.name, "*fp32").replace("bf16", dtype)
     return out
 
 
@@ -93,3 +93,22 @@ def test_the_other_kernels_compile(name, arch):
     kernel = compiled(name, arch, plain=False)
     assert kernel.shared <= aot.SHARED_LIMIT[arch]
     assert kernel.spills == 0
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_float32_kernels_fit_everywhere(name):
+    """Exact float32 products compile, and fit the smallest shared memory in use (AMD's 64 KiB)."""
+    blocks = getattr(ops.config(torch.float32, 64 * 1024), name.removesuffix("_kernel"))
+    arguments_ = arguments(name, blocks, plain=True, dtype="fp32")
+    kernel = aot.compile_kernel(getattr(ops, name), arguments_, 80, blocks.warps, blocks.stages)
+    print(kernel)
+    assert kernel.shared <= 64 * 1024
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_half_precision_kernels_fit_small_devices(name):
+    """Consumer GPUs (99 KiB) take the narrow blocks."""
+    blocks = getattr(ops.config(torch.bfloat16, 99 * 1024), name.removesuffix("_kernel"))
+    kernel = aot.compile_kernel(getattr(ops, name), arguments(name, blocks, True), 89, blocks.warps, blocks.stages)
+    print(kernel)
+    assert kernel.shared <= 64 * 1024

@@ -233,6 +233,20 @@ def test_one_gradient_wanted(wanted, filter_tol):
     assert torch.equal(*got)
 
 
+@pytest.mark.parametrize("shared", [100 * 1024, 163 * 1024, 227 * 1024])
+def test_block_shapes_of_every_device(shared, monkeypatch):
+    """The blocks of small, A100-like and Hopper-like devices agree with the specification."""
+    monkeypatch.setattr(ops, "_shared_memory", lambda device: shared)
+    *inputs, target = draw(130, 603, 72, torch.float16, spread=4.0)
+    upstream = torch.randn(4, 130, dtype=torch.float64)
+    mine, exact, peer = all_three(inputs, target, upstream, range(4), **OPTIONS)
+    for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
+        assert_agrees(name, got, want, same)
+    mine, _, _ = all_three(inputs, target, upstream, range(4), 0.1, **OPTIONS)
+    for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
+        assert_agrees(name, got, want, same, ulps=0.05 * 2**11)
+
+
 def test_buffers_are_added_to():
     """dweight and dbias collect the gradients of several calls."""
     hidden, weight, bias, target = draw(5, 130, 16, torch.float32)

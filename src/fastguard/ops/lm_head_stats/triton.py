@@ -34,8 +34,10 @@ of a window, U columns live in any tile.
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 import triton.language as tl
@@ -87,14 +89,15 @@ def config(dtype: torch.dtype, shared: int) -> Config:
     if dtype == torch.float32:
         small = Blocks(64, 32, 8, 2)
         return Config(small, small, small, small)
+    square = Blocks(128, 64, 8, 4)
+    # Lists of columns are read through an index, which takes the pipeline two more stages to run as deep.
     if shared >= 200 * 1024:  # Hopper, Blackwell
-        square, wide = Blocks(128, 64, 8, 4), Blocks(256, 64, 8, 4)
-        return Config(scan=square, dlogit=square, dx=wide, dweight=wide)
+        return Config(scan=square, dlogit=square, dx=Blocks(256, 64, 8, 5), dweight=Blocks(256, 64, 8, 5))
     if shared >= 144 * 1024:  # A100
-        square = Blocks(128, 64, 8, 4)
-        return Config(scan=Blocks(64, 64, 8, 4), dlogit=square, dx=square, dweight=square)
-    square = Blocks(128, 32, 8, 2)
-    return Config(scan=Blocks(64, 32, 8, 2), dlogit=square, dx=square, dweight=square)
+        listed = Blocks(128, 64, 8, 6)
+        return Config(scan=Blocks(64, 64, 8, 4), dlogit=square, dx=listed, dweight=listed)
+    narrow = Blocks(128, 32, 8, 2)
+    return Config(scan=Blocks(64, 32, 8, 2), dlogit=narrow, dx=narrow, dweight=narrow)
 
 
 @triton.jit
@@ -532,6 +535,22 @@ class Window(NamedTuple):
     n_tiles: Tensor
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_device(function: Callable[P, R]) -> Callable[P, R]:
+    """Launch on the device of the tensors: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return function(*args, **kwargs)
+
+    return call
+
+
+@on_device
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -616,6 +635,7 @@ def _scan(
     return lse, rest_lse, mean
 
 
+@on_device
 def backward(
     g_lse: Tensor | None,
     g_rest: Tensor | None,
@@ -804,8 +824,10 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+@functools.cache
 def _shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one program may take; the interpreter has none to run out of."""
     if device.type != "cuda":
         return 0
-    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]

@@ -1,0 +1,121 @@
+"""Runs the benchmarks and writes their results and tables.
+
+    python benchmarks/run.py [--gpu] [SELECTION ...]
+
+The ops' own tests run first: no speed is reported on red tests. Results go to benchmarks/results/<name>.json with the
+machine, versions and date; the tables of docs/performance.md between ``<!-- bench:<name> -->`` markers are rewritten
+from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE = ROOT / "docs" / "performance.md"
+KEPT_STATS = ("min", "median", "max", "rounds")
+
+
+def pytest(*arguments: str) -> int:
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, check=False).returncode
+
+
+def measured(selection: list[str]) -> dict[str, Any]:
+    """The trimmed report of one pytest-benchmark run."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        code = pytest(
+            "-o", "python_files=bench_*.py", "-o", "pythonpath=benchmarks", "-o", "timeout=3000", "--benchmark-only",
+            f"--benchmark-json={report}", "--benchmark-columns=min,median,rounds", *selection,
+        )  # fmt: skip
+        if code or not report.exists():
+            raise SystemExit(f"the benchmarks failed (pytest exit {code}); results are left as they were")
+        full = json.loads(report.read_text())
+    keep = ("cpu", "capability", "gpu", "threads", "torch", "triton", "python")
+    return {
+        "date": full["datetime"][:10],
+        "machine": {k: full["machine_info"].get(k) for k in keep},
+        "commit": full["commit_info"].get("id", "")[:10],
+        "benchmarks": [
+            {
+                "group": b["group"],
+                "contender": b["params"]["name"],
+                "seconds": {k: b["stats"][k] for k in KEPT_STATS},
+                **b["extra_info"],
+            }
+            for b in full["benchmarks"]
+        ],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: a table a group, the machine and date above."""
+    m = result["machine"]
+    where = m["gpu"] or f"{m['cpu']} ({m['capability']}), {m['threads']} threads"
+    lines = [f"{where}; torch {m['torch']}, Python {m['python']}; {result['date']}, commit {result['commit']}.", ""]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for b in result["benchmarks"]:
+        groups.setdefault(b["group"], []).append(b)
+    for group, rows in groups.items():
+        lines += [f"**{group}**", ""]
+        lines += ["| | median ms | ratio | peak MB | of the GEMM rate | gradient error |", "|---|---|---|---|---|---|"]
+        base = next((r for r in rows if r["contender"] in ("plain", "eager")), rows[0])
+        for r in rows:
+            ratio = r.get("ratio_to_plain", r["seconds"]["median"] / base["seconds"]["median"])
+            error = r.get("worst_gradient_error", max(r.get("gradient_error", [-1.0])))
+            lines.append(
+                f"| {r['contender']} | {1e3 * r['seconds']['median']:,.0f} | {ratio:.2f} "
+                f"| {r['peak_bytes'] / 1e6:,.0f} "
+                f"| {format(r['fraction_of_gemm_rate'], '.0%') if 'fraction_of_gemm_rate' in r else ''} "
+                f"| {format(error, '.1e') if error >= 0 else ''} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def write_tables() -> None:
+    """Put every result's table between its markers in docs/performance.md."""
+    page = PAGE.read_text(encoding="utf-8")
+    for file in sorted(RESULTS.glob("*.json")):
+        begin, end = f"<!-- bench:{file.stem} -->", f"<!-- /bench:{file.stem} -->"
+        if begin in page:
+            head, rest = page.split(begin, 1)
+            page = f"{head}{begin}\n{table(json.loads(file.read_text()))}{end}{rest.split(end, 1)[1]}"
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
+    parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, gpu")
+    parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
+    parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
+    options = parser.parse_args()
+    if not options.tables_only:
+        tested = ["tests/ops", "tests/test_triton.py"] if options.gpu else ["tests/ops"]
+        if pytest("-x", *tested):
+            raise SystemExit("the ops' tests fail: nothing is timed")
+        jobs = {"gpu": ["benchmarks/gpu"]} if options.gpu else {
+            "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))],
+            "cpu-step": ["benchmarks/end_to_end"],
+        }  # fmt: skip
+        if options.selection:
+            jobs = {options.name or "selection": options.selection}
+        RESULTS.mkdir(exist_ok=True)
+        for name, selection in jobs.items():
+            file = RESULTS / f"{name}.json"
+            text = json.dumps(measured(selection), indent=1) + "\n"
+            file.with_suffix(".tmp").write_text(text)
+            file.with_suffix(".tmp").rename(file)
+    write_tables()
+
+
+if __name__ == "__main__":
+    main()

@@ -19,11 +19,12 @@ Backward over the live columns (6 N D C flops), or over all of them in windows:
 1. ``compact_kernel``: column codes -> list of live columns per tile, and each column's place in the list;
 2. ``dlogit_kernel``: logits of the listed columns, rows of W gathered by index inside the product; writes the
    gradient at the raw products, transposed [C, TILE], and each row's kept mass, from which the tail follows;
-3. ``dx_kernel``: dX = dlogit @ W[list] + tail * (mean row of the dropped columns);
+3. ``dx_kernel``: dX = dlogit @ W[list] + tail * (mean row of the heaviest dropped columns, `warm_columns`);
 4. ``dweight_kernel``: a program owns a block of columns and loops over the tiles in which any of them is live, so
    that dW is read and written once, without atomics. Columns are ordered by the tiles that want them.
 
-One host synchronisation per backward: the largest number of live columns sizes the buffers.
+Two host synchronisations per backward: the largest number of live columns sizes the buffers, and the columns that
+stand for the dropped ones are listed.
 Products run in the input dtype with fp32 accumulation; float32 products are exact ("ieee") unless
 ``torch.set_float32_matmul_precision`` allows TF32.
 
@@ -677,8 +678,10 @@ def backward(
     blocks = config(x.dtype, _shared_memory(x.device))
     precision = _precision()
     need_weight = dweight is not None or dbias is not None
-    q = None if columns is None else tail_weights(columns, rest_lse, softcap)
-    tail_row = None if q is None else q.to(weight.dtype) @ weight
+    warm = share = tail_row = None
+    if columns is not None:
+        warm, share = warm_columns(columns, rest_lse, softcap)
+        tail_row = share.to(weight.dtype) @ weight[warm]
     tail = None
 
     widest = max(WINDOW_ELEMENTS // (tiles * TILE), COLUMNS)
@@ -726,21 +729,36 @@ def backward(
                 WEIGHT=dweight is not None, BIAS=dbias is not None, PRECISION=precision,
                 num_warps=blocks.dweight.warps, num_stages=blocks.dweight.stages,
             )  # fmt: skip
-    if tail is not None and q is not None:
+    if tail is not None and warm is not None and share is not None:
         if dweight is not None:
             tail_x = torch.empty(tiles, d, dtype=torch.float32, device=x.device)
             tail_kernel[tiles, triton.cdiv(d, 64)](tail, x, tail_x, n, d, TILE=TILE, BLOCK_D=64)
-            dweight.addmm_(q.t(), tail_x)
+            dweight.index_add_(0, warm, share.t() @ tail_x)
         if dbias is not None:
             tail_sum = torch.nn.functional.pad(tail, (0, tiles * TILE - n)).view(tiles, TILE).sum(1)
-            dbias.add_(tail_sum @ q)
+            dbias.index_add_(0, warm, tail_sum @ share)
     return dx
 
 
-def tail_weights(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:
-    """Weights [T, V] of the dropped columns in a row's tail, the soft-cap's slope included."""
-    q = portable.tail_weights(columns, torch.float32)
-    return q * portable._softcap_slope(columns, rest_lse, softcap) if softcap else q
+def warm_columns(columns: Tensor, rest_lse: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+    """(warm [K], share [T, K]): the dropped columns that stand for a tile's tail, of all tiles, and their weights.
+
+    A tile's own are its heaviest, up to COVERAGE of its dropped mass; the others weigh 0, the soft-cap's slope is in.
+    """
+    codes = torch.arange(256, device=columns.device, dtype=torch.float32)
+    mass = torch.exp2((codes - 254) / portable.CODES_PER_OCTAVE)
+    mass[0] = mass[portable.LIVE] = 0.0
+    one = torch.ones((), device=columns.device)
+    counts = torch.zeros(columns.shape[0], 256, device=columns.device)
+    counts.scatter_add_(1, columns.long(), one.expand(columns.shape))  # sums of ones: exact in any order
+    heaviest_first = (counts * mass).flip(1).cumsum(1)
+    floor = (255 - (heaviest_first < portable.COVERAGE * heaviest_first[:, -1:]).sum(1, keepdim=True)).clamp_min(1)
+    is_warm = (columns >= floor) & (columns < portable.LIVE)
+    warm = is_warm.any(0).nonzero()[:, 0]
+    picked = columns[:, warm]
+    share = mass[picked.int()] * is_warm[:, warm]
+    share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return warm, share * portable._softcap_slope(picked, rest_lse, softcap) if softcap else share
 
 
 def _tail_mass(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -165,6 +166,20 @@ class BoundCheckpoint:
         return functools.partial, (self.function,)
 
 
+def _side_effects_under_checkpoints() -> contextlib.AbstractContextManager[Any]:
+    """Let a model compiled in this forward keep taps' results inside its checkpoints: a recompute drops them anyway.
+
+    A process that has compiled nothing has not imported dynamo, and is spared it.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is None:
+        return contextlib.nullcontext()
+    patch: contextlib.AbstractContextManager[Any] = dynamo.config.patch(
+        skip_fwd_side_effects_in_bwd_under_checkpoint=True
+    )
+    return patch
+
+
 class Taps:
     """The sites of one loss on one model.
 
@@ -200,7 +215,8 @@ class Taps:
         try:
             for site in self.sites:
                 site.scope = scope
-            yield
+            with _side_effects_under_checkpoints():
+                yield
         finally:
             for site in self.sites:
                 site.scope = None

@@ -25,7 +25,7 @@ help:
 	@echo "make test        install, then the tests, ruff and mypy"
 	@echo "make demo        align, immunize and attack SmolLM2-135M; writes $(OUT)/report.html"
 	@echo "make quick       the demo in under four minutes: a smoke test, not a result"
-	@echo "make ablation    the demo without noise, without lens, on the output alone"
+	@echo "make ablation    the demo without noise, without lens, on the output alone; docs/ablation.md"
 	@echo "make bench       benchmarks/results/*.json and the tables of docs/performance.md"
 	@echo "make bench-gpu   the same at the shapes of an 8B model, on a CUDA GPU"
 	@echo "make lint        ruff and mypy;  make format: ruff rewrites"
@@ -64,6 +64,16 @@ demo: install
 
 quick: install
 	$(BIN)/fastguard demo --quick --out runs/quick
+
+ablation: install
+	$(BIN)/fastguard immunize ablation --out runs/ablation
+	$(BIN)/fastguard report runs/ablation --table docs/ablation.md
+
+bench: $(BENCH)
+	$(BIN)/python benchmarks/run.py
+
+bench-gpu: $(BENCH)
+	$(BIN)/python benchmarks/run.py --gpu
 
 clean:
 	rm -rf build dist src/*.egg-info src/fastguard/*.so $(STAMP) $(BENCH)

@@ -83,8 +83,9 @@ def test_a_missing_data_package_ends_with_2(tmp_path, monkeypatch):
 def test_report_writes_the_page_or_ends_with_2(tmp_path):
     assert run("report", tmp_path).exit_code == 2
     shutil.copy(EXAMPLE, tmp_path / "metrics.json")
-    result = run("report", tmp_path)
+    result = run("report", tmp_path, "--table", tmp_path / "table.md")
     assert result.exit_code == 0 and (tmp_path / "report.html").is_file()
+    assert "| aligned | immunized | control |" in (tmp_path / "table.md").read_text()
 
 
 def test_doctor_prints_tables_or_json():

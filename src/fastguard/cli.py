@@ -77,12 +77,16 @@ def immunize(
 @app.command()
 def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that holds metrics.json.")],
+    table: Annotated[Path | None, typer.Option(help="Also write the comparison as a Markdown table here.")] = None,
 ) -> None:
     """Write RUN_DIR/report.html from RUN_DIR/metrics.json."""
-    from fastguard.evaluation.report import write
+    from fastguard.evaluation.report import load, markdown, write
 
     try:
         typer.echo(f"report: {write(run_dir)}")
+        if table is not None:
+            table.write_text(markdown(load(run_dir)), encoding="utf-8")
+            typer.echo(f"table:  {table}")
     except (FileNotFoundError, ValueError) as error:
         _fail(error)
 

@@ -178,6 +178,15 @@ def test_write_and_load(tmp_path, metrics):
     assert (tmp_path / "report.html").read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
+def test_markdown_table_is_whole(metrics):
+    metrics["models"]["aligned"]["training"]["method"] = "a | b"
+    head, _, *table = report.markdown(metrics).splitlines()
+    assert "Example CPU" in head and "2026-11-23" in head and "2 min 35 s" in head
+    assert table[0] == "| | aligned | immunized | control |"
+    assert {line.replace("\\|", "").count("|") for line in table} == {5}
+    assert "| Steps until 50% comply (interpolated) | 3.4 | 18.0 | 3.8 |" in table
+
+
 def test_summary_names_every_aim(metrics):
     lines = report.summary(metrics).splitlines()
     assert [line.split()[0] for line in lines[2:]] == ["MISSED", "met", "met", "not"]

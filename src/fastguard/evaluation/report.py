@@ -22,9 +22,10 @@ _FIRST_COMPONENT = 4  # colours of the parts of a loss start here
 _COMPONENTS = {
     "loss": "loss",
     "harmless_ce": "harmless cross-entropy",
-    "harmful_ce": "harmful cross-entropy",
+    "harmful_ce": "harmful cross-entropy, output",
+    "lens_ce": "harmful cross-entropy, layers",
     "noise": "noise (MMD)",
-    "retain": "retain cross-entropy",
+    "retain_ce": "retain cross-entropy",
 }
 
 
@@ -243,6 +244,25 @@ def limits(metrics: Metrics) -> list[str]:
     )
     said.append("Crossings are linear between scored steps. Times hold for this machine under the load it had.")
     return [*said, *(note for note in metrics["notes"] if note not in said)]
+
+
+def markdown(metrics: Metrics) -> str:
+    """The comparison of all models as a Markdown table, with machine and date, for the documentation."""
+    where, versions = metrics["environment"], metrics["environment"]["versions"]
+    lines = [
+        f"{metrics['title']}{' (quick run: no result)' if metrics['quick'] else ''}. {where['cpu']}, "
+        f"{where['threads']} threads, {where['dtype']}; torch {versions.get('torch', 'of unknown version')}; "
+        f"{where['date'][:10]}; {duration(metrics['wall_s'])}.",
+        "",
+        "| | " + " | ".join(metrics["models"]) + " |",
+        "|---" * (len(metrics["models"]) + 1) + "|",
+    ]
+    for group in comparison(metrics):
+        lines.append(f"| **{group.title}** |" + " |" * len(metrics["models"]))
+        for row in group.rows:
+            name = f"{row.name} ({row.note})" if row.note else row.name
+            lines.append(f"| {name} | " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def percent(value: float) -> str:

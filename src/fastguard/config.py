@@ -261,6 +261,7 @@ def _check(config: Config, where: str) -> None:
     require(bool(config.attack.lr), "attack.lr", config.attack.lr, "at least one learning rate")
     require(bool(config.attack.seeds), "attack.seeds", config.attack.seeds, "at least one seed")
     for section, one in immunizations.items():
+        require(one.boundary in ("predicted", "constant"), f"{section}.boundary", one.boundary, "predicted or constant")
         require(one.warmup < 1, f"{section}.warmup", one.warmup, "a share of the steps, below 1")
     reserved = {"aligned", "immunized", "control"} & set(config.variants)
     require(not reserved, "variants", sorted(reserved), "names other than aligned, immunized, control")

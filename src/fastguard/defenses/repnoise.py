@@ -96,6 +96,6 @@ def _safe_and_retain(model: PreTrainedModel, corpus: Corpus, config: ImmunizeCon
     def loss() -> tuple[Tensor, dict[str, float]]:
         refuse = answer_loss(model, collate(next(safe), corpus.pad, model.device))
         keep = answer_loss(model, collate(next(retain), corpus.pad, model.device))
-        return refuse + config.retain_weight * keep, {"harmless_ce": float(refuse), "retain_ce": float(keep)}
+        return refuse + config.retain_weight * keep, {"harmless_ce": refuse.item(), "retain_ce": keep.item()}
 
     return loss

@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+
+from fastguard import config as c
+
+
+def write(tmp_path, text, name="run.yaml"):
+    file = tmp_path / name
+    file.write_text(text)
+    return file
+
+
+def test_packaged_configurations_load():
+    demo = c.load("demo")
+    assert demo.attack.scored_steps[-1] == 32 and not demo.variants
+    quick = c.load("demo", quick=True)
+    assert quick == c.shortened(demo) and quick.immunize.steps < demo.immunize.steps
+    ablation = c.load("ablation")
+    assert set(ablation.variants) == {"no noise", "no lens", "output only"}
+    assert ablation.variant("no noise").beta == 0 and ablation.variant("output only").alpha == 0
+
+
+def test_values_merge_over_what_they_extend(tmp_path):
+    write(tmp_path, "attack: {lr: 1e-4, batch: 2}\nmodel: {name: here}\n", "base.yaml")
+    found = c.load(write(tmp_path, "extends: base.yaml\nattack: {seeds: [1, 2]}\n"))
+    assert found.attack.lr == (1e-4,) and found.attack.seeds == (1, 2) and found.attack.batch == 2
+    assert found.model.name == "here" and found.align == c.AlignConfig()
+
+
+def test_a_configuration_survives_its_own_dictionary():
+    ablation = c.load("ablation")
+    assert c.from_dict(ablation.to_dict()) == ablation
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("atack: {}", "atack: unknown key; expected one of .*attack"),
+        ("attack: {batchsize: 3}", r"attack\.batchsize: unknown key"),
+        ("attack: {batch: many}", r"attack\.batch: expected int, got 'many'"),
+        ("attack: {batch: 0}", r"attack\.batch: expected an integer >= 1, got 0"),
+        ("attack: {batch: true}", r"attack\.batch: expected int, got True"),
+        ("align: {lr: fast}", r"align\.lr: expected a number, got 'fast'"),
+        ("align: {lr: -1e-5}", r"align\.lr: expected a number >= 0"),
+        ("align: {lr: 0}", r"align\.lr: expected a number > 0"),
+        ("attack: {lr: []}", r"attack\.lr: expected at least one"),
+        ("attack: {scored_steps: [1, 2]}", r"attack\.scored_steps: expected increasing steps"),
+        ("attack: {threshold: 1.5}", r"attack\.threshold"),
+        ("immunize: {alpha: .nan}", r"immunize\.alpha: expected a number >= 0"),
+        ("immunize: {layers: 0}", r"immunize\.layers: expected an integer >= 1"),
+        ("immunize: {boundary: odd}", r"immunize\.boundary"),
+        ("model: {dtype: float8}", r"model\.dtype: expected auto, float32 or bfloat16"),
+        ("variants: {x: {alhpa: 1}}", r"variants\.x\.alhpa: unknown key"),
+        ("variants: {control: {}}", "names other than"),
+        ("- 1", "expected a mapping"),
+        ("a: [", "not valid YAML"),
+        ("extends: run.yaml", "circle"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        c.load(write(tmp_path, text))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        c.load(tmp_path / "nowhere.yaml")
+
+
+def test_every_field_is_plain_enough_for_yaml():
+    for part in dataclasses.fields(c.Config):
+        assert part.type in ("str", "Mapping[str, Mapping[str, object]]") or part.type.endswith("Config")

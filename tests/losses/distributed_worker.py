@@ -1,0 +1,148 @@
+"""One of two processes that check RepNoiseLoss under FSDP2 and DDP: ``python distributed_worker.py RANK STORE``.
+
+The reference is one process that runs each rank's micro-batch at that rank's sample offset and averages.
+Prints a line per case; raises at the first that fails.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fastguard import RepNoiseLoss
+from tiny_models import assert_same_gradients, gradients, pair, tiny
+
+OPTIONS = {"beta": 0.5, "filter_tol": 0.0}
+TOLERANCE = 1e-6
+LAYERS = 2
+
+
+def batches(kind: str) -> list:
+    """One paired batch per rank; in ``masked`` no row of rank 1's harmful half is read, its labels are constants."""
+    made = [pair(seed=rank, length=9) for rank in range(2)]
+    if kind == "masked":
+        harmful, harmless = made[1]
+        same = torch.arange(9) % 2 == 0
+        harmless["input_ids"][:, same] = harmful["input_ids"][:, same]
+    return made
+
+
+def model_of(case: dict) -> nn.Module:
+    model = tiny(case["model"], torch.float64, num_hidden_layers=LAYERS, vocab_size=97)
+    if case.get("frozen"):
+        model.lm_head.weight.requires_grad_(False)
+    if case.get("checkpointing"):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def reference(case: dict) -> tuple[list[float], dict]:
+    model = model_of(case)
+    loss_fn = RepNoiseLoss(model, **OPTIONS)
+    losses, total = [], None
+    for rank, (harmful, harmless) in enumerate(batches(case["batch"])):
+        loss_fn.call.zero_()
+        loss = 0.0
+        for _ in range(case.get("calls", 1)):
+            loss = loss + loss_fn(
+                harmful=harmful, harmless=harmless, retain=harmless if case.get("retain") else None,
+                sample_offset=rank * harmful["input_ids"].shape[0],
+            )  # fmt: skip
+        loss.backward()
+        losses.append(loss.item())
+        found = {name: g / 2 for name, g in gradients(model).items()}
+        total = found if total is None else {name: total[name] + g for name, g in found.items()}
+    return losses, total
+
+
+def shard(model: nn.Module, case: dict) -> nn.Module:
+    if case["layout"] == "ddp":
+        return DistributedDataParallel(model)
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if case["layout"] == "norm and head":  # as accelerate groups them
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=case.get("reshard"))
+    return model
+
+
+def run(case: dict, rank: int) -> None:
+    expected_losses, expected = reference(case)
+    model = model_of(case)
+    if case.get("late"):  # the loss is constructed on the sharded model
+        wrapped = shard(model, case)
+        loss_fn = RepNoiseLoss(wrapped, **OPTIONS)
+    else:
+        loss_fn = RepNoiseLoss(model, **OPTIONS)
+        wrapped = shard(model, case)
+    harmful, harmless = batches(case["batch"])[rank]
+    retain = harmless if case.get("retain") else None
+    if case.get("quiet"):  # a forward without backward leaves FSDP's root gathered; the next must not be stale
+        with torch.no_grad():
+            loss_fn(harmful=harmful, harmless=harmless, model=wrapped)
+        loss_fn.call.zero_()
+    loss = 0.0
+    for _ in range(case.get("calls", 1)):
+        loss = loss + loss_fn(harmful=harmful, harmless=harmless, retain=retain, model=wrapped)
+    loss.backward()
+    assert abs(loss.item() - expected_losses[rank]) <= TOLERANCE * abs(expected_losses[rank]), (loss, expected_losses)
+    found = {
+        name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
+        for name, g in gradients(wrapped).items()
+    }
+    assert_same_gradients(found, expected, TOLERANCE)
+    loss_fn.close()
+
+
+CASES: dict[str, dict] = {
+    "root": {"model": "llama", "batch": "plain", "layout": "root"},
+    "root, checkpointing": {"model": "llama", "batch": "plain", "layout": "root", "checkpointing": True},
+    "root resharded": {"model": "llama", "batch": "plain", "layout": "root", "reshard": True, "checkpointing": True},
+    "norm and head": {"model": "llama", "batch": "plain", "layout": "norm and head"},
+    "norm and head, checkpointing": {
+        "model": "llama", "batch": "plain", "layout": "norm and head", "checkpointing": True,
+    },
+    "rank 1 reads no harmful row": {"model": "llama", "batch": "masked", "layout": "norm and head"},
+    "tied": {"model": "llama_tied", "batch": "plain", "layout": "root", "checkpointing": True},
+    "head bias": {"model": "phi", "batch": "plain", "layout": "root"},
+    "constructed after sharding": {"model": "llama", "batch": "plain", "layout": "norm and head", "late": True},
+    "after a call without gradients": {"model": "llama", "batch": "plain", "layout": "root", "quiet": True},
+    "two calls, one backward": {
+        "model": "llama", "batch": "plain", "layout": "norm and head", "checkpointing": True, "calls": 2,
+    },
+    "retain": {"model": "llama", "batch": "plain", "layout": "norm and head", "retain": True, "checkpointing": True},
+    "frozen head": {"model": "llama", "batch": "plain", "layout": "root", "frozen": True},
+    "ddp": {"model": "llama", "batch": "plain", "layout": "ddp"},
+    "ddp, checkpointing": {"model": "llama_tied", "batch": "plain", "layout": "ddp", "checkpointing": True},
+}  # fmt: skip
+
+
+def main() -> None:
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    for name, case in CASES.items():
+        try:
+            run(case, rank)
+        except BaseException as error:
+            error.add_note(f"case: {name}")
+            raise
+        print(f"passed: {name}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -167,6 +168,11 @@ class RepNoiseLoss(nn.Module):
         entries = len(self.structure.layers) + 1
         if layers is not None and not 1 <= layers <= entries:
             raise ValueError(f"layers: expected None or 1 to {entries} (hidden states of this model), got {layers}")
+        if "logits_to_keep" not in self.structure.arguments:
+            warnings.warn(
+                f"{type(self.structure.model).__name__}.forward has no logits_to_keep: each call makes its full logits",
+                stacklevel=2,
+            )
         self.alpha, self.beta, self.seed, self.filter_tol = alpha, beta, seed, filter_tol
         self.mask, self.mask_padding, self.boundary = mask, mask_padding, boundary
         self.ignore_token_zero, self.norm_last_twice = ignore_token_zero, norm_last_twice

@@ -240,8 +240,9 @@ def _check(config: Config, where: str) -> None:
             "plain or model")  # fmt: skip
     immunizations = {"immunize": config.immunize}
     immunizations |= {f"variants.{name}": config.variant(name) for name in config.variants}
-    for section, part in {"data": config.data, "align": config.align, "attack": config.attack,
-                          "evaluate": config.evaluate, **immunizations}.items():  # fmt: skip
+    sections: dict[str, Any] = {"data": config.data, "align": config.align, "attack": config.attack}
+    sections |= {"evaluate": config.evaluate, **immunizations}
+    for section, part in sections.items():
         for f in dataclasses.fields(part):
             value = getattr(part, f.name)
             for number in value if isinstance(value, tuple) else (value,):

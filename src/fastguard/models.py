@@ -59,16 +59,17 @@ def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device 
     """The model in ``dtype`` on ``device``, in evaluation mode (no dropout in any step of the pipeline)."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=dtype)
-    return model.to(device).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=dtype)
+    model.to(device=torch.device(device))  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    return model.eval()
 
 
 def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
     """``auto``: bfloat16 on a GPU; float32 on a CPU.
 
     On CPUs without AMX or AVX512-BF16, products in bfloat16 are emulated and ten times slower than float32.
-    With them they are faster, but parameters kept in bfloat16 lose updates at the small learning rates used
-    here; ``float32`` therefore stays the choice, and :func:`allow_bf16_products` takes the speed alone.
+    With them they are faster, but parameters kept in bfloat16 lose the small updates of the few steps taken
+    here, so that ``auto`` stays with float32 on every CPU; figures of different CPUs then compare, too.
     """
     if choice == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32

@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,20 +104,15 @@ class _Job:
         self.tokenizer = models.load_tokenizer(config.model.name, plain=config.model.chat_template == "plain")
         self.corpus = build_corpus(self.tokenizer, config.data)
         made = {"aligned": self.stage("align", self.align)}
-        made["immunized"] = self.stage("immunize", lambda report: self.immunize(config.immunize, "immunized", report))
+        made["immunized"] = self.stage("immunize", partial(self.immunize, config.immunize, "immunized"))
         for name in config.variants:
-            made[name] = self.stage(
-                f"immunize {name}", lambda report, name=name: self.immunize(config.variant(name), name, report)
-            )
-        made["control"] = self.stage("control", lambda report: self.control(made["immunized"]["wall_s"], report))
+            made[name] = self.stage(f"immunize {name}", partial(self.immunize, config.variant(name), name))
+        made["control"] = self.stage("control", partial(self.control, made["immunized"]["wall_s"]))
         entries: dict[str, Model] = {}
         for name, training in made.items():
-            utility = self.stage(f"measure {name}", lambda report, name=name: self.measure(name, report))
+            utility = self.stage(f"measure {name}", partial(self.measure, name))
             attacks = [
-                self.stage(
-                    f"attack {name}, lr {lr:g}, seed {seed}",
-                    lambda report, name=name, lr=lr, seed=seed: self.attack(name, lr, seed, report),
-                )
+                self.stage(f"attack {name}, lr {lr:g}, seed {seed}", partial(self.attack, name, lr, seed))
                 for lr in config.attack.lr
                 for seed in config.attack.seeds
             ]

@@ -9,7 +9,7 @@ the model's own head, from its layers; beta weighs the noise asked of the MLP ou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastguard.data.chat import collate, collate_pairs, endless, endless_indices
 from fastguard.data.corpus import Corpus
 from fastguard.evaluation.metrics import Training
 from fastguard.evaluation.scores import answer_loss
+from fastguard.losses.repnoise import RepNoiseLoss
 from fastguard.training import LossFn, train
 
 if TYPE_CHECKING:
@@ -27,16 +28,30 @@ if TYPE_CHECKING:
 Report = Callable[[float, str], None]
 
 
+class _WithOutputAscent(RepNoiseLoss):
+    """RepNoise - output_alpha * log(CE of the harmful answers at the model's output + 1).
+
+    In the published sum the output is one of L + 2 terms; of tens of steps, too few reach it.
+    """
+
+    def __init__(self, model: PreTrainedModel, output_alpha: float, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.output_alpha = output_alpha
+
+    def _combine(self, *terms: Any) -> dict[str, Tensor]:
+        parts = super()._combine(*terms)
+        parts["loss"] = parts["loss"] - self.output_alpha * torch.log1p(parts["harmful_ce"][0])
+        return parts
+
+
 def immunize(model: PreTrainedModel, corpus: Corpus, config: ImmunizeConfig, report: Report) -> Training:
     """Train ``model`` IN PLACE with RepNoise on the paired requests, and on retain data beside them."""
-    from fastguard.losses.repnoise import RepNoiseLoss
-
     harmful, safe = corpus.harmful["immunize"], corpus.safe["immunize"]
     pairs = endless_indices(len(harmful), config.pairs, config.seed)
     retain = endless(corpus.harmless["immunize"], config.retain, config.seed + 1)
-    loss_fn = RepNoiseLoss(
-        model, alpha=config.alpha, beta=config.beta, seed=config.seed, mask_padding=True,
-        boundary=config.boundary, layers=config.layers, retain_weight=config.retain_weight,
+    loss_fn = _WithOutputAscent(
+        model, output_alpha=config.output_alpha, alpha=config.alpha, beta=config.beta, seed=config.seed,
+        mask_padding=True, boundary=config.boundary, layers=config.layers, retain_weight=config.retain_weight,
     )  # fmt: skip
 
     def loss() -> tuple[Tensor, dict[str, float]]:
@@ -47,8 +62,6 @@ def immunize(model: PreTrainedModel, corpus: Corpus, config: ImmunizeConfig, rep
         figures = {name: float(parts[name]) for name in ("harmless_ce", "noise", "retain_ce")}
         figures["harmful_ce"] = float(parts["harmful_ce"][0])
         figures["lens_ce"] = float(parts["harmful_ce"][1:].nanmean())
-        if config.output_alpha:
-            value = value - config.output_alpha * torch.log1p(answer_loss(model, bad))
         return value, figures
 
     try:

@@ -55,7 +55,7 @@ def generate(
         for row, i in enumerate(chosen):  # padding on the left: every row generates from the last column
             ids[row, length - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, length - len(encoded[i]) :] = 1
-        out = model.generate(
+        out = model.generate(  # type: ignore[operator]  # annotated as a submodule
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),
             max_new_tokens=tokens,
@@ -76,12 +76,16 @@ def answer_rates(
 
 
 def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the answer tokens of a batch, in fp32; logits at those positions only."""
-    labels = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-    rows = labels != IGNORED
-    hidden = model.base_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    head = model.get_output_embeddings()
-    return F.cross_entropy(head(hidden[rows]).float(), labels[rows])
+    """Mean cross-entropy over the answer tokens of a batch, in fp32; no logits before the first answer."""
+    labels = batch["labels"][:, 1:]
+    first = int((labels != IGNORED).any(0).nonzero()[0])
+    out = model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        logits_to_keep=batch["labels"].shape[1] - first,
+    )
+    rows = labels[:, first:] != IGNORED
+    return F.cross_entropy(out.logits[:, :-1][rows].float(), labels[:, first:][rows])
 
 
 @torch.no_grad()

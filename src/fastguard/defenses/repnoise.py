@@ -64,11 +64,12 @@ def immunize(model: PreTrainedModel, corpus: Corpus, config: ImmunizeConfig, rep
         figures["lens_ce"] = float(parts["harmful_ce"][1:].nanmean())
         return value, figures
 
+    total = config.steps + config.settle_steps
     try:
         steps, wall, curve = train(
             model, loss, config.lr, steps=config.steps, warmup=config.warmup,
             freeze_embedding=config.freeze_embedding,
-            report=lambda fraction, text: report(fraction * config.steps / (config.steps + config.settle_steps), text),
+            report=lambda fraction, text: report(fraction * config.steps / total, text),
         )  # fmt: skip
     finally:
         loss_fn.close()
@@ -76,6 +77,7 @@ def immunize(model: PreTrainedModel, corpus: Corpus, config: ImmunizeConfig, rep
         more = train(
             model, _safe_and_retain(model, corpus, config, config.seed + 2), config.settle_lr,
             steps=config.settle_steps, freeze_embedding=config.freeze_embedding,
+            report=lambda fraction, text: report((config.steps + fraction * config.settle_steps) / total, text),
         )  # fmt: skip
         curve += [{**point, "step": steps + point["step"]} for point in more[2]]
         steps, wall = steps + more[0], wall + more[1]

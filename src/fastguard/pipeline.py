@@ -99,15 +99,24 @@ class _Job:
 
     def run(self) -> Metrics:
         """All stages, then the document."""
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # of loading and saving; the stages have their own
         config = self.config
         self.stage("load", lambda report: {"folder": models.resolve(config.model.name)})
         self.tokenizer = models.load_tokenizer(config.model.name, plain=config.model.chat_template == "plain")
         self.corpus = build_corpus(self.tokenizer, config.data)
-        made = {"aligned": self.stage("align", self.align)}
-        made["immunized"] = self.stage("immunize", partial(self.immunize, config.immunize, "immunized"))
+        made = {"aligned": self.stage("align", self.align, self.folder("aligned"))}
+        made["immunized"] = self.stage(
+            "immunize", partial(self.immunize, config.immunize, "immunized"), self.folder("immunized")
+        )
         for name in config.variants:
-            made[name] = self.stage(f"immunize {name}", partial(self.immunize, config.variant(name), name))
-        made["control"] = self.stage("control", partial(self.control, made["immunized"]["wall_s"]))
+            made[name] = self.stage(
+                f"immunize {name}", partial(self.immunize, config.variant(name), name), self.folder(name)
+            )
+        made["control"] = self.stage(
+            "control", partial(self.control, made["immunized"]["wall_s"]), self.folder("control")
+        )
         entries: dict[str, Model] = {}
         for name, training in made.items():
             utility = self.stage(f"measure {name}", partial(self.measure, name))
@@ -132,15 +141,19 @@ class _Job:
             notes=list(NOTES),
         )
 
-    def stage(self, name: str, work: Callable[[Callable[[float, str], None]], Any]) -> Any:
-        """The result of a stage: from its record, or by doing the work and recording it."""
+    def stage(self, name: str, work: Callable[[Callable[[float, str], None]], Any], leaves: Path | None = None) -> Any:
+        """The result of a stage: from its record, or by doing the work and recording it.
+
+        leaves: a model folder that the stage writes; a record without it is void.
+        """
         file = self.out / "work" / (name.replace(", ", "_").replace(" ", "-") + ".json")
         record = None
         if file.is_file():
             found = json.loads(file.read_text(encoding="utf-8"))
-            record = found if found["fingerprint"] == self.fingerprint else None
+            record = found if found["fingerprint"] == self.fingerprint and (leaves is None or leaves.is_dir()) else None
         resumed = record is not None
         if record is None:
+            file.unlink(missing_ok=True)  # a record of another configuration must not outlive its model
             self.progress(name, 0.0, "")
             start = time.perf_counter()
             result = work(lambda fraction, text: self.progress(name, min(fraction, 0.999), text))

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 Progress = Callable[[str, float, str], None]
 
@@ -13,32 +17,28 @@ def silent(stage: str, fraction: float, text: str) -> None:
 
 
 @contextmanager
-def rich_progress() -> Iterator[Progress]:
-    """One bar per stage; without a terminal, one line per finished stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bars
+def rich_progress(console: Console | None = None) -> Iterator[Progress]:
+    """One bar per stage; where there is no terminal, one line per finished stage."""
+    from rich import console as rich_console
+    from rich import progress as rich_progress_bars
 
-    console = Console()
-    bars = Bars(
-        TextColumn("{task.description:<28}"),
-        BarColumn(bar_width=24),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[text]}", markup=False),
-        console=console,
-        disable=not console.is_terminal,
+    shown = console or rich_console.Console()
+    bars = rich_progress_bars.Progress(
+        rich_progress_bars.TextColumn("{task.description:<36}", markup=False),
+        rich_progress_bars.BarColumn(bar_width=24),
+        rich_progress_bars.TimeElapsedColumn(),
+        rich_progress_bars.TextColumn("{task.fields[text]}", markup=False),
+        console=shown,
+        disable=not shown.is_terminal,
     )
-    tasks: dict[str, int] = {}
+    tasks: dict[str, rich_progress_bars.TaskID] = {}
 
     def report(stage: str, fraction: float, text: str) -> None:
-        if not console.is_terminal:
-            if fraction >= 1 and stage not in tasks:
-                tasks[stage] = 0
-                console.print(f"{stage}: {text}", markup=False)
-            return
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=1.0, text=text)
-        bars.update(bars.task_ids[list(tasks).index(stage)], completed=fraction, text=text)
+        bars.update(tasks[stage], completed=fraction, text=text)
+        if fraction >= 1 and not shown.is_terminal:
+            shown.print(f"{stage}: {text}", markup=False)
 
     with bars:
         yield report

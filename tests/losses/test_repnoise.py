@@ -231,6 +231,23 @@ def test_bfloat16():
         assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
 
 
+def test_autocast():
+    """Parameters in float32, products in bfloat16: a head wider than the activations it reads, checkpoints too."""
+    harmful, harmless = pair()
+    results = []
+    for enabled in (False, True):
+        model = tiny("llama")
+        if enabled:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        loss_fn = RepNoiseLoss(model, beta=0.5, filter_tol=0.0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = loss_fn(harmful=harmful, harmless=harmless)
+        loss.backward()
+        results.append((loss.item(), gradients(model)))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-2)
+    assert_same_gradients(results[1][1], results[0][1], 5e-2)
+
+
 # --- what it holds and leaves behind --------------------------------------------------------------------------
 
 
@@ -246,14 +263,14 @@ def test_the_noise_counter_is_state():
     model = tiny("llama")
     harmful, harmless = pair()
     first = RepNoiseLoss(model, beta=1.0)
-    values = [float(first(harmful=harmful, harmless=harmless)) for _ in range(3)]
+    values = [first(harmful=harmful, harmless=harmless).item() for _ in range(3)]
     assert len(set(values)) == 3
     second = RepNoiseLoss(model, beta=1.0)
     second.call.fill_(2)
     third = RepNoiseLoss(model, beta=1.0, seed=7)
     third.load_state_dict(second.state_dict())
-    assert float(second(harmful=harmful, harmless=harmless)) == values[2]
-    assert float(third(harmful=harmful, harmless=harmless)) != values[2]
+    assert second(harmful=harmful, harmless=harmless).item() == values[2]
+    assert third(harmful=harmful, harmless=harmless).item() != values[2]
     torch.testing.assert_close(first.last_noise(1), second.last_noise(1), rtol=0, atol=0)
     assert not torch.equal(second.last_noise(0), second.last_noise(1))
 
@@ -267,7 +284,7 @@ def test_a_call_without_gradients():
     assert not quiet.requires_grad
     loss_fn.call.zero_()
     loud = loss_fn(harmful=harmful, harmless=harmless)
-    assert float(quiet) == float(loud)
+    assert quiet.item() == loud.item()
     loud.backward()
     assert gradients(model)
 

@@ -10,7 +10,7 @@ from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 
 @pytest.mark.parametrize(
-    "form, checkpointing", [("torch.compile", False), ("torch.compile", True), ("compile layers", True)]
+    "form, checkpointing", [("torch.compile", False), ("torch.compile", True), ("compile a layer", True)]
 )
 def test_compiled(form, checkpointing):
     """Full graphs where the model as a whole is compiled; two calls before one backward."""
@@ -24,8 +24,7 @@ def test_compiled(form, checkpointing):
         if compiled and form == "torch.compile":
             wrapped = torch.compile(model, backend="aot_eager", fullgraph=True)
         elif compiled:
-            for layer in model.model.layers:
-                layer.compile(backend="aot_eager")
+            model.model.layers[0].compile(backend="aot_eager")
         loss_fn = RepNoiseLoss(wrapped, beta=0.5, filter_tol=0.0)
         (a, b), (c, d) = pair(seed=1), pair(seed=1, length=11)
         (loss_fn(harmful=a, harmless=b) + 2 * loss_fn(harmful=c, harmless=d)).backward()

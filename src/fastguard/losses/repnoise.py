@@ -183,15 +183,17 @@ class RepNoiseLoss(nn.Module):
         self.register_buffer("call", torch.zeros((), dtype=torch.int64))
         self._taps = self._place_taps()
         self._finalizer = weakref.finalize(self, self._taps.close)
+        self._finalizer.atexit = False
 
     @classmethod
     def preset(cls, model: nn.Module, name: str, **changes: Any) -> RepNoiseLoss:
         """A loss with named settings, ``changes`` on top.
 
-        ``published``: the published code. ``short_run``: alpha 60, beta 1, retain_weight 3, mask_padding; in a
-        trial of 28 steps (SmolLM2-135M-Instruct, lr 1.5e-4, one seed) it delayed a harmful fine-tuning attack
-        fivefold, where the published settings did not delay it at all. Give it a retain batch: without one
-        harmless perplexity quadrupled.
+        ``published``: the published code. ``short_run``: alpha 60, beta 1, retain_weight 3, mask_padding. In a
+        trial (SmolLM2-135M-Instruct, 28 steps at lr 1.5e-4, one seed) an attack at lr 5e-5 reached 50% compliance
+        at step 20 instead of 4, where the published settings changed nothing. It needs a ``retain`` batch: with
+        five samples of retain data a step at weight 3 harmless perplexity rose 1.45 times, with less it
+        quadrupled.
         """
         if name not in PRESETS:
             raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")

@@ -171,12 +171,10 @@ def _side_effects_under_checkpoints() -> contextlib.AbstractContextManager[Any]:
 
     A process that has compiled nothing has not imported dynamo, and is spared it.
     """
-    dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is None:
+    config = getattr(sys.modules.get("torch._dynamo"), "config", None)
+    if not hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         return contextlib.nullcontext()
-    patch: contextlib.AbstractContextManager[Any] = dynamo.config.patch(
-        skip_fwd_side_effects_in_bwd_under_checkpoint=True
-    )
+    patch: contextlib.AbstractContextManager[Any] = config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
     return patch
 
 

@@ -171,7 +171,7 @@ def _side_effects_under_checkpoints() -> contextlib.AbstractContextManager[Any]:
 
     A process that has compiled nothing has not imported dynamo, and is spared it.
     """
-    config = getattr(sys.modules.get("torch._dynamo"), "config", None)
+    config: Any = getattr(sys.modules.get("torch._dynamo"), "config", None)
     if not hasattr(config, "skip_fwd_side_effects_in_bwd_under_checkpoint"):
         return contextlib.nullcontext()
     patch: contextlib.AbstractContextManager[Any] = config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)

@@ -92,6 +92,7 @@ def report(
 
 
 def _run(config: Config, out: Path, quick: bool) -> None:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would write across the bars of the stages
     from fastguard import pipeline
     from fastguard.evaluation.report import summary, write
     from fastguard.progress import rich_progress

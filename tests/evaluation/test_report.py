@@ -84,7 +84,7 @@ def test_colours_are_the_pages_own_in_light_and_dark(page):
 def test_page_says_what_the_metrics_say(page, metrics):
     text = " ".join(Page(page).text.split())
     assert "3.4 on the aligned model, 18.0 on the immunized model and 3.8 on the control model" in text
-    assert "Perplexity on harmless text: 10.9 after immunization, 8.7 before (1.25 times)" in text
+    assert "Perplexity on harmless text: 10.9 after immunization, 8.70 before (1.25 times)" in text
     for model in metrics["models"].values():
         assert model["label"] in text and model["training"]["method"] in text
     for source in metrics["data"].values():
@@ -109,8 +109,8 @@ def test_the_comparison_has_a_cell_for_every_model(metrics):
     assert rows["Steps until 50% comply"] == ["3.4", "18.0", "3.8"]
     assert rows["Steps until refusal falls to 50%"] == ["3.0", "6.7", "3.6"]
     assert rows["Mean compliance"] == ["83%", "38.4%", "52.3%"]
-    assert rows["Harmful loss"] == ["1.6 → 0.6", "26 → 2.2", "1.8 → 0.7"]
-    assert rows["Perplexity"] == ["8.7", "10.9", "8.4"]
+    assert rows["Harmful loss"] == ["1.60 → 0.600", "26.0 → 2.20", "1.80 → 0.700"]
+    assert rows["Perplexity"] == ["8.70", "10.9", "8.40"]
 
 
 def test_what_was_not_reached_or_not_measured_is_said(metrics):
@@ -135,6 +135,21 @@ def test_several_seeds_rates_and_models(metrics):
     assert page.count("<svg ") == 2 * 3 + 4 + 1 and "One curve per seed" in page
     assert "2 seeds per learning rate" in page and "2e-05 and 5e-05" in page
     Page(page)
+
+
+def test_training_curves_show_the_parts_of_the_loss_in_colours_of_their_own(metrics):
+    point = {"step": 0, "loss": 7.125, "gradient_norm": 99.0}
+    metrics["models"]["aligned"]["training"]["curve"] = [point, point | {"step": 3}]
+    parts = {f"part_{i}": 1.0 + i for i in range(7)}
+    metrics["models"]["control"]["training"]["curve"] = [point | parts, point | parts | {"step": 3}]
+    aligned, _, control = report._training_figures(metrics)
+    assert "Making aligned: loss<" in aligned["svg"] and [name for name, _ in aligned["legend"]] == ["loss"]
+    ticks = re.findall(r">([\d.]+)</text>", aligned["svg"])
+    assert ticks and max(map(float, ticks)) < 10, "the gradient norm is drawn as a loss"
+    assert [name for name, _ in control["legend"]] == [f"part {i}" for i in range(7)]
+    assert len({series for _, series in control["legend"]}) == 7
+    page = report.render(metrics)
+    assert set(re.findall(r"var\((--series-\d+)\)", page)) <= set(re.findall(r"(--series-\d+):", page))
 
 
 def test_a_run_may_lack_models(metrics):

@@ -15,15 +15,15 @@ from typing import Any
 
 INK, FAINT, RULE = "#000001", "#000002", "#000003"
 _VARIABLES = {INK: "--ink", FAINT: "--faint", RULE: "--rule"}
-_SERIES = 8
-_VARIABLES |= {f"#0000{16 + i:02x}": f"--series-{i}" for i in range(_SERIES)}
-_DASHES = ("-", "-", (0, (5, 2)), (0, (1, 1.5)))
+SERIES = 8
+_VARIABLES |= {f"#0000{16 + i:02x}": f"--series-{i}" for i in range(SERIES)}
+_DASHES = ("-", "-", (0, (5, 2)), "-", "-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
 _MARKERS = ("s", "o", "^", "D", "v", "P", "X", "*")
 
 
-def colour(index: int) -> str:
-    """The mark of series ``index``; the page defines ``--series-0`` to ``--series-7``."""
-    return f"#0000{16 + index % _SERIES:02x}"
+def colour(series: int) -> str:
+    """The mark of a series below SERIES; the page defines ``--series-0`` to ``--series-7``."""
+    return f"#0000{16 + series:02x}"
 
 
 @dataclass
@@ -47,8 +47,7 @@ class Panel:
     x_max: float
     rate: bool = False  # y runs from 0 to 100%
     level: float | None = None
-    level_label: str = ""
-    label_above: bool = True  # the level's label stands above it
+    level_label: str = ""  # says what the dashed line is
     markers: bool = True
     description: str = ""  # for readers who do not see it
 
@@ -94,8 +93,8 @@ def svg(panel: Panel) -> str:
             axes.tick_params(axis="y", which="minor", length=0)
         for line in panel.lines:
             axes.plot(
-                line.x, line.y, color=colour(line.series), linestyle=_DASHES[line.series % len(_DASHES)], linewidth=1.8,
-                marker=_MARKERS[line.series % len(_MARKERS)] if panel.markers else "", markersize=4, clip_on=False,
+                line.x, line.y, color=colour(line.series), linestyle=_DASHES[line.series], linewidth=1.8,
+                marker=_MARKERS[line.series] if panel.markers else "", markersize=4, clip_on=False,
                 zorder=3,
             )  # fmt: skip
             if line.stopped and line.x[-1] < panel.x_max:
@@ -106,11 +105,7 @@ def svg(panel: Panel) -> str:
                 axes.plot(*at, marker="o", markersize=8, markerfacecolor="none", color=INK, zorder=4)
         if panel.level is not None:
             axes.axhline(panel.level, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
-            axes.annotate(
-                panel.level_label, (1, panel.level), xycoords=("axes fraction", "data"),
-                xytext=(0, 3 if panel.label_above else -3), textcoords="offset points", ha="right",
-                va="bottom" if panel.label_above else "top", color=FAINT, fontsize=8,
-            )  # fmt: skip
+            axes.set_title(panel.level_label, loc="right", fontsize=8, color=FAINT)
         axes.set_xlim(-0.02 * panel.x_max, panel.x_max * 1.02 or 1)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

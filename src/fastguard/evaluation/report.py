@@ -14,11 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastguard.evaluation.figures import Line, Panel, svg
+from fastguard.evaluation.figures import SERIES, Line, Panel, svg
 from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model
 
 _SERIES = {"aligned": 0, "immunized": 1, "control": 2}
-_FIRST_COMPONENT = 4  # colours of the parts of a loss start here
 _COMPONENTS = {
     "loss": "loss",
     "harmless_ce": "harmless cross-entropy",
@@ -89,7 +88,7 @@ def summary(metrics: Metrics) -> str:
     for aim in metrics["aims"]:
         state = {True: "met", False: "MISSED", None: "not measured"}[aim["met"]]
         value = "-" if aim["value"] is None else number(aim["value"])
-        said.append(f"{state:>12}  {aim['name']}: {value} (asked: {aim['sense']} {number(aim['bound'])})")
+        said.append(f"{state:>12}  {aim['name']}: {value} (asked: {aim['sense']} {aim['bound']:g})")
     return "\n".join(said)
 
 
@@ -248,10 +247,10 @@ def limits(metrics: Metrics) -> list[str]:
 
 def markdown(metrics: Metrics) -> str:
     """The comparison of all models as a Markdown table, with machine and date, for the documentation."""
-    where, versions = metrics["environment"], metrics["environment"]["versions"]
+    where = metrics["environment"]
     lines = [
-        f"{metrics['title']}{' (quick run: no result)' if metrics['quick'] else ''}. {where['cpu']}, "
-        f"{where['threads']} threads, {where['dtype']}; torch {versions.get('torch', 'of unknown version')}; "
+        f"{metrics['title']}{' (quick run: no result)' if metrics['quick'] else ''}. {where['cpu']}, threads: "
+        f"{where['threads']}, {where['dtype']}; torch {where['versions'].get('torch', 'of unknown version')}; "
         f"{where['date'][:10]}; {duration(metrics['wall_s'])}.",
         "",
         "| | " + " | ".join(metrics["models"]) + " |",
@@ -272,7 +271,7 @@ def percent(value: float) -> str:
 
 def number(value: float) -> str:
     """Three significant digits, without an exponent where that is readable."""
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:#.3g}".removesuffix(".")
 
 
 def duration(seconds: float) -> str:
@@ -293,7 +292,7 @@ def memory(size: int) -> str:
 def _series(metrics: Metrics) -> dict[str, int]:
     """The colour of each model; further models take what follows the three usual ones."""
     extra = [name for name in metrics["models"] if name not in _SERIES]
-    colours = _SERIES | {name: len(_SERIES) + i for i, name in enumerate(extra)}
+    colours = _SERIES | {name: (len(_SERIES) + i) % SERIES for i, name in enumerate(extra)}
     return {name: colours[name] for name in metrics["models"]}
 
 
@@ -369,20 +368,25 @@ def _attack_panels(runs: Sequence[tuple[int, Attack]], at: str) -> list[str]:
             for series, a in runs
         ]
 
-    rates = [  # a finished attack runs on above the compliance threshold and below that of refusal
-        ("Compliance", "compliance", threshold, f"threshold {percent(threshold)}", False),
-        ("Refusal", "refusal", 1 - threshold, f"{percent(1 - threshold)} still refuse", True),
+    rates = [
+        ("Compliance", "compliance", threshold, f"dashed: threshold, {percent(threshold)}"),
+        ("Refusal", "refusal", 1 - threshold, f"dashed: {percent(1 - threshold)} still refuse"),
     ]
     panels = [
         Panel(
             title, lines(key, f"{key}_crossing"), "attack steps", budget, rate=True, level=level, level_label=label,
-            label_above=above, description=f"{title} of each model along the attack, {at}",
+            description=f"{title} of each model along the attack, {at}",
         )
-        for title, key, level, label, above in rates
+        for title, key, level, label in rates
     ]  # fmt: skip
     said = f"Loss of each model on harmful targets along the attack, {at}"
     loss = Panel("Harmful loss, nats per token", lines("harmful_loss", None), "attack steps", budget, description=said)
     return [svg(panel) for panel in (*panels, loss)]
+
+
+def _component_series(index: int) -> int:
+    """The colour of part ``index`` of a loss: none of the three models' as long as there are others."""
+    return (len(_SERIES) + index) % SERIES
 
 
 def _training_figures(metrics: Metrics) -> list[dict[str, Any]]:
@@ -390,19 +394,19 @@ def _training_figures(metrics: Metrics) -> list[dict[str, Any]]:
     figures = []
     for name, model in metrics["models"].items():
         curve = model["training"]["curve"]
-        keys = list(dict.fromkeys(k for point in curve for k in point if k not in ("step", "loss"))) or ["loss"]
-        keys = [k for k in keys if any(k in point for point in curve)]
-        if not keys:
+        parts = dict.fromkeys(k for point in curve for k in point if k not in ("step", "loss", "gradient_norm"))
+        keys = list(parts) or ["loss"]
+        if not curve:
             continue
         lines = [
-            Line([p["step"] for p in curve if k in p], [p[k] for p in curve if k in p], _FIRST_COMPONENT + i)
+            Line([p["step"] for p in curve if k in p], [p[k] for p in curve if k in p], _component_series(i))
             for i, k in enumerate(keys)
         ]
         said = f"Loss of the {name} model along its training"
         steps = max(max(line.x) for line in lines)
         panel = Panel(f"Making {name}: loss by part" if len(keys) > 1 else f"Making {name}: loss", lines,
                       "training steps", steps, markers=False, description=said)  # fmt: skip
-        legend = [(_COMPONENTS.get(k, k.replace("_", " ")), _FIRST_COMPONENT + i) for i, k in enumerate(keys)]
+        legend = [(_COMPONENTS.get(k, k.replace("_", " ")), _component_series(i)) for i, k in enumerate(keys)]
         figures.append({"legend": legend, "svg": svg(panel)})
     return figures
 

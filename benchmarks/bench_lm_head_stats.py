@@ -33,9 +33,7 @@ def contender(name, h, rows, weight, target, kind, norm):
 
     def fused(leaf, w):
         tol = 0.0 if name.endswith("exact") else None
-        stats, _ = lens_stats(
-            leaf, rows, w, target, norm_kind=kind, norm_weight=norm, norm_eps=1e-5, filter_tol=tol
-        )
+        stats, _ = lens_stats(leaf, rows, w, target, norm_kind=kind, norm_weight=norm, norm_eps=1e-5, filter_tol=tol)
         return stats.cross_entropy().mean()
 
     loss = {"eager": eager, "torch.compile": torch.compile(eager)}.get(name, fused)

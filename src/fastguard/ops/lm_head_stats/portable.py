@@ -278,16 +278,7 @@ def _rows(g: Tensor | None, rows: slice) -> Tensor | None:
     return None if g is None else g[rows]
 
 
-def tail_weights(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """Normalised weights [tiles, V] of the dropped columns from their codes; 0 for live ones."""
-    codes = torch.arange(256, device=columns.device, dtype=torch.float32)
-    table = torch.exp2((codes - 254) / CODES_PER_OCTAVE)
-    table[0] = table[LIVE] = 0.0
-    q = table.to(dtype)[columns.int()]
-    return q / q.sum(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-
-
-def _softcap_slope(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:
+def slope_of_tiles(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:
     """`slope_of_codes` for columns [tiles, V], each tile with the mean rest of its rows."""
     rests = [rest_lse[i * TILE : (i + 1) * TILE].mean() for i in range(columns.shape[0])]
     return slope_of_codes(columns, torch.stack(rests)[:, None], softcap)

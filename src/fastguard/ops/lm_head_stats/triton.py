@@ -758,7 +758,7 @@ def warm_columns(columns: Tensor, rest_lse: Tensor, softcap: float) -> tuple[Ten
     picked = columns[:, warm]
     share = mass[picked.int()] * is_warm[:, warm]
     share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    return warm, share * portable._softcap_slope(picked, rest_lse, softcap) if softcap else share
+    return warm, share * portable.slope_of_tiles(picked, rest_lse, softcap) if softcap else share
 
 
 def _tail_mass(

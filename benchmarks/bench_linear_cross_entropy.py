@@ -6,11 +6,11 @@ cut-cross-entropy runs in its portable form (``impl="torch_compile"``).
 
 import importlib.util
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 
+import measure
 from fastguard.ops.linear_cross_entropy import linear_cross_entropy
 
 ROWS = 512

@@ -5,12 +5,11 @@ distribution), layer 30 is the model's output (the widest). Floor: 2 N D V flops
 backward over C live columns; the exact contender's is 8 N D V.
 """
 
-import measure
 import pytest
 import torch
 
-from fastguard.ops.lens_stats import lens_stats
-from fastguard.ops.lens_stats import reference
+import measure
+from fastguard.ops.lens_stats import lens_stats, reference
 
 N_ROWS = 256
 CONTENDERS = ("eager", "torch.compile", "fastguard exact", "fastguard")

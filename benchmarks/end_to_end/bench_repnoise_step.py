@@ -8,9 +8,10 @@ drifting machine moves both. Peak memory comes from a process of its own. Flop f
 import statistics
 import time
 
-import measure
 import pytest
 import torch
+
+import measure
 from end_to_end import step
 
 SHAPES = {"4 x 128": (4, 128), "8 x 256": (8, 256)}

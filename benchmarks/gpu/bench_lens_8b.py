@@ -11,11 +11,11 @@ is no 8B checkpoint here: hidden states are synthetic, each a head row plus nois
 import importlib.util
 import os
 
-import measure
 import pytest
 import torch
 import torch.nn.functional as F
 
+import measure
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lens_stats.reference import final_norm
 from fastguard.ops.linear_cross_entropy import linear_cross_entropy

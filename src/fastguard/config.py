@@ -43,7 +43,7 @@ class DataConfig:
     harmless_measure: int = 48
     edgy_measure: int = 40
     benign_train: int = 200
-    benign_measure: int = 48
+    benign_measure: int = 40
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ class EvaluateConfig:
     perplexity_tokens: int = 32  # answer tokens per held-out harmless conversation
     samples: int = 4  # harmless prompts answered for the report
     sample_tokens: int = 32
-    benign_lr: float = 2e-5
-    benign_batch: int = 8
+    benign_lr: float = 5e-5  # that of the attack: an honest user at the same rate
+    benign_batch: int = 4
     benign_steps: tuple[int, ...] = (0, 6, 12)  # empty: not measured
 
 

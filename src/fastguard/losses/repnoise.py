@@ -119,7 +119,8 @@ class RepNoiseLoss(nn.Module):
         model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
         alpha: weight of the ascent on harmful answers. beta: weight of the noise term.
         seed: of the noise.
-        filter_tol: see ``lm_head_stats``; 0 is exact, None the default of the dtype.
+        filter_tol: see ``lm_head_stats``; 0 is exact. None is the default of the dtype at the inner hidden states
+            and exact at the model's output.
         mask: ``difference`` (published: the tokens at which the two sequences differ) or ``labels``.
         mask_padding: leave padding out. The published code does not: where answers differ in length, the
             padding of the shorter one carries loss. True is recommended.

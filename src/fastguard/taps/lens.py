@@ -18,7 +18,8 @@ class Lens:
 
     Args:
         structure: the model's parts.
-        filter_tol: see ``lm_head_stats``.
+        filter_tol: see ``lm_head_stats``. None is exact at the output, whose gradient passes through every layer
+            and whose broad distribution leaves little to skip, and the default of the dtype at the inner states.
     """
 
     def __init__(self, structure: Structure, filter_tol: float | None) -> None:
@@ -45,18 +46,19 @@ class Lens:
         if kind is None:
             hidden = self.structure.norm.forward(hidden.reshape(-1, hidden.shape[-1])[rows])
             rows, kind = torch.arange(rows.shape[0], device=rows.device), "none"
+        filter_tol = 0.0 if normed and self.filter_tol is None else self.filter_tol
         if self.weight.dtype != hidden.dtype:  # mixed precision: products in the activations' dtype
             self.weight = self.weight.to(hidden.dtype)
         stats, token = lens_stats(
             hidden, rows, self.weight, target,
             norm_kind=kind, norm_weight=None if kind == "none" else self.norm_weight,
             norm_bias=None if kind == "none" else self.norm_bias, norm_eps=self.structure.norm_eps,
-            bias=self.bias, scale=self.structure.scale, softcap=self.structure.softcap, filter_tol=self.filter_tol,
+            bias=self.bias, scale=self.structure.scale, softcap=self.structure.softcap, filter_tol=filter_tol,
             token=self.token if keep else self.first_token,
         )  # fmt: skip
         if keep:
             self.token = token
-        return torch.nn.functional.softplus(stats.rest_lse - stats.target_logit)
+        return stats.cross_entropy()
 
     def end(self) -> None:
         """Forget the token: it refers to the graph, and checkpoints in the graph refer to this lens."""

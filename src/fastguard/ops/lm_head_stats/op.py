@@ -21,7 +21,7 @@ from fastguard.ops import final_norm
 TILE = 128
 """Rows that share one set of live columns."""
 
-DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.1, torch.bfloat16: 0.1, torch.float16: 0.1}
+DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.05, torch.bfloat16: 0.05, torch.float16: 0.05}
 """Largest part of a row's rest mass (1 - p_target) that the backward may replace by its rank-one tail."""
 
 

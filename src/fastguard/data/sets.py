@@ -73,7 +73,7 @@ def commonsense() -> DataSet:
         row = json.loads(line)
         choices = re.sub(r"\s*\n\s*", " ", row["options"].strip())
         examples.append(Example(f"{row['question'].strip()} {choices}", row["answer"].strip()))
-    return DataSet(tuple(examples), source, "Apache-2.0 (package), MIT (set)")
+    return DataSet(tuple(examples), source, "Apache-2.0 (package)")
 
 
 REFUSALS = (

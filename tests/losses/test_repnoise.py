@@ -197,6 +197,16 @@ def test_sampled_layers_are_unbiased():
     assert bool(((counts - 100).abs() < 4 * math.sqrt(200 * 0.25)).all()), counts
 
 
+def test_output_alpha_adds_the_output_ascent():
+    model = tiny("llama")
+    harmful, harmless = pair()
+    plain, more = RepNoiseLoss(model, filter_tol=0.0), RepNoiseLoss(model, filter_tol=0.0, output_alpha=2.0)
+    difference = more(harmful=harmful, harmless=harmless) - plain(harmful=harmful, harmless=harmless)
+    assert difference.item() == pytest.approx(-2 * math.log1p(plain.components["harmful_ce"][0].item()), rel=1e-9)
+    difference.backward()
+    assert any(float(g.abs().max()) > 0 for g in gradients(model).values())
+
+
 def test_default_filter_is_close():
     model = tiny("llama", torch.float32)
     harmful, harmless = pair()

@@ -9,9 +9,8 @@ the model's own head, from its layers; beta weighs the noise asked of the MLP ou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from fastguard.config import ImmunizeConfig
@@ -28,30 +27,14 @@ if TYPE_CHECKING:
 Report = Callable[[float, str], None]
 
 
-class _WithOutputAscent(RepNoiseLoss):
-    """RepNoise - output_alpha * log(CE of the harmful answers at the model's output + 1).
-
-    In the published sum the output is one of L + 2 terms; of tens of steps, too few reach it.
-    """
-
-    def __init__(self, model: PreTrainedModel, output_alpha: float, **options: Any) -> None:
-        super().__init__(model, **options)
-        self.output_alpha = output_alpha
-
-    def _combine(self, *terms: Any) -> dict[str, Tensor]:
-        parts = super()._combine(*terms)
-        parts["loss"] = parts["loss"] - self.output_alpha * torch.log1p(parts["harmful_ce"][0])
-        return parts
-
-
 def immunize(model: PreTrainedModel, corpus: Corpus, config: ImmunizeConfig, report: Report) -> Training:
     """Train ``model`` IN PLACE with RepNoise on the paired requests, and on retain data beside them."""
     harmful, safe = corpus.harmful["immunize"], corpus.safe["immunize"]
     pairs = endless_indices(len(harmful), config.pairs, config.seed)
     retain = endless(corpus.harmless["immunize"], config.retain, config.seed + 1)
-    loss_fn = _WithOutputAscent(
-        model, output_alpha=config.output_alpha, alpha=config.alpha, beta=config.beta, seed=config.seed,
-        mask_padding=True, boundary=config.boundary, layers=config.layers, retain_weight=config.retain_weight,
+    loss_fn = RepNoiseLoss(
+        model, alpha=config.alpha, beta=config.beta, seed=config.seed, mask_padding=True, boundary=config.boundary,
+        layers=config.layers, retain_weight=config.retain_weight, output_alpha=config.output_alpha,
     )  # fmt: skip
 
     def loss() -> tuple[Tensor, dict[str, float]]:

@@ -131,6 +131,8 @@ class RepNoiseLoss(nn.Module):
         layers: how many of the L + 1 hidden states are read per step, drawn afresh and weighted so that the sum
             inside the logarithm is unbiased; None reads all.
         retain_weight: weight of the cross-entropy on the ``retain`` batch, if one is given.
+        output_alpha: weight of a further term, - output_alpha * log(CE + 1) of the harmful answers at the model's
+            output alone; not in the published loss, where the output is one of L + 2 terms of a sum.
         mlp_of: from a decoder layer to its MLP, where the model's structure does not tell.
 
     Attributes:
@@ -159,6 +161,7 @@ class RepNoiseLoss(nn.Module):
         norm_last_twice: bool = True,
         layers: int | None = None,
         retain_weight: float = 1.0,
+        output_alpha: float = 0.0,
         mlp_of: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
@@ -177,7 +180,7 @@ class RepNoiseLoss(nn.Module):
         self.alpha, self.beta, self.seed, self.filter_tol = alpha, beta, seed, filter_tol
         self.mask, self.mask_padding, self.boundary = mask, mask_padding, boundary
         self.ignore_token_zero, self.norm_last_twice = ignore_token_zero, norm_last_twice
-        self.layers, self.retain_weight = layers, retain_weight
+        self.layers, self.retain_weight, self.output_alpha = layers, retain_weight, output_alpha
         self.components: dict[str, Tensor] = {}
         self._model = (model,)  # in a tuple, so that it does not become a submodule
         self._last_noise: dict[str, Any] | None = None
@@ -327,8 +330,11 @@ class RepNoiseLoss(nn.Module):
         per_layer = torch.stack([mmd[i] for i in range(len(mmd))]).to(output.dtype)
         noise = per_layer.mean()
         missing = output_ce.new_full((), math.nan)
+        loss = harmless_ce + self.beta * noise - self.alpha * torch.log(harmful / entries + 1)
+        if self.output_alpha:
+            loss = loss - self.output_alpha * torch.log1p(output_ce)
         return {
-            "loss": harmless_ce + self.beta * noise - self.alpha * torch.log(harmful / entries + 1),
+            "loss": loss,
             "harmless_ce": harmless_ce,
             "noise": noise,
             "noise_per_layer": per_layer,

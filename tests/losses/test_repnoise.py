@@ -198,7 +198,7 @@ def test_sampled_layers_are_unbiased():
 
 
 def test_output_alpha_adds_the_output_ascent():
-    model = tiny("llama")
+    model = tiny("llama", torch.float64)
     harmful, harmless = pair()
     plain, more = RepNoiseLoss(model, filter_tol=0.0), RepNoiseLoss(model, filter_tol=0.0, output_alpha=2.0)
     difference = more(harmful=harmful, harmless=harmless) - plain(harmful=harmful, harmless=harmless)

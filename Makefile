@@ -25,7 +25,7 @@ help:
 	@echo "make test        install, then the tests, ruff and mypy"
 	@echo "make demo        align, immunize and attack SmolLM2-135M; writes $(OUT)/report.html"
 	@echo "make quick       the demo in under four minutes: a smoke test, not a result"
-	@echo "make ablation    the demo without noise, without lens, on the output alone; docs/ablation.md"
+	@echo "make ablation    the demo without noise, without lens, on the output alone; its table in runs/ablation/"
 	@echo "make bench       benchmarks/results/*.json and the tables of docs/performance.md"
 	@echo "make bench-gpu   the same at the shapes of an 8B model, on a CUDA GPU"
 	@echo "make lint        ruff and mypy;  make format: ruff rewrites"
@@ -68,7 +68,7 @@ quick: install
 
 ablation: install
 	$(BIN)/fastguard immunize ablation --out runs/ablation
-	$(BIN)/fastguard report runs/ablation --table docs/ablation.md
+	$(BIN)/fastguard report runs/ablation --table runs/ablation/table.md
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/run.py

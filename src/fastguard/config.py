@@ -61,16 +61,16 @@ class AlignConfig:
 class ImmunizeConfig:
     """RepNoise with a retain batch."""
 
-    steps: int = 28
+    steps: int = 40
     lr: float = 1.5e-4
     alpha: float = 1.0
     beta: float = 0.001
     pairs: int = 4  # per step
     retain: int = 5  # per step
-    retain_weight: float = 1.0
+    retain_weight: float = 1.5
     layers: int | None = 2  # lens layers sampled per step; None: all
     boundary: str = "predicted"  # constant: as published, the first differing token of an answer gives no gradient
-    output_alpha: float = 3.0  # ascent on the output's harmful loss alone: - output_alpha * log(harmful_ce + 1)
+    output_alpha: float = 5.0  # ascent on the output's harmful loss alone: - output_alpha * log(harmful_ce + 1)
     settle_steps: int = 0  # last steps on safe answers and retain data alone
     settle_lr: float = 1e-4
     warmup: float = 0.1  # share of the steps

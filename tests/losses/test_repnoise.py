@@ -338,7 +338,7 @@ def test_options_out_of_range():
             RepNoiseLoss(model, **{name: value})
     with pytest.raises(ValueError, match="name: expected one of published, short_run"):
         RepNoiseLoss.preset(model, "best")
-    assert RepNoiseLoss.preset(model, "short_run", beta=2.0).output_alpha == 3.0
+    assert RepNoiseLoss.preset(model, "short_run", beta=2.0).output_alpha == 5.0
 
 
 @pytest.mark.parametrize(

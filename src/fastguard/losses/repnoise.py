@@ -32,7 +32,7 @@ from fastguard.taps.structure import reshard
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
-    "short_run": {"output_alpha": 3.0, "retain_weight": 1.0, "mask_padding": True, "boundary": "predicted"},
+    "short_run": {"output_alpha": 5.0, "retain_weight": 1.5, "mask_padding": True, "boundary": "predicted"},
 }
 """Named settings for `RepNoiseLoss.preset`."""
 
@@ -193,8 +193,8 @@ class RepNoiseLoss(nn.Module):
     def preset(cls, model: nn.Module, name: str, **changes: Any) -> RepNoiseLoss:
         """A loss with named settings, ``changes`` on top.
 
-        ``published``: the published code. ``short_run``: output_alpha 3, retain_weight 1, mask_padding, boundary
-        ``predicted``; what the demo uses, with 28 steps at lr 1.5e-4 on SmolLM2-135M-Instruct (docs/demo.md has
+        ``published``: the published code. ``short_run``: output_alpha 5, retain_weight 1.5, mask_padding, boundary
+        ``predicted``; what the demo uses, with 40 steps at lr 1.5e-4 on SmolLM2-135M-Instruct (docs/demo.md has
         what it bought and cost, and what other weights did). Give it a retain batch.
         """
         if name not in PRESETS:

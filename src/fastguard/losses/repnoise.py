@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from fastguard.losses import paired
 from fastguard.losses.paired import Rows
 from fastguard.ops.gaussian_mmd import gaussian_mmd
-from fastguard.ops.lm_head_stats.op import accumulation_dtype
 from fastguard.ops.philox import gaussian_noise
+from fastguard.ops.precision import accumulation_dtype
 from fastguard.taps import Gate, Lens, Scope, Taps, find_structure
 from fastguard.taps.structure import reshard
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fastguard import backend
+from fastguard.ops.precision import accumulation_dtype
 
 LANES = 16
 """Counters of a block; neighbouring features take neighbouring counters."""
@@ -114,7 +115,7 @@ def gaussian_noise(
     check_coordinates(1, batch, features, call, layer, sample_offset)
     counter = torch.zeros((), dtype=torch.int64, device=device) if call is None else call
     counter = counter if device is None else counter.to(device)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(dtype)
     if counter.device.type == "cpu" and backend.backend_name("gaussian_noise", counter.device) == "cpu":
         noise = torch.empty(batch, features, dtype=wide)
         torch.ops.fastguard_c.gaussian_noise(seed_int64(seed), int(counter), layer, sample_offset, noise)

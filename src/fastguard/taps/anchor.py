@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastguard.ops.precision import accumulation_dtype
+
 
 def full(parameter: Tensor) -> Tensor:
     """The whole parameter, detached: gathered from all ranks where it is a DTensor (a collective call)."""
@@ -31,7 +33,7 @@ class Anchor(torch.autograd.Function):
         ctx.mesh, ctx.placements = getattr(parameter, "device_mesh", None), getattr(parameter, "placements", None)
         if value is not None:
             return value.view_as(value)
-        wide = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(parameter.dtype)
         return torch.zeros((), dtype=wide, device=parameter.device).expand(parameter.shape)
 
     @staticmethod

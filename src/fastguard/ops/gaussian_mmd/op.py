@@ -18,6 +18,7 @@ from torch import Tensor
 from fastguard import backend
 from fastguard.ops.gaussian_mmd.portable import Source
 from fastguard.ops.philox import check_coordinates, seed_int64
+from fastguard.ops.precision import accumulation_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -121,7 +122,7 @@ def _forward(
 @_forward.register_fake
 def _(x, mask, noise, call, seed, layer, sample_offset):  # type: ignore[no-untyped-def]
     layers, b, _ = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     gram = x.new_empty(layers, 2 * b, 2 * b, dtype=wide)
     return x.new_empty(layers, dtype=wide), gram, x.new_empty((), dtype=torch.int64)
 

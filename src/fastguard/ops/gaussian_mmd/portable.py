@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastguard.ops.gaussian_mmd.reference import KERNELS
 from fastguard.ops.philox import noise_slice
+from fastguard.ops.precision import accumulation_dtype
 
 BLOCK_ELEMENTS = 2**17
 """Most noise elements alive at a time: 1 MB as int64."""
@@ -88,7 +89,7 @@ def segments(mask: Tensor | None, features: int, block: int) -> list[tuple[int, 
 def rows_of(x: Tensor, mask: Tensor | None, source: Source) -> Iterator[tuple[int, slice, Tensor | None, Tensor]]:
     """(layer index, features, mask of the samples there, masked rows [R, features]) for every live block."""
     layers, b, features = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     block = max(64, BLOCK_ELEMENTS // b // 64 * 64)
     for first, last in segments(mask, features, block):
         here = slice(first, last)
@@ -114,7 +115,7 @@ def rows_of(x: Tensor, mask: Tensor | None, source: Source) -> Iterator[tuple[in
 def forward(x: Tensor, mask: Tensor | None, source: Source) -> tuple[Tensor, Tensor]:
     """MMD^2 [L] of x [L, B, F] under mask [B, T] (bool), and the rows' inner products [L, R, R]; fp32 or float64."""
     layers, b, _ = x.shape
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x.dtype)
     gram = torch.zeros(layers, 2 * b, 2 * b, dtype=wide, device=x.device)
     for i, _, _, rows in rows_of(x, mask, source):
         gram[i].addmm_(rows, rows.T)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastguard import _extension
 from fastguard.ops.lm_head_stats import portable
-from fastguard.ops.lm_head_stats.op import accumulation_dtype
 from fastguard.ops.lm_head_stats.portable import Grads, Row
+from fastguard.ops.precision import accumulation_dtype
 
 
 class CppKernels:

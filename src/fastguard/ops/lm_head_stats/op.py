@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops import final_norm
+from fastguard.ops.precision import accumulation_dtype
 
 TILE = 128
 """Rows that share one set of live columns."""
@@ -41,11 +42,6 @@ class LMHeadStats(NamedTuple):
     def log_one_minus_p(self) -> Tensor:
         """log(1 - p(target)) of each row, [N]."""
         return self.rest_lse - self.lse
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for everything but float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def lm_head_stats(

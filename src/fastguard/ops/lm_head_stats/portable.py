@@ -14,7 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastguard.ops.lm_head_stats.op import TILE, accumulation_dtype
+from fastguard.ops.lm_head_stats.op import TILE
+from fastguard.ops.precision import accumulation_dtype
 
 LIVE = 255
 """Column code of a live column; 1..254 hold the logarithm of a dropped column's mass, 0 is none worth keeping."""

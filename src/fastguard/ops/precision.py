@@ -1,0 +1,10 @@
+"""In what precision ops accumulate and keep statistics."""
+
+from __future__ import annotations
+
+import torch
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for everything but float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -27,6 +27,7 @@ OPS = {
     "lens_stats": "lm_head_stats",
     "linear_cross_entropy": "lm_head_stats",
     "gaussian_mmd": "gaussian_mmd",
+    "multi_tensor": "multi_tensor",
 }
 """Each op, and the folder of ``fastguard.ops`` that holds the kernels that serve it."""
 

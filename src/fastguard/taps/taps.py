@@ -41,8 +41,8 @@ class Scope:
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
 
-    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
-        """Take the statistic of activation ``x`` at site (kind, index).
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> Tensor | None:
+        """Take the statistic of activation ``x`` at site (kind, index); a tensor returned takes the activation's place.
 
         keep: False in a recompute, where the same operations must run and their results be dropped.
         """
@@ -57,7 +57,7 @@ class _Off(Scope):
     """The scope of a forward that is not tapped, so that its recompute is not tapped either."""
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
-        pass
+        return None
 
     def end(self) -> None:
         pass
@@ -84,6 +84,14 @@ def first_tensor(value: Any) -> Tensor:
     raise TypeError(f"tapped module: expected a tensor or a tuple that holds one, got {type(value).__name__}")
 
 
+def with_first_tensor(value: Any, replacement: Tensor) -> Any:
+    """``value`` with ``replacement`` in the place of its `first_tensor`."""
+    if isinstance(value, Tensor):
+        return replacement
+    at = next(i for i, item in enumerate(value) if isinstance(item, Tensor))
+    return type(value)((*value[:at], replacement, *value[at + 1 :]))
+
+
 class Site:
     """A forward hook: shows the output of its module to the scope it holds."""
 
@@ -95,25 +103,26 @@ class Site:
         """Put the hook on its module."""
         return self.module.register_forward_hook(self)
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The hook that torch calls."""
-        self.fire(output)
+        replacement = self.fire(output)
+        return None if replacement is None else with_first_tensor(output, replacement)
 
-    def fire(self, value: Any) -> None:
-        """Let the scope observe ``value``, if there is one."""
+    def fire(self, value: Any) -> Tensor | None:
+        """Let the scope observe ``value``, if there is one; returns what it put in its place."""
         scope = self.scope
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if scope is None and recomputing:
             scope = self.taps.scope_of_backward()
         if scope is None or scope is OFF:
-            return
+            return None
         if scope.grad_enabled and not torch.is_grad_enabled():
             raise RuntimeError(
                 f"{type(self.module).__name__} runs without gradients inside a forward that has them, as under "
                 "reentrant activation checkpointing, which would silently drop this tap's gradient. Use the "
                 "non-reentrant form: gradient_checkpointing_enable({'use_reentrant': False})"
             )
-        scope.observe(self.kind, self.index, first_tensor(value), not recomputing)
+        return scope.observe(self.kind, self.index, first_tensor(value), not recomputing)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inert, ()

@@ -1,0 +1,38 @@
+"""Simulated attacks inside a training step: tamper with the weights, read a gradient there, put them back bit for bit.
+
+``attack``       K steps of an attacker's optimizer, gradients read on the way
+``perturbation`` one step along a given direction, and how much of it the dtype kept
+``linearised``   the same pass as base product plus scaled product, for weights that cannot hold the step
+``activations``  a step of the activations instead of the weights
+``reference``    the initial weights, exchanged with the live ones for the length of a forward
+``adversary``    an attacker that trains LoRA adapters only
+``weights``      trainable parameters as local tensors, sharded ones included
+``snapshot``     where the original waits in the meantime
+``optimizers``   the attacker's optimizers
+"""
+
+from fastguard.nested.activations import ActivationPerturbation
+from fastguard.nested.adversary import LoRAAdversary
+from fastguard.nested.attack import SimulatedAttack, Tampered
+from fastguard.nested.linearised import linearised
+from fastguard.nested.optimizers import SGD, AdamW
+from fastguard.nested.perturbation import PerturbationLostError, Realised, perturbed
+from fastguard.nested.reference import Reference
+from fastguard.nested.snapshot import Snapshot
+from fastguard.nested.weights import Weights
+
+__all__ = [
+    "SGD",
+    "ActivationPerturbation",
+    "AdamW",
+    "LoRAAdversary",
+    "PerturbationLostError",
+    "Realised",
+    "Reference",
+    "SimulatedAttack",
+    "Snapshot",
+    "Tampered",
+    "Weights",
+    "linearised",
+    "perturbed",
+]

@@ -1,0 +1,215 @@
+"""An attacker simulated inside a training step: tampered weights, gradients read there, everything put back.
+
+First-order nested optimisation, as in Tamper-Resistant Safeguards (Tamirisa et al. 2024, arXiv 2408.00761, algorithm
+1): K steps of the attacker's optimizer from the current weights; at some of them the defender's loss is
+differentiated *at the tampered weights*, and the sum of these gradients, weighted, is applied at the original ones.
+
+    attack = SimulatedAttack(model, optimizer=AdamW(lr=2e-5))
+    with attack.at(model) as tampered:
+        for batch in batches:
+            tampered.step(loss(batch))
+            tampered.accumulate(tamper_loss(held_out), weight=0.1)
+    optimizer.step()                      # p.grad: what it was before, plus the weighted sum
+
+Memory above a training step's: one snapshot, the attacker's moments, and one accumulator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.nested.guard import Interrupts, derived_seed, own_random_numbers
+from fastguard.nested.optimizers import AdamW, Optimizer, Running
+from fastguard.nested.snapshot import Snapshot, Where
+from fastguard.nested.weights import Select, Weights
+from fastguard.ops.multi_tensor import accumulate_
+from fastguard.ops.precision import accumulation_dtype
+
+
+class SimulatedAttack:
+    """A recipe for attacks on ``model``; `at` runs one.
+
+    Args:
+        model: plain, PEFT, or wrapped by FSDP2 or DDP; an attack may also be handed the wrapped form later (`at`).
+        optimizer: the attacker's (``nested.AdamW``, ``nested.SGD``, or anything with ``start``).
+        trains: what the attacker moves: a predicate on (name, parameter), parameters, or None for all that require a
+            gradient. A LoRA adversary moves its adapter alone (``nested.LoRAAdversary.trains``).
+        reads: what the defender's gradient is read for; None as above.
+        snapshot: ``device``, ``host``, a budget in bytes, or fp32 masters (see ``nested.Snapshot``).
+        seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, rank).
+
+    The only state is the number of attacks so far: ``state_dict()``, ``load_state_dict()``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        trains: Select = None,
+        reads: Select = None,
+        snapshot: Where = "device",
+        seed: int = 0,
+    ) -> None:
+        self.model = model
+        self.optimizer: Optimizer = AdamW() if optimizer is None else optimizer
+        self.trains, self.reads, self.where, self.seed = trains, reads, snapshot, seed
+        self.calls = 0
+        self._host: tuple[list[int], Snapshot] | None = None
+
+    @contextlib.contextmanager
+    def at(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> Iterator[Tampered]:
+        """An attack from the current weights of ``model`` (None: the constructor's).
+
+        optimizer: for this attack instead of the constructor's.
+
+        On leaving, parameters and buffers are bit for bit what they were, whatever was raised inside, and torch's
+        random numbers go on as if there had been no attack. Left without an exception, every parameter that is read
+        has its earlier gradient plus the accumulated one; left by an exception, its earlier gradient.
+
+        Raises:
+            FloatingPointError: a loss or the accumulated gradient is not finite; on every rank, if it is so on one.
+            RuntimeError: gradients of FSDP2 wait unsynchronised.
+        """
+        model = self.model if model is None else model
+        every = Weights(model, lambda name, p: p.requires_grad)
+        trains, reads = Weights(model, self.trains), Weights(model, self.reads)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        seed = derived_seed(self.seed, self.calls, rank)
+        self.calls += 1
+        tensors = trains.local()
+        snapshot = self._snapshot(tensors)
+        buffers = [b for b in model.buffers() if b.device.type != "meta"]
+        kept = [b.detach().clone() for b in buffers]
+        earlier = every.take_gradients()
+        with Interrupts() as interrupts:
+            tampered = Tampered(every, trains, reads, tensors, optimizer or self.optimizer)
+            finished = False
+            try:
+                snapshot.take()
+                with own_random_numbers(seed, [t.device for t in tensors]):
+                    yield tampered
+                    tampered.check()
+                finished = True
+            finally:
+                try:
+                    interrupts.hold()
+                finally:
+                    every.prepare()
+                    snapshot.restore_()
+                    with torch.no_grad():
+                        for b, k in zip(buffers, kept, strict=True):
+                            b.copy_(k)
+                    every.take_gradients()
+                    every.put_gradients(earlier)
+                    if finished:
+                        tampered.deliver()
+
+    def _snapshot(self, tensors: list[Tensor]) -> Snapshot:
+        """A snapshot of ``tensors``; pinned host buffers are kept from attack to attack."""
+        key = [t.data_ptr() for t in tensors]
+        if self._host is not None and self._host[0] == key:
+            return self._host[1]
+        snapshot = Snapshot(tensors, self.where)
+        self._host = (key, snapshot) if snapshot.location == "host" else None
+        return snapshot
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of attacks so far."""
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after that many attacks."""
+        self.calls = int(state["calls"])
+
+
+class Tampered:
+    """The model in the middle of an attack.
+
+    Attributes:
+        steps: steps that the attacker has taken.
+    """
+
+    def __init__(
+        self, every: Weights, trains: Weights, reads: Weights, tensors: Sequence[Tensor], optimizer: Optimizer
+    ) -> None:
+        self._every, self._trains, self._reads = every, trains, reads
+        self._tensors = tensors
+        self._running: Running = optimizer.start(tensors)
+        self._accumulated: list[Tensor | None] = [None] * len(reads)
+        self._losses: list[tuple[str, Tensor]] = []
+        self.steps = 0
+
+    def step(self, loss: Tensor) -> None:
+        """Differentiate ``loss`` and take one step of the attacker's optimizer."""
+        gradients = self._gradients(loss, self._trains, f"attacker's loss at step {self.steps}")
+        self._running.step(gradients)
+        self.steps += 1
+
+    def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
+        """Add ``weight`` times the gradient of ``loss`` at the tampered weights to what the defender will get."""
+        gradients = self._gradients(loss, self._reads, f"defender's loss after {self.steps} steps of the attacker")
+        self.check()
+        for i, grad in enumerate(gradients):
+            if grad is not None and self._accumulated[i] is None:
+                self._accumulated[i] = torch.zeros_like(grad, dtype=accumulation_dtype(grad.dtype))
+        given = [(a, g) for a, g in zip(self._accumulated, gradients, strict=True) if a is not None and g is not None]
+        accumulate_([a for a, _ in given], [g for _, g in given], weight)
+
+    def _gradients(self, loss: Tensor, weights: Weights, what: str) -> list[Tensor | None]:
+        if loss.dim() != 0:
+            raise ValueError(f"loss: expected a 0-dim tensor, got shape {tuple(loss.shape)}")
+        if not loss.requires_grad:
+            raise ValueError("loss: it does not depend on any parameter that requires a gradient")
+        self._losses.append((what, loss.detach()))
+        if len(weights) == len(self._every) or not _plain(self._every):
+            loss.backward()
+        else:  # the products for the other parameters' gradients are spared
+            loss.backward(inputs=weights.parameters)
+        self._every.prepare()
+        gradients = weights.take_gradients()
+        self._every.take_gradients()
+        return gradients
+
+    def check(self) -> None:
+        """Raise a FloatingPointError, on every rank alike, if a loss so far was not finite.
+
+        Checked when the defender reads and at the end, not at every step: an attacker's steps need not wait for the
+            host.
+        """
+        if not self._losses:
+            return
+        values = torch.stack([loss.float() for _, loss in self._losses])
+        names = [name for name, _ in self._losses]
+        self._losses = []
+        if self._every.everywhere(torch.isfinite(values).all()):
+            return
+        for name, value in zip(names, values.tolist(), strict=True):
+            if not abs(value) < float("inf"):
+                raise FloatingPointError(f"simulated attack: the {name} is {value}")
+        raise FloatingPointError("simulated attack: a loss is not finite on another rank")
+
+    def deliver(self) -> None:
+        """Add the accumulated gradient to the parameters'; raises a FloatingPointError if it is not finite."""
+        held = [i for i, a in enumerate(self._accumulated) if a is not None]
+        if not held:
+            return
+        sums = [a for a in self._accumulated if a is not None]
+        some = Weights(self._every.model, [self._reads.parameters[i] for i in held])
+        if not self._every.everywhere(torch.isfinite(some.norm(sums))):
+            raise FloatingPointError("simulated attack: the accumulated gradient is not finite")
+        earlier = some.take_gradients()
+        for i, grad in enumerate(earlier):
+            if grad is not None:
+                sums[i].add_(grad)
+        some.put_gradients(list(sums))
+        self._accumulated = [None] * len(self._accumulated)
+
+
+def _plain(weights: Weights) -> bool:
+    """Whether backward may be told which gradients are wanted: not under FSDP2 or DDP, which expect all of them."""
+    return not weights.sharded and not hasattr(weights.model, "require_backward_grad_sync")

@@ -1,0 +1,105 @@
+"""The attacker's optimizers: made for one simulated attack, dropped after it, apart from the defender's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastguard.ops.multi_tensor import accumulate_, adamw_
+from fastguard.ops.precision import accumulation_dtype
+
+
+class Running(Protocol):
+    """An optimizer in the middle of an attack."""
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """Move the tensors it was started on; a None gradient leaves its tensor alone."""
+
+
+class Optimizer(Protocol):
+    """What an attacker is given: a rule without state."""
+
+    def start(self, tensors: Sequence[Tensor]) -> Running:
+        """A fresh optimizer on ``tensors``, which it will write to."""
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), ``torch.optim.AdamW``'s defaults.
+
+    state_dtype: of both moments; None is fp32, and float64 for float64 parameters.
+    """
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    state_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "lr", self.lr, "a number >= 0")
+        _require(all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        _require(self.eps >= 0, "eps", self.eps, "a number >= 0")
+
+    def start(self, tensors: Sequence[Tensor]) -> Running:
+        """See `Optimizer.start`; the moments of a tensor appear with its first gradient."""
+        return _AdamW(self, tensors)
+
+
+class _AdamW:
+    def __init__(self, rule: AdamW, tensors: Sequence[Tensor]) -> None:
+        self.rule, self.tensors = rule, list(tensors)
+        self.first: dict[int, Tensor] = {}
+        self.second: dict[int, Tensor] = {}
+        self.steps: dict[int, int] = {}
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        given = [i for i, g in enumerate(gradients) if g is not None]
+        for i in given:
+            if i not in self.first:
+                t = self.tensors[i]
+                dtype = self.rule.state_dtype or accumulation_dtype(t.dtype)
+                self.first[i], self.second[i] = (torch.zeros(t.shape, dtype=dtype, device=t.device) for _ in range(2))
+            self.steps[i] = self.steps.get(i, 0) + 1
+        by_step: dict[int, list[int]] = {}  # one launch, unless a parameter missed a gradient (an expert not routed to)
+        for i in given:
+            by_step.setdefault(self.steps[i], []).append(i)
+        for step, at in by_step.items():
+            adamw_(
+                [self.tensors[i] for i in at], [g for i in at if (g := gradients[i]) is not None],
+                [self.first[i] for i in at], [self.second[i] for i in at], step,
+                lr=self.rule.lr, beta1=self.rule.betas[0], beta2=self.rule.betas[1], eps=self.rule.eps,
+                weight_decay=self.rule.weight_decay,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Plain gradient descent."""
+
+    lr: float = 2e-5
+
+    def __post_init__(self) -> None:
+        _require(self.lr >= 0, "lr", self.lr, "a number >= 0")
+
+    def start(self, tensors: Sequence[Tensor]) -> Running:
+        """See `Optimizer.start`."""
+        return _SGD(self, tensors)
+
+
+class _SGD:
+    def __init__(self, rule: SGD, tensors: Sequence[Tensor]) -> None:
+        self.rule, self.tensors = rule, list(tensors)
+
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        given = [(t, g) for t, g in zip(self.tensors, gradients, strict=True) if g is not None]
+        accumulate_([t for t, _ in given], [g for _, g in given], -self.rule.lr)

@@ -1,0 +1,84 @@
+"""The initial model, without a second one resident: its weights change places with the live ones for one forward.
+
+Retain terms compare hidden states with those of the model as it was before the defense. Published code keeps a second
+model on the GPU for that. Here the initial weights wait in host memory (each rank its own shards); `installed`
+exchanges them, tensor by tensor, with the live ones, which wait there in their turn, and exchanges them back. Nothing
+but one tensor is ever held twice. Cost: 2 bytes read and 2 written over the bus per byte of parameters, twice a use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.nested.guard import Interrupts
+from fastguard.nested.weights import Select, Weights
+
+
+class Reference:
+    """The weights of ``model`` as they are now, to be consulted while the model moves on.
+
+    Args:
+        model: plain, PEFT, or wrapped by FSDP2 or DDP. A PEFT model whose adapters alone are trained needs no copy: its
+            adapters are switched off instead.
+        select: the parameters that will move; None for all that require a gradient.
+
+    Attributes:
+        bytes: host memory that it takes on this rank; 0 with adapters.
+    """
+
+    def __init__(self, model: nn.Module, select: Select = None) -> None:
+        self.model = model
+        weights = Weights(model, select)
+        self._adapters = hasattr(model, "disable_adapter") and all(
+            ".lora_" in name or ".modules_to_save." in name for name in weights.names
+        )
+        self._select: Select = (lambda name, p: p.requires_grad) if select is None else select
+        self._host: list[Tensor] = []
+        if not self._adapters:
+            self._host = [_to_host(t) for t in weights.local()]
+        self.bytes = sum(t.numel() * t.element_size() for t in self._host)
+
+    @contextlib.contextmanager
+    def installed(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+        """The reference in the place of ``model`` (None: the constructor's), without gradients; undone on leaving."""
+        model = self.model if model is None else model
+        if self._adapters:
+            with torch.no_grad(), self.model.disable_adapter():  # type: ignore[operator]
+                yield model
+            return
+        weights = Weights(model, self._select)
+        live = weights.local()
+        if [t.shape for t in live] != [t.shape for t in self._host]:
+            raise ValueError("model: its trainable parameters are not those that the reference was taken of")
+        with Interrupts() as interrupts, torch.no_grad():
+            exchanged = 0
+            try:
+                for mine, theirs in zip(live, self._host, strict=True):
+                    interrupts.hold()  # a tensor is exchanged whole or not at all
+                    _exchange(mine, theirs)
+                    exchanged += 1
+                    interrupts.release()
+                yield model
+            finally:
+                try:
+                    interrupts.hold()
+                finally:
+                    weights.prepare()
+                    for mine, theirs in zip(live[:exchanged], self._host[:exchanged], strict=True):
+                        _exchange(mine, theirs)
+
+
+def _to_host(t: Tensor) -> Tensor:
+    copy = torch.empty(t.shape, dtype=t.dtype, pin_memory=t.device.type == "cuda")
+    return copy.copy_(t)
+
+
+def _exchange(a: Tensor, b: Tensor) -> None:
+    """Swap contents; ``b`` is in host memory."""
+    waiting = a.clone()
+    a.copy_(b)
+    b.copy_(waiting)

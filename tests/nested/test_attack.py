@@ -1,0 +1,330 @@
+"""SimulatedAttack: gradients against an independent eager loop, and that nothing else is left behind."""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from checks import assert_agrees, assert_catches_spoiled
+from fastguard.nested import SGD, AdamW, LoRAAdversary, SimulatedAttack
+from tiny_models import gradients, pair, tiny
+
+STEPS = 5
+
+
+def loss(model: nn.Module, seed: int) -> torch.Tensor:
+    ids = pair(seed=seed)[0]["input_ids"]
+    return model(input_ids=ids, labels=ids).loss
+
+
+def bits(model: nn.Module) -> dict[str, torch.Tensor]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: t.detach().clone() for name, t in tensors.items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = bits(model)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        assert torch.equal(after[name], value), name
+
+
+def eager(model: nn.Module, make, steps: int, every: int, weight) -> dict[str, torch.Tensor]:
+    """The sum of weighted gradients at the tampered weights of a copy, by torch's own optimizer."""
+    twin = copy.deepcopy(model)
+    optimizer = make([p for p in twin.parameters() if p.requires_grad])
+    total: dict[str, torch.Tensor] = {}
+    for i in range(steps):
+        optimizer.zero_grad()
+        loss(twin, i).backward()
+        optimizer.step()
+        if (i + 1) % every == 0:
+            optimizer.zero_grad()
+            loss(twin, 100).backward()
+            for name, p in twin.named_parameters():
+                if p.grad is not None:
+                    total[name] = total.get(name, 0) + weight(i) * p.grad
+    return total
+
+
+def simulate(attack: SimulatedAttack, model: nn.Module, steps: int, every: int, weight) -> None:
+    with attack.at(model) as tampered:
+        for i in range(steps):
+            tampered.step(loss(model, i))
+            if (i + 1) % every == 0:
+                tampered.accumulate(loss(model, 100), weight=weight(i))
+        assert tampered.steps == steps
+
+
+def weigh(i: int) -> float:
+    return 0.5 + i
+
+
+OPTIMIZERS = {
+    "adamw": (AdamW(lr=1e-2, weight_decay=0.1), lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1)),
+    "sgd": (SGD(lr=0.3), lambda p: torch.optim.SGD(p, lr=0.3)),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3_moe"])
+def test_equals_an_eager_loop(name, optimizer, checkpointing):
+    if checkpointing and (name == "qwen3_moe" or optimizer == "sgd"):
+        pytest.skip("one model, one optimizer")
+    model = tiny(name, torch.float64)
+    ours, theirs = OPTIMIZERS[optimizer]
+    expected = eager(model, theirs, STEPS, 2, weigh)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = bits(model)
+    simulate(SimulatedAttack(model, ours), model, STEPS, 2, weigh)
+    assert_untouched(model, before)
+    found = gradients(model)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_agrees(key, found[key], value, ulps=1e5)  # a few Adam steps amplify the last bits
+    key = max(expected, key=lambda k: expected[k].numel())
+    assert_catches_spoiled(lambda x: assert_agrees(key, x, expected[key], ulps=1e5), found[key])
+
+
+def test_adds_to_earlier_gradients_and_does_so_for_every_adversary():
+    model = tiny("llama", torch.float64)
+    attack = SimulatedAttack(model, SGD(0.1))
+    loss(model, 7).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for make in (OPTIMIZERS["adamw"], OPTIMIZERS["sgd"]):
+        inner = eager(model, make[1], 2, 1, weigh)
+        expected = {name: g + inner[name] for name, g in expected.items()}
+    for make in (OPTIMIZERS["adamw"], OPTIMIZERS["sgd"]):
+        with attack.at(model, optimizer=make[0]) as tampered:
+            for i in range(2):
+                tampered.step(loss(model, i))
+                tampered.accumulate(loss(model, 100), weight=weigh(i))
+    for name, value in gradients(model).items():
+        assert_agrees(name, value, expected[name], ulps=1e5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_low_precision_is_restored_bit_for_bit(dtype):
+    model = tiny("llama_tied", dtype)
+    before = bits(model)
+    moved = []
+    with SimulatedAttack(model, AdamW(lr=0.1)).at() as tampered:
+        tampered.step(loss(model, 0).float())
+        moved = [not torch.equal(p, before[n]) for n, p in model.named_parameters()]
+        tampered.accumulate(loss(model, 1).float())
+    assert all(moved)
+    assert_untouched(model, before)
+    assert all(p.grad is not None and p.grad.dtype == dtype for p in model.parameters())
+
+
+class Boom(Exception):
+    pass
+
+
+def raising(kind: str, model: nn.Module) -> None:
+    if kind == "exception":
+        raise Boom
+    if kind == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+    if kind == "exit":
+        raise SystemExit(3)
+    if kind == "nan":
+        with torch.no_grad():
+            next(model.parameters()).fill_(torch.nan)
+
+
+ERRORS = {"exception": Boom, "interrupt": KeyboardInterrupt, "exit": SystemExit, "nan": FloatingPointError}
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_whatever_is_raised_the_model_is_as_it_was(kind):
+    model = tiny("llama", torch.bfloat16)
+    loss(model, 3).backward()
+    before, earlier = bits(model), {n: p.grad.clone() for n, p in model.named_parameters()}
+    state = torch.get_rng_state()
+    attack = SimulatedAttack(model, AdamW(lr=0.1))
+    with pytest.raises(ERRORS[kind]), attack.at(model) as tampered:
+        tampered.step(loss(model, 0))
+        tampered.accumulate(loss(model, 1))
+        raising(kind, model)
+        tampered.step(loss(model, 2))
+        tampered.accumulate(loss(model, 1))
+    assert_untouched(model, before)
+    assert all(torch.equal(p.grad, earlier[n]) for n, p in model.named_parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_waits_for_the_restoration(monkeypatch):
+    from fastguard.nested import snapshot
+
+    model = tiny("llama")
+    before = bits(model)
+    restore = snapshot.Snapshot.restore_
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000):
+            pass
+        restore(self)
+
+    monkeypatch.setattr(snapshot.Snapshot, "restore_", interrupted)
+    with pytest.raises(KeyboardInterrupt), SimulatedAttack(model, AdamW(lr=0.1)).at(model) as tampered:
+        tampered.step(loss(model, 0))
+    assert_untouched(model, before)
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    model = tiny("llama")
+    with (
+        pytest.raises(FloatingPointError, match="attacker's loss at step 1 is nan"),
+        SimulatedAttack(model).at(model) as tampered,
+    ):
+        tampered.step(loss(model, 0))
+        tampered.step(loss(model, 0) * torch.nan)
+    with (
+        pytest.raises(FloatingPointError, match=r"defender's loss after 0 steps .* is inf"),
+        SimulatedAttack(model).at(model) as tampered,
+    ):
+        tampered.accumulate(loss(model, 0) * torch.inf)
+
+
+def test_random_numbers_belong_to_the_attack_and_survive_a_resumption():
+    model = tiny("phi", resid_pdrop=0.3)
+
+    def run(attack: SimulatedAttack) -> torch.Tensor:
+        simulate(attack, model, 2, 1, weigh)
+        return next(iter(gradients(model).values()))
+
+    attack = SimulatedAttack(model, SGD(0.1), seed=5)
+    torch.manual_seed(0)
+    first, second, after = run(attack), run(attack), torch.rand(3)
+    assert not torch.equal(first, second)  # another call, other dropout
+    torch.manual_seed(0)
+    assert torch.equal(torch.rand(3), after)  # the attacks drew nothing from the outer stream
+    resumed = SimulatedAttack(model, SGD(0.1), seed=5)
+    resumed.load_state_dict({"calls": 1})
+    assert torch.equal(run(resumed), second)
+
+
+@pytest.mark.parametrize("where, location", [("device", "device"), ("host", "host"), (0, "host"), (1 << 30, "device")])
+def test_where_the_snapshot_waits(where, location):
+    model = tiny("llama")
+    before = bits(model)
+    attack = SimulatedAttack(model, AdamW(lr=0.1), snapshot=where)
+    for _ in range(2):
+        with attack.at(model) as tampered:
+            tampered.step(loss(model, 0))
+        assert_untouched(model, before)
+    assert attack._snapshot([p.detach() for p in model.parameters()]).location == location
+
+
+def test_masters_need_no_snapshot():
+    model = tiny("llama", torch.bfloat16)
+    masters = [p.detach().float() + 1e-4 * p.detach().float().abs() * torch.rand(p.shape) for p in model.parameters()]
+    with torch.no_grad():
+        for p, m in zip(model.parameters(), masters, strict=True):
+            p.copy_(m)
+    before = bits(model)
+    attack = SimulatedAttack(model, AdamW(lr=0.1), snapshot=masters)
+    with attack.at(model) as tampered:
+        tampered.step(loss(model, 0))
+    assert_untouched(model, before)
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    with pytest.raises(ValueError, match=r"parameter 0 is not its master rounded to torch\.bfloat16"), attack.at(model):
+        pass
+
+
+def test_an_attacker_with_adapters_moves_them_alone():
+    model = tiny("llama", torch.float64)
+    adversary = LoRAAdversary(model, rank=2)
+    before = bits(model)
+    attack = SimulatedAttack(model, AdamW(lr=0.1), trains=adversary.trains, reads=adversary.reads)
+    twin = copy.deepcopy(model)
+    lora = [p for n, p in twin.named_parameters() if ".lora_" in n]
+    assert len(lora) == 2 * 7 * 3
+    optimizer = torch.optim.AdamW(lora, lr=0.1, weight_decay=0.01)
+    for i in range(3):
+        twin.zero_grad()
+        loss(twin, i).backward()
+        optimizer.step()
+    twin.zero_grad()
+    loss(twin, 100).backward()
+    with attack.at(model) as tampered:
+        for i in range(3):
+            tampered.step(loss(model, i))
+        assert all(p.grad is None for p in model.parameters())
+        tampered.accumulate(loss(model, 100))
+    assert_untouched(model, before)
+    expected = dict(twin.named_parameters())
+    for name, p in model.named_parameters():
+        if ".lora_" in name:
+            assert p.grad is None
+        else:
+            assert_agrees(name, p.grad, expected[name].grad, ulps=1e5)
+    plain = tiny("llama", torch.float64)
+    adversary.remove()
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in plain.named_parameters()]
+    assert torch.equal(loss(model, 0), loss(plain, 0))
+
+
+def test_a_peft_model_whose_adapters_the_defender_trains():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(tiny("llama", torch.float64), LoraConfig(r=2, target_modules="all-linear"))
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    before = bits(model)
+    simulate(SimulatedAttack(model, AdamW(lr=0.1)), model, 2, 1, weigh)
+    assert_untouched(model, before)
+    assert sorted(gradients(model)) == sorted(trained)
+    adversary = LoRAAdversary(model, rank=2)
+    with SimulatedAttack(model, AdamW(lr=0.1), trains=adversary.trains, reads=adversary.reads).at() as tampered:
+        tampered.step(loss(model, 0))
+        tampered.accumulate(loss(model, 1))
+    assert sorted(gradients(model)) == sorted(trained)
+
+
+def test_buffers_that_a_forward_changes_are_put_back():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3))
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self):
+            self.seen += 1
+            return self.w.square().sum()
+
+    model = Counting()
+    with SimulatedAttack(model, SGD(0.1)).at() as tampered:
+        tampered.step(model())
+        assert model.seen == 1
+    assert model.seen == 0
+
+
+def test_bad_input_is_named():
+    model = tiny("llama")
+    with (
+        pytest.raises(ValueError, match="snapshot: expected device, host"),
+        SimulatedAttack(model, snapshot="gpu").at(),
+    ):
+        pass
+    with pytest.raises(ValueError, match="none of its parameters"):
+        SimulatedAttack(model, trains=lambda n, p: False).at().__enter__()
+    with SimulatedAttack(model).at() as tampered:
+        with pytest.raises(ValueError, match=r"expected a 0-dim tensor, got shape \(2,\)"):
+            tampered.step(torch.ones(2, requires_grad=True))
+        with pytest.raises(ValueError, match="does not depend on any parameter"):
+            tampered.step(torch.ones(()))
+    with pytest.raises(ValueError, match=r"lr: expected a number >= 0, got -1"):
+        AdamW(lr=-1)

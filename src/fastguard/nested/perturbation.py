@@ -123,7 +123,8 @@ def _judge(realised: Realised, allow_lost: bool) -> None:
     if kept < REFUSE_BELOW and not allow_lost:
         raise PerturbationLostError(
             f"perturbed: the weights' dtype rounded the step away ({realised}). Perturb fp32 masters "
-            "(snapshot=masters), train LoRA adapters in fp32, or use nested.linearised; allow_lost=True goes on all the same"
+            "(snapshot=masters), train LoRA adapters in fp32, or use nested.linearised; allow_lost=True goes on "
+            "all the same"
         )
     if kept < WARN_BELOW:
         warnings.warn(f"perturbed: {realised}; part of the step was rounded away", RuntimeWarning, stacklevel=4)

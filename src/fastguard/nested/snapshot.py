@@ -60,8 +60,11 @@ class Snapshot:
             for i, (t, m) in enumerate(zip(self.tensors, self._masters, strict=True)):
                 if not _same_bits(t, m.to(t.device, t.dtype)):
                     raise ValueError(f"snapshot: parameter {i} is not its master rounded to {t.dtype}")
-            return if self._copy is None: self._copy = [self._like(t) for t in self.tensors] copy_(self._copy,
-            self.tensors) _synchronize(self.tensors, self.location)
+            return
+        if self._copy is None:
+            self._copy = [self._like(t) for t in self.tensors]
+        copy_(self._copy, self.tensors)
+        _synchronize(self.tensors, self.location)
 
     def _like(self, t: Tensor) -> Tensor:
         if self.location == "host" and t.device.type == "cuda":

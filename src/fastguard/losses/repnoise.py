@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import random
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses import paired
+from fastguard.losses import paired, tapped
+from fastguard.losses.language_model import OutputScope
 from fastguard.losses.paired import Rows
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.philox import gaussian_noise
 from fastguard.ops.precision import accumulation_dtype
-from fastguard.taps import Gate, Lens, Scope, Taps, find_structure
+from fastguard.taps import Gate, Lens, Scope, Taps, find_structure, tap_hidden_states
 from fastguard.taps.structure import reshard
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -80,28 +80,6 @@ class _PairScope(Scope):
     def end(self) -> None:
         """See `Scope.end`."""
         self.output, self.hidden, self.mmd = None, {}, {}
-
-
-class _RetainScope(Scope):
-    """A plain forward of which only the output's cross-entropy is read."""
-
-    output: Tensor | None
-
-    def __init__(self, lens: Lens, rows: Tensor, target: Tensor) -> None:
-        super().__init__()
-        self.lens, self.rows, self.target = lens, rows, target
-        self.end()
-
-    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
-        """See `Scope.observe`: the final norm's output."""
-        if kind == "norm":
-            ce = self.lens.cross_entropy(x, self.rows, self.target, normed=True, keep=keep)
-            if keep:
-                self.output = ce
-
-    def end(self) -> None:
-        """See `Scope.end`."""
-        self.output = None
 
 
 class RepNoiseLoss(nn.Module):
@@ -172,11 +150,7 @@ class RepNoiseLoss(nn.Module):
         entries = len(self.structure.layers) + 1
         if layers is not None and not 1 <= layers <= entries:
             raise ValueError(f"layers: expected None or 1 to {entries} (hidden states of this model), got {layers}")
-        if "logits_to_keep" not in self.structure.arguments:
-            warnings.warn(
-                f"{type(self.structure.model).__name__}.forward has no logits_to_keep: each call makes its full logits",
-                stacklevel=2,
-            )
+        tapped.warn_of_full_logits(self.structure)
         self.alpha, self.beta, self.seed, self.filter_tol = alpha, beta, seed, filter_tol
         self.mask, self.mask_padding, self.boundary = mask, mask_padding, boundary
         self.ignore_token_zero, self.norm_last_twice = ignore_token_zero, norm_last_twice
@@ -204,12 +178,9 @@ class RepNoiseLoss(nn.Module):
     def _place_taps(self) -> Taps:
         parts = self.structure
         taps = Taps(parts.model)
-        taps.input(parts.layers[0], "hidden", 0)
-        for i, layer in enumerate(parts.layers[:-1]):
-            taps.output(layer, "hidden", i + 1)
+        tap_hidden_states(taps, parts)
         for i, mlp in enumerate(parts.mlps):
             taps.output(mlp, "mlp", i)
-        taps.output(parts.norm, "norm", len(parts.layers))
         return taps
 
     def forward(
@@ -265,21 +236,21 @@ class RepNoiseLoss(nn.Module):
         scopes: list[Scope] = [scope := _PairScope(lens, batch, bad, good_in_pair, read, noise, masks[0])]
         try:
             with self._taps.on(scope):
-                zero = self._run(wrapped, {k: torch.cat([harmful[k], harmless[k]]) for k in harmful})
+                zero = tapped.run(self.structure, wrapped, {k: torch.cat([harmful[k], harmless[k]]) for k in harmful})
                 output, hidden, mmd = scope.output, scope.hidden, scope.mmd
             if output is None or len(mmd) != len(self.structure.mlps) or len(hidden) != len(read):
-                raise _silent_taps()
+                raise tapped.silent_taps("RepNoiseLoss")
             if not self.norm_last_twice and len(read) < len(entries):
                 hidden[len(self.structure.layers)] = output[: bad.rows.shape[0]].sum()
             parts = self._combine(output, hidden, mmd, bad, good)
             if retain is not None:
-                scopes.append(aside := _RetainScope(lens, *_next_tokens(retain)))
+                scopes.append(aside := OutputScope(lens, *tapped.next_tokens(retain, "retain")))
                 with self._taps.on(aside):
-                    zero = zero + self._run(wrapped, retain)
-                    output = aside.output
-                if output is None:
-                    raise _silent_taps()
-                parts["retain_ce"] = output.mean()
+                    zero = zero + tapped.run(self.structure, wrapped, retain)
+                    stats = aside.stats
+                if stats is None:
+                    raise tapped.silent_taps("RepNoiseLoss")
+                parts["retain_ce"] = stats.cross_entropy().mean()
                 weight = self.retain_weight if retain_weight is None else retain_weight
                 parts["loss"] = parts["loss"] + weight * parts["retain_ce"]
         finally:
@@ -292,17 +263,6 @@ class RepNoiseLoss(nn.Module):
         self.call += 1
         loss = parts["loss"]
         return Gate.apply(loss, self._taps, scopes) if loss.requires_grad else loss  # type: ignore[no-any-return]
-
-    def _run(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        """One forward; returns 0 * (what logits it made), which keeps every wrapper's backward in the graph."""
-        options: dict[str, Any] = {}
-        if "logits_to_keep" in self.structure.arguments:
-            options["logits_to_keep"] = 1
-        if "use_cache" in self.structure.arguments:
-            options["use_cache"] = False
-        out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
-        logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-        return 0 * logits.sum()
 
     def _drawn_entries(self) -> frozenset[int]:
         """The hidden states that this step reads: all, or ``layers`` of them drawn from (seed, call)."""
@@ -350,11 +310,7 @@ class RepNoiseLoss(nn.Module):
             values[f"noise of layer {i} (of 0 to {count - 2})"] = value
         if "retain_ce" in parts:
             values["retain_ce"] = parts["retain_ce"]
-        values["loss"] = parts["loss"]
-        given = torch.stack([value.detach().to(parts["loss"].dtype) for value in values.values()]).tolist()
-        for name, value in zip(values, given, strict=True):
-            if not math.isfinite(value):
-                raise FloatingPointError(f"RepNoiseLoss: {name} is {value}")
+        tapped.check_finite("RepNoiseLoss", {**values, "loss": parts["loss"]})
 
     def last_noise(self, layer: int) -> Tensor:
         """The noise of the last call at ``layer``, made again: standard normals [B, T, F], before the mask.
@@ -377,25 +333,3 @@ class RepNoiseLoss(nn.Module):
 def _rank() -> int:
     distributed = torch.distributed
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
-def _silent_taps() -> RuntimeError:
-    return RuntimeError(
-        "RepNoiseLoss: the forward did not pass its taps. Construct the loss before the first call of a compiled "
-        "model, and let model= be a wrapper of the model that the loss was constructed with, not a copy of it"
-    )
-
-
-def _next_tokens(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows into the flattened positions of a plain batch and the tokens they predict."""
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.dim() != 2:
-        raise ValueError("retain: expected input_ids of shape [B, T]")
-    if "labels" in batch:
-        label, counts = batch["labels"], batch["labels"] != -100
-    else:
-        label, counts = ids, batch["attention_mask"] != 0 if "attention_mask" in batch else ids >= 0
-    where = counts[:, 1:].nonzero()
-    if where.shape[0] == 0:
-        raise ValueError("retain: no token carries loss")
-    return where[:, 0] * ids.shape[1] + where[:, 1], label[:, 1:][counts[:, 1:]]

@@ -1,4 +1,4 @@
-"""A hidden state read through the final norm and the head: the cross-entropy of chosen rows."""
+"""A hidden state read through the final norm and the head: the statistics of chosen rows."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastguard.ops.lens_stats import lens_stats
+from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.taps import anchor
 from fastguard.taps.structure import Structure, head_parameters
 
@@ -35,12 +36,19 @@ class Lens:
             self.norm_bias = anchor.anchored(getattr(norm, "bias", None))
 
     def cross_entropy(self, hidden: Tensor, rows: Tensor, target: Tensor, normed: bool, keep: bool) -> Tensor:
-        """Cross-entropy [N] of head(norm(hidden[rows])) against target, fp32 (float64 for float64).
+        """Cross-entropy [N] of head(norm(hidden[rows])) against target; see `statistics`."""
+        return self.statistics(hidden, rows, target, normed, keep).cross_entropy()
+
+    def statistics(
+        self, hidden: Tensor, rows: Tensor, target: Tensor, normed: bool, keep: bool, with_mean: bool = False
+    ) -> LMHeadStats:
+        """Statistics, each [N], of head(norm(hidden[rows])) against target, fp32 (float64 for float64).
 
         Args:
             hidden: [..., D]. rows: [N] into its flattened rows. target: [N].
             normed: ``hidden`` has been through the final norm already; read it as it is.
             keep: False in a recompute, whose results are dropped: it must not take part in the token chain.
+            with_mean: also the mean logit; see ``lm_head_stats``.
         """
         kind = "none" if normed else self.structure.norm_kind
         if kind is None:
@@ -54,11 +62,11 @@ class Lens:
             norm_kind=kind, norm_weight=None if kind == "none" else self.norm_weight,
             norm_bias=None if kind == "none" else self.norm_bias, norm_eps=self.structure.norm_eps,
             bias=self.bias, scale=self.structure.scale, softcap=self.structure.softcap, filter_tol=filter_tol,
-            token=self.token if keep else self.first_token,
+            with_mean=with_mean, token=self.token if keep else self.first_token,
         )  # fmt: skip
         if keep:
             self.token = token
-        return stats.cross_entropy()
+        return stats
 
     def end(self) -> None:
         """Forget the token: it refers to the graph, and checkpoints in the graph refer to this lens."""

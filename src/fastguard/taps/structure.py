@@ -2,7 +2,8 @@
 
 A probe forward of a few tokens records every module's input and output. The final norm is the module that
 produced the head's input; the decoder layers are the ModuleList whose last item produced the norm's input; a
-layer's MLP is the last of its children, attention aside, that has weight matrices and returns a hidden state.
+layer's MLP is the last of its children, attention aside, that has weight matrices and returns a hidden state;
+its attention is the child so named that does.
 What the probe found is then verified: scale(head(norm(h))) must be the model's logits.
 """
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from fastguard.ops import final_norm
 from fastguard.taps.anchor import full
-from fastguard.taps.taps import first_tensor
+from fastguard.taps.taps import Taps, first_tensor
 
 PROBE_TOKENS = 4
 
@@ -37,6 +38,8 @@ class Structure:
         scale, softcap: what the model does to the head's output (see ``lm_head_stats``).
         vocabulary: columns of the head.
         arguments: the names of the arguments of the model's forward.
+        attentions: one attention module per layer; none at all where some layer has none that is found, so that
+            who needs them can say so.
     """
 
     model: nn.Module
@@ -50,6 +53,7 @@ class Structure:
     softcap: float | None
     vocabulary: int
     arguments: frozenset[str]
+    attentions: tuple[nn.Module, ...] = ()
 
 
 @dataclass
@@ -125,10 +129,31 @@ def find_structure(model: nn.Module, mlp_of: Callable[[nn.Module], nn.Module] | 
         norm_call = next((c for c in calls[:at] if _leaf(c.module) and _same(c.y, normed)), None)
         if norm_call is None or norm_call.x is None:
             raise ValueError("model: no module produces the head's input; expected a final norm before the head")
-        layers, mlps = _layers(base, calls, norm_call.x, mlp_of)
+        layers = _layers(base, calls, norm_call.x)
+        width = norm_call.x.shape[-1]
+        mlps = tuple(
+            _mlp(layer, i, calls, width) if mlp_of is None else mlp_of(layer) for i, layer in enumerate(layers)
+        )
+        attentions = [_attention(layer, calls, width) for layer in layers]
         scale, softcap = _transform(calls[at].y, logits, base)
         kind, eps = _verify(base, arguments, head, norm_call, normed)
-    return Structure(base, head, norm_call.module, layers, mlps, kind, eps, scale, softcap, weight.shape[0], arguments)
+    found = tuple(attention for attention in attentions if attention is not None)
+    return Structure(
+        base, head, norm_call.module, layers, mlps, kind, eps, scale, softcap, weight.shape[0], arguments,
+        found if len(found) == len(layers) else (),
+    )  # fmt: skip
+
+
+def tap_hidden_states(taps: Taps, structure: Structure) -> None:
+    """Tap the L + 1 entries of transformers' ``hidden_states``, at index 0 to L.
+
+    The first layer's input and the outputs of all layers but the last are of kind ``hidden``; the last entry is not
+    the last layer's output but the final norm's, and of kind ``norm``.
+    """
+    taps.input(structure.layers[0], "hidden", 0)
+    for i, layer in enumerate(structure.layers[:-1]):
+        taps.output(layer, "hidden", i + 1)
+    taps.output(structure.norm, "norm", len(structure.layers))
 
 
 def _head(base: nn.Module) -> nn.Module:
@@ -199,33 +224,36 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _layers(
-    base: nn.Module, calls: list[_Call], last: Tensor, mlp_of: Callable[[nn.Module], nn.Module] | None
-) -> tuple[tuple[nn.Module, ...], tuple[nn.Module, ...]]:
-    """The ModuleList whose last item returned ``last``, and one MLP per item."""
+def _layers(base: nn.Module, calls: list[_Call], last: Tensor) -> tuple[nn.Module, ...]:
+    """The ModuleList whose last item returned ``last``."""
     by_module = {call.module: call for call in calls}
     for candidate in base.modules():
         if isinstance(candidate, nn.ModuleList) and len(candidate):
             call = by_module.get(candidate[-1])
             if call is not None and _same(call.y, last):
-                layers = tuple(candidate)
-                break
-    else:
-        raise ValueError("model: no ModuleList of decoder layers ends in the final norm's input")
-    if mlp_of is not None:
-        return layers, tuple(mlp_of(layer) for layer in layers)
-    return layers, tuple(_mlp(layer, i, calls, last.shape[-1]) for i, layer in enumerate(layers))
+                return tuple(candidate)
+    raise ValueError("model: no ModuleList of decoder layers ends in the final norm's input")
 
 
-def _mlp(layer: nn.Module, index: int, calls: list[_Call], width: int) -> nn.Module:
+def _blocks(layer: nn.Module, attention: bool, calls: list[_Call], width: int) -> list[nn.Module]:
+    """The layer's children, attention by name or not, that have weight matrices and returned a hidden state."""
     layer = getattr(layer, "_checkpoint_wrapped_module", layer)
     children = {
         child
         for name, child in layer.named_children()
-        if "attn" not in name.lower() and "attention" not in name.lower()
+        if ("attn" in name.lower() or "attention" in name.lower()) == attention
         if any(p.dim() >= 2 for p in child.parameters())
     }
-    called = [c.module for c in calls if c.module in children and c.y.shape[-1] == width]
+    return [c.module for c in calls if c.module in children and c.y.shape[-1] == width]
+
+
+def _attention(layer: nn.Module, calls: list[_Call], width: int) -> nn.Module | None:
+    called = _blocks(layer, True, calls, width)
+    return called[0] if called else None
+
+
+def _mlp(layer: nn.Module, index: int, calls: list[_Call], width: int) -> nn.Module:
+    called = _blocks(layer, False, calls, width)
     if not called:
         raise ValueError(
             f"model: layer {index} ({type(layer).__name__}) has no child that looks like an MLP; name it by mlp_of="

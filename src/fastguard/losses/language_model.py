@@ -1,0 +1,334 @@
+"""Losses on a language model's output distribution without its [B, T, V] logits, shared by several defenses.
+
+Every loss is arithmetic on ``lm_head_stats`` of the final norm's output, which a tap takes where it arises; the
+model itself is asked for the logits of one position. The same forward can also measure how far its hidden states
+are from a reference's, as TAR's retain loss does (Tamirisa et al. 2024, arXiv 2408.00761).
+
+Shapes: B samples, T tokens, L layers, D hidden size, N rows that carry loss.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.losses import tapped
+from fastguard.ops.lm_head_stats.op import LMHeadStats
+from fastguard.ops.representation_distance import representation_distance
+from fastguard.taps import Gate, Lens, Scope, Structure, Taps, find_structure, tap_hidden_states
+from fastguard.taps.structure import reshard
+
+KINDS = ("cross_entropy", "max_entropy", "log_one_minus_p")
+POSITIONS = ("all", "labels")
+DISTANCES = ("l2", "cosine", "absolute_cosine")
+
+
+class OutputScope(Scope):
+    """A forward of which the output's statistics are read, and the distances of its hidden states if asked for.
+
+    Args:
+        lens: the head. rows, target: what is read through it, [N]; no rows and no head where ``lens`` is None.
+        with_mean: see ``lm_head_stats``.
+        distance: from a hidden state's index and its value [B, T, D] to a statistic, or None.
+    """
+
+    stats: LMHeadStats | None
+    distances: dict[int, Tensor]
+
+    def __init__(
+        self, lens: Lens | None, rows: Tensor, target: Tensor, with_mean: bool = False,
+        distance: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.lens, self.rows, self.target, self.with_mean, self.distance = lens, rows, target, with_mean, distance
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: a hidden state, of which the last is the final norm's output."""
+        if kind == "norm" and self.lens is not None:
+            stats = self.lens.statistics(x, self.rows, self.target, normed=True, keep=keep, with_mean=self.with_mean)
+            if keep:
+                self.stats = stats
+        if self.distance is not None and kind in ("hidden", "norm"):
+            distance = self.distance(index, x)
+            if keep:
+                self.distances[index] = distance
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.stats, self.distances = None, {}
+
+
+class _StatesScope(Scope):
+    """A forward whose hidden states are kept, without gradient."""
+
+    states: dict[int, Tensor]
+
+    def __init__(self, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.device = device
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: a hidden state."""
+        state = x.detach()
+        self.states[index] = state if self.device is None else state.to(self.device)
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.states = {}
+
+
+class _Distance:
+    """The mean distance of a hidden state from its reference; see ``distance_to`` of `LanguageModelLoss`."""
+
+    def __init__(self, references: Sequence[Tensor], kind: str, mask: Tensor | None) -> None:
+        self.references, self.kind = references, kind
+        self.mask = None if mask is None else mask.reshape(-1)
+        self.count = None if mask is None else mask.sum().clamp_min(1)
+
+    def __call__(self, index: int, x: Tensor) -> Tensor:
+        reference = self.references[index]
+        if reference.shape != x.shape:
+            raise ValueError(
+                f"distance_to[{index}]: expected the shape of that hidden state {tuple(x.shape)}, got "
+                f"{tuple(reference.shape)}"
+            )
+        width = x.shape[-1]
+        a, b = x.reshape(1, -1, width), reference.to(x.device).reshape(1, -1, width)
+        distance = representation_distance(a, b, self.mask, kind="l2" if self.kind == "l2" else "cosine")
+        if self.kind == "absolute_cosine":
+            distance = 1 - (1 - distance).abs()
+            if self.mask is not None:
+                distance = torch.where(self.mask, distance, 0)
+        return distance.mean() if self.count is None else distance.sum() / self.count
+
+
+class LanguageModelLoss:
+    """Losses of a causal language model on plain batches.
+
+    It is no ``nn.Module``: it has no parameters and no state. Construct it before the model's first compiled call
+    and before wrapping by DDP or FSDP, and hand the wrapped model to each call. Works under activation
+    checkpointing; several calls may come before one backward.
+
+    Args:
+        model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
+        filter_tol: see ``lm_head_stats``; None and 0 are exact.
+        structure: what ``find_structure`` found for the model, if the caller has it already.
+
+    Attributes:
+        components: of the last call, detached: ``loss``, the loss under the name of its kind, and with
+            ``distance_to`` also ``representation_distance`` and ``distance_per_state`` [L + 1].
+
+    Raises:
+        ValueError: the model has no findable head, final norm or layers.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, filter_tol: float | None = None, structure: Structure | None = None
+    ) -> None:
+        self.structure = find_structure(model) if structure is None else structure
+        tapped.warn_of_full_logits(self.structure)
+        self.filter_tol = filter_tol
+        self.components: dict[str, Tensor] = {}
+        self._model = model
+        self._taps = Taps(self.structure.model)
+        tap_hidden_states(self._taps, self.structure)
+        self._finalizer = weakref.finalize(self, self._taps.close)
+        self._finalizer.atexit = False
+
+    def __call__(
+        self,
+        batch: Mapping[str, Tensor],
+        kind: str | None = "cross_entropy",
+        model: nn.Module | None = None,
+        *,
+        positions: str = "all",
+        cut: float = -15.0,
+        distance_to: Sequence[Tensor] | None = None,
+        distance_kind: str = "l2",
+        distance_weight: float = 1.0,
+        distance_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch, 0-dim, in fp32 (float64 for a float64 model).
+
+        Args:
+            batch: ``input_ids`` [B, T], usually ``attention_mask`` [B, T], optionally ``labels`` and whatever else
+                the model takes. A position carries loss if it predicts a label other than -100; without labels a
+                token that the attention mask keeps; without a mask every token.
+            kind: ``cross_entropy``: the mean over those tokens of -log p, as the model's own loss.
+                ``max_entropy``: minus the mean over positions of the entropy of the whole distribution (TAR).
+                ``log_one_minus_p``: minus the mean over those tokens of log(1 - p), to be minimised where the tokens
+                shall not be said ("min posterior" of TAR's code). None: no loss on the output.
+            model: the model as wrapped by DDP, FSDP or accelerate after construction.
+            positions: of ``max_entropy``: ``all`` (published: padding and prompt too) or ``labels``, those that
+                predict a token that carries loss.
+            cut: of ``log_one_minus_p``: tokens with log p under it carry no loss, but count in the mean (published).
+            distance_to: L + 1 reference hidden states [B, T, D], as ``hidden_states`` returns them; entry i is asked
+                for when state i arises, and may lie on another device and in another dtype. Adds distance_weight *
+                the mean over the states of the mean distance of a token.
+            distance_kind: ``l2`` (TAR's retain term), ``cosine``: 1 - cos, or ``absolute_cosine``: 1 - |cos| (TAR's
+                Random Mapping); see ``representation_distance``.
+            distance_mask: [B, T] bool, the tokens that count; None counts all, padding included (published).
+
+        Raises:
+            ValueError: a batch none of whose tokens carries loss, an unknown kind, references that do not fit.
+            FloatingPointError: a component is not finite; the message names it.
+            RuntimeError: taps that did not fire, or a checkpoint around them that drops gradients (reentrant form).
+        """
+        self._check(batch, kind, positions, distance_to, distance_kind, distance_mask)
+        ids = batch["input_ids"]
+        if kind == "max_entropy" and positions == "all":  # no target matters to the entropy, but a row needs one
+            rows = torch.arange(ids.numel(), device=ids.device)
+            target = torch.zeros_like(rows)
+        else:
+            rows, target = (ids.new_zeros(0), ids.new_zeros(0)) if kind is None else tapped.next_tokens(batch, "batch")
+        distance = None if distance_to is None else _Distance(distance_to, distance_kind, distance_mask)
+        wrapped = self._model if model is None else model
+        reshard(wrapped)
+        lens = None if kind is None else Lens(self.structure, self.filter_tol)
+        scope = OutputScope(lens, rows, target, kind == "max_entropy", distance)
+        try:
+            with self._taps.on(scope):
+                zero = tapped.run(self.structure, wrapped, batch)
+                stats, distances = scope.stats, scope.distances
+        finally:
+            if lens is not None:
+                lens.end()
+        parts: dict[str, Tensor] = {}
+        if kind is not None:
+            if stats is None:
+                raise tapped.silent_taps("LanguageModelLoss")
+            parts[kind] = _of_rows(stats, kind, cut)
+        if distance_to is not None:
+            if len(distances) != len(self.structure.layers) + 1:
+                raise tapped.silent_taps("LanguageModelLoss")
+            parts["distance_per_state"] = torch.stack([distances[i] for i in range(len(distances))])
+            parts["representation_distance"] = parts["distance_per_state"].mean()
+        loss = zero if kind is None else parts[kind] + zero
+        if distance_to is not None:
+            loss = loss + distance_weight * parts["representation_distance"]
+        return self._finish({**parts, "loss": loss}, scope)
+
+    def sequence_logp(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
+        """log p of each sample's tokens that carry loss, summed: [B], fp32 (float64 for a float64 model).
+
+        What DPO and NPO are made of; a sample without such tokens has 0. Arguments and errors as in a call.
+        """
+        rows, target = tapped.next_tokens(batch, "batch")
+        wrapped = self._model if model is None else model
+        reshard(wrapped)
+        lens = Lens(self.structure, self.filter_tol)
+        scope = OutputScope(lens, rows, target)
+        try:
+            with self._taps.on(scope):
+                zero = tapped.run(self.structure, wrapped, batch)
+                stats = scope.stats
+        finally:
+            lens.end()
+        if stats is None:
+            raise tapped.silent_taps("LanguageModelLoss")
+        ce = stats.cross_entropy()
+        by_position = ce.new_zeros(batch["input_ids"].numel()).index_copy(0, rows, -ce)  # no two rows share a place
+        logp = by_position.view(batch["input_ids"].shape).sum(1) + zero
+        names = {f"sequence_logp of sample {i}": value for i, value in enumerate(logp)}
+        tapped.check_finite("LanguageModelLoss", names)
+        self.components = {"sequence_logp": logp.detach()}
+        return self._gated(logp, scope)
+
+    def hidden_states(
+        self, batch: Mapping[str, Tensor], model: nn.Module | None = None, device: torch.device | str | None = None
+    ) -> tuple[Tensor, ...]:
+        """The L + 1 hidden states [B, T, D] of one forward, without gradient: references for ``distance_to``.
+
+        They are transformers' ``hidden_states``: the first layer's input, the outputs of all layers but the last,
+        and the final norm's output.
+
+        Args:
+            batch, model: as in a call. device: where to keep them; each is moved as it arises.
+        """
+        wrapped = self._model if model is None else model
+        reshard(wrapped)
+        with torch.no_grad(), self._taps.on(scope := _StatesScope(device)):
+            tapped.run(self.structure, wrapped, batch)
+            states = scope.states
+        if len(states) != len(self.structure.layers) + 1:
+            raise tapped.silent_taps("LanguageModelLoss")
+        return tuple(states[i] for i in range(len(states)))
+
+    def _check(
+        self, batch: Mapping[str, Tensor], kind: str | None, positions: str, distance_to: Sequence[Tensor] | None,
+        distance_kind: str, distance_mask: Tensor | None,
+    ) -> None:  # fmt: skip
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2:
+            raise ValueError("batch: expected input_ids of shape [B, T]")
+        for name, value, choices in (
+            ("kind", kind, (*KINDS, None)),
+            ("positions", positions, POSITIONS),
+            ("distance_kind", distance_kind, DISTANCES),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(map(str, choices))}, got {value!r}")
+        if kind is None and distance_to is None:
+            raise ValueError("kind: expected a loss where there is no distance_to, got None")
+        if distance_to is not None and len(distance_to) != (states := len(self.structure.layers) + 1):
+            raise ValueError(f"distance_to: expected {states} hidden states, got {len(distance_to)}")
+        if distance_mask is not None and (distance_mask.dtype != torch.bool or distance_mask.shape != ids.shape):
+            raise ValueError(
+                f"distance_mask: expected bool {tuple(ids.shape)}, got {distance_mask.dtype} "
+                f"{tuple(distance_mask.shape)}"
+            )
+
+    def _finish(self, parts: dict[str, Tensor], scope: Scope) -> Tensor:
+        """Refuse what is not finite, note the components, and return the loss ready for its backward."""
+        named: dict[str, Tensor] = {}
+        for name, value in parts.items():
+            if name == "distance_per_state":
+                named |= {f"distance of hidden state {i} (of 0 to {len(value) - 1})": v for i, v in enumerate(value)}
+            else:
+                named[name] = value
+        tapped.check_finite("LanguageModelLoss", named)
+        self.components = {name: value.detach() for name, value in parts.items()}
+        return self._gated(parts["loss"], scope)
+
+    def _gated(self, value: Tensor, scope: Scope) -> Tensor:
+        return Gate.apply(value, self._taps, [scope]) if value.requires_grad else value  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        """Remove the hooks from the model; the loss is of no use afterwards."""
+        self._finalizer()
+
+
+def _of_rows(stats: LMHeadStats, kind: str, cut: float) -> Tensor:
+    """The loss of ``kind`` from the statistics of the rows that carry it."""
+    if kind == "cross_entropy":
+        return stats.cross_entropy().mean()
+    if kind == "max_entropy":
+        assert stats.mean_logit is not None
+        return (stats.mean_logit - stats.lse).mean()
+    # -log(1 - p) as a softplus of logits: lse - rest_lse would cancel, value and gradient, where p is small.
+    loss = torch.nn.functional.softplus(stats.target_logit - stats.rest_lse, threshold=40.0)
+    return torch.where(-stats.cross_entropy() < cut, 0, loss).mean()  # this way round a NaN stays one
+
+
+def dpo_loss(
+    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float = 0.1
+) -> Tensor:
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), the mean over pairs, 0-dim.
+
+    -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).
+
+    Args:
+        chosen_logp, rejected_logp: [B], of the model that is trained (see `LanguageModelLoss.sequence_logp`).
+        ref_chosen_logp, ref_rejected_logp: [B], of the reference.
+        beta: how strongly the reference holds.
+    """
+    given = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
+    if len({t.shape for t in given}) != 1:
+        raise ValueError(f"dpo_loss: expected four tensors of one shape, got {[tuple(t.shape) for t in given]}")
+    margin = (chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp)
+    return -torch.nn.functional.logsigmoid(beta * margin).mean()

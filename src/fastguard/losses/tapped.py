@@ -1,0 +1,70 @@
+"""What every loss with taps does around them: run the model, name the rows that carry loss, refuse NaN."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.taps import Structure
+
+
+def warn_of_full_logits(structure: Structure, stacklevel: int = 3) -> None:
+    """Warn where the model cannot be told to make no [B, T, V] logits."""
+    if "logits_to_keep" not in structure.arguments:
+        warnings.warn(
+            f"{type(structure.model).__name__}.forward has no logits_to_keep: each call makes its full logits",
+            stacklevel=stacklevel,
+        )
+
+
+def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """One forward; returns 0 * (what logits it made), which keeps every wrapper's backward in the graph."""
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in structure.arguments:
+        options["logits_to_keep"] = 1
+    if "use_cache" in structure.arguments:
+        options["use_cache"] = False
+    out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
+    logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
+    return 0 * logits.sum()
+
+
+def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """Rows into the flattened positions of a plain batch and the tokens they predict.
+
+    The tokens are the ``labels`` other than -100, else those that the attention mask keeps, else all.
+    Raises a ValueError that calls the batch ``name``.
+    """
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.dim() != 2:
+        raise ValueError(f"{name}: expected input_ids of shape [B, T]")
+    if "labels" in batch:
+        label, counts = batch["labels"], batch["labels"] != -100
+    else:
+        label, counts = ids, batch["attention_mask"] != 0 if "attention_mask" in batch else ids >= 0
+    where = counts[:, 1:].nonzero()
+    if where.shape[0] == 0:
+        raise ValueError(f"{name}: no token carries loss")
+    return where[:, 0] * ids.shape[1] + where[:, 1], label[:, 1:][counts[:, 1:]]
+
+
+def silent_taps(loss: str) -> RuntimeError:
+    """The error of a forward in which the taps of ``loss`` did not fire."""
+    return RuntimeError(
+        f"{loss}: the forward did not pass its taps. Construct the loss before the first call of a compiled "
+        "model, and let model= be a wrapper of the model that the loss was constructed with, not a copy of it"
+    )
+
+
+def check_finite(loss: str, values: Mapping[str, Tensor]) -> None:
+    """Raise a FloatingPointError that names the first of the 0-dim ``values`` that is not finite; one copy to host."""
+    wide = list(values.values())[-1].dtype
+    given = torch.stack([value.detach().to(wide) for value in values.values()]).tolist()
+    for name, value in zip(values, given, strict=True):
+        if not math.isfinite(value):
+            raise FloatingPointError(f"{loss}: {name} is {value}")

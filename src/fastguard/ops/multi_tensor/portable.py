@@ -96,4 +96,5 @@ def adamw_(
 
 def copy_(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """destination <- source, on one device."""
-    torch._foreach_copy_(destinations, sources)
+    if destinations:
+        torch._foreach_copy_(destinations, sources)

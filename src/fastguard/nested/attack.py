@@ -170,6 +170,7 @@ class Tampered:
             loss.backward()
         else:  # the products for the other parameters' gradients are spared
             loss.backward(inputs=weights.parameters)
+        self._every.refuse_waiting_gradients()
         self._every.prepare()
         gradients = weights.take_gradients()
         self._every.take_gradients()
@@ -212,4 +213,4 @@ class Tampered:
 
 def _plain(weights: Weights) -> bool:
     """Whether backward may be told which gradients are wanted: not under FSDP2 or DDP, which expect all of them."""
-    return not weights.sharded and not hasattr(weights.model, "require_backward_grad_sync")
+    return not weights.sharded and not weights.replicated

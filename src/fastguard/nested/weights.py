@@ -5,12 +5,15 @@ Under FSDP2 a parameter is a DTensor and its local tensor is this rank's shard. 
 * after a forward without backward the root group stays gathered, and the next forward computes on that stale copy:
   every group is resharded before parameters are listed, read or written;
 * gradients that were accumulated without synchronisation wait in a private place, survive ``zero_grad`` and leak
-  into the next synchronised backward: they are refused;
+  into the next synchronised backward: they are refused, and those of a backward that was cut short are dropped;
 * inside a trainer's ``no_sync`` a backward leaves ``p.grad`` at None: synchronisation is switched on.
+
+Under DDP a gradient may be a view of a bucket that the next backward overwrites: it is copied when it is taken.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -34,12 +37,18 @@ class Weights:
 
     Raises:
         ValueError: nothing was selected, or a parameter is on the meta device or has a Partial placement.
+            The model is wrapped by FSDP1 or DeepSpeed ZeRO, whose parameters are not what they seem; or some of its
+            trainable parameters are sharded and others not, whose gradients nobody averages.
         RuntimeError: gradients wait in FSDP2's private accumulators.
     """
 
     def __init__(self, model: nn.Module, select: Select = None) -> None:
         self.model = model
-        self._groups = [m for m in model.modules() if hasattr(m, "unshard") and hasattr(m, "reshard")]
+        _refuse_other_sharding(model)
+        modules = list(model.modules())
+        self._groups: list[Any] = [m for m in modules if hasattr(m, "unshard") and hasattr(m, "reshard")]
+        self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
+        self.refuse_waiting_gradients()
         self.prepare()
         if select is None:
             chosen = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -60,18 +69,39 @@ class Weights:
         self.names = [name for name, _ in chosen]
         self.parameters = [p for _, p in chosen]
         self._sharding = [_sharding(p, name) for name, p in chosen]
+        _refuse_unsharded_among_shards(model)
 
     def __len__(self) -> int:
         return len(self.parameters)
 
     def prepare(self) -> None:
-        """Shard every FSDP2 group again and make the next backward reduce its gradients."""
+        """Shard every FSDP2 group again and make the next backward reduce its gradients.
+
+        Raises nothing, as restorations rely on it. No gradient waited at construction: what waits now is left over from
+        a backward that was cut short, and is dropped.
+        """
+        _recover(self._groups)
         for group in self._groups:
-            _refuse_waiting_gradients(group)
-            group.reshard()  # type: ignore[operator]
-            group.set_requires_gradient_sync(True, recurse=False)  # type: ignore[operator]
-        if hasattr(self.model, "require_backward_grad_sync"):
-            self.model.require_backward_grad_sync = True  # type: ignore[assignment]
+            for holder, name in _waiting_gradients(group):
+                setattr(holder, name, None)
+            group.reshard()
+            group.set_requires_gradient_sync(True, recurse=False)
+        for replica in self._replicas:
+            replica.require_backward_grad_sync = True
+
+    def refuse_waiting_gradients(self) -> None:
+        """Raise a RuntimeError if FSDP2 holds gradients that it has not reduced."""
+        if any(_waiting_gradients(group) for group in self._groups):
+            raise RuntimeError(
+                "model: FSDP2 holds gradients that were accumulated without synchronisation (no_sync, "
+                "set_requires_gradient_sync(False), set_requires_all_reduce(False)); they would leak into the attack. "
+                "Synchronise every micro-batch of a nested defense"
+            )
+
+    @property
+    def replicated(self) -> bool:
+        """Whether DDP averages the gradients."""
+        return bool(self._replicas)
 
     @property
     def sharded(self) -> bool:
@@ -84,12 +114,13 @@ class Weights:
 
     def take_gradients(self) -> list[Tensor | None]:
         """The local gradients, taken off the parameters; None where there is none."""
+        views = any(getattr(replica, "gradient_as_bucket_view", False) for replica in self._replicas)
         taken: list[Tensor | None] = []
         for name, p in zip(self.names, self.parameters, strict=True):
             grad, p.grad = p.grad, None
             if grad is not None and grad.is_sparse:
                 raise ValueError(f"{name}: its gradient is sparse; expected a dense one")
-            taken.append(None if grad is None else _local(grad))
+            taken.append(None if grad is None else _local(grad.clone() if views else grad))
         return taken
 
     def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
@@ -164,11 +195,68 @@ def _sharding(p: Tensor, name: str) -> tuple[Any, tuple[Any, ...]] | None:
     return p.device_mesh, tuple(placements)  # type: ignore[attr-defined]
 
 
-def _refuse_waiting_gradients(group: Any) -> None:
-    state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
-    params = getattr(getattr(state, "_fsdp_param_group", None), "fsdp_params", ())
-    if any(getattr(p, "unsharded_accumulated_grad", None) is not None for p in params):
-        raise RuntimeError(
-            "model: FSDP2 holds gradients that were accumulated without synchronisation (set_requires_gradient_sync("
-            "False), no_sync); they would leak into the attack. Synchronise every micro-batch of a nested defense"
+def _refuse_unsharded_among_shards(model: nn.Module) -> None:
+    """Raise a ValueError where a trainable parameter was added after ``fully_shard``: each rank would train its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [name for name, p in trained if not hasattr(p, "placements")]
+    if plain and len(plain) < len(trained):
+        raise ValueError(
+            f"model: {plain[0]} is not sharded, though others are, so that its gradient stays this rank's own; add "
+            "adapters before fully_shard"
         )
+
+
+def _recover(groups: list[Any]) -> None:
+    """Bring FSDP2 out of a forward or backward that an exception cut short.
+
+    Left in the middle of a forward it would not reshard; after half a backward it would not reduce all gradients.
+    """
+    for group in groups:
+        state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
+        if not getattr(state, "_is_root", False) or not _in_the_middle(state):
+            continue
+        if hasattr(group, "reset_iter_state"):
+            group.reset_iter_state()
+        else:
+            warnings.warn(
+                "model: an exception has cut a forward or backward of FSDP2 short, from which this version of torch "
+                "cannot recover; go on in a new process",
+                stacklevel=3,
+            )
+
+
+def _in_the_middle(root: Any) -> bool:
+    """Whether the FSDP2 state of a root is that of an unfinished forward or backward."""
+    shared = getattr(root, "_state_ctx", None)
+    states = getattr(shared, "all_states", ())
+    return getattr(shared, "post_backward_final_callback_queued", False) or any(
+        getattr(getattr(state, "_training_state", None), "name", "IDLE") != "IDLE" for state in states
+    )
+
+
+def _waiting_gradients(group: Any) -> list[tuple[Any, str]]:
+    """Where an FSDP2 group holds gradients that it has not reduced: (object, attribute)."""
+    state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
+    found: list[tuple[Any, str]] = []
+    for params in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+        if getattr(params, "_partial_reduce_output", None) is not None:  # scattered, but not summed over replicas
+            found.append((params, "_partial_reduce_output"))
+        for p in getattr(params, "fsdp_params", ()):
+            if getattr(p, "unsharded_accumulated_grad", None) is not None:
+                found.append((p, "unsharded_accumulated_grad"))
+            unsharded = getattr(p, "_unsharded_param", None)
+            if unsharded is not None and unsharded.grad is not None:
+                found.append((unsharded, "grad"))
+    return found
+
+
+def _refuse_other_sharding(model: nn.Module) -> None:
+    """Raise a ValueError where parameters hold something other than they seem to."""
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        raise ValueError("model: it is wrapped by FSDP1; expected FSDP2 (torch.distributed.fsdp.fully_shard)")
+    if any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise ValueError("model: its parameters belong to DeepSpeed ZeRO-3; expected FSDP2, DDP or a plain model")

@@ -1,0 +1,28 @@
+"""Two processes of a worker script, joined by a file, as tests of distributed code start them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def two_processes(worker: Path, folder: Path, *arguments: str, timeout: float = 300) -> list[str]:
+    """Run ``worker RANK STORE *arguments`` for ranks 0 and 1, assert that both end well; what each printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), str(folder / "store"), *arguments],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
+    for rank, (process, output) in enumerate(zip(workers, outputs, strict=True)):
+        assert process.returncode == 0, f"rank {rank}:\n{output[-6000:]}"
+    return outputs

@@ -1,0 +1,446 @@
+"""One of two processes that check the nested engine under FSDP2 and DDP: ``python distributed_worker.py RANK STORE``.
+
+The reference is one process, plain PyTorch on a copy: each inner step averages both ranks' gradients.
+Prints a line per case; raises at the first that fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import re
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from fastguard.nested import (
+    ActivationPerturbation,
+    AdamW,
+    LoRAAdversary,
+    Reference,
+    SimulatedAttack,
+    Weights,
+    perturbed,
+)
+from tiny_models import assert_same_gradients, gradients, pair, tiny
+
+STEPS, LR, DECAY, NORM, RHO = 3, 1e-2, 0.1, 0.7, 2.0
+TOLERANCE = 1e-6
+Grads = dict[str, Tensor]
+
+
+def batch(i: int, rank: int) -> dict[str, Tensor]:
+    one = pair(seed=10 * i + rank, length=7)[0]
+    return {**one, "labels": one["input_ids"]}
+
+
+def weigh(i: int) -> float:
+    return 0.5 + i
+
+
+# the model of a case --------------------------------------------------------------------------------------------------
+
+
+def model_of(case: dict) -> nn.Module:
+    """Equal on every rank and in the reference."""
+    mixed, adapter = case.get("mixed"), case.get("adapter")
+    model = tiny("llama", torch.float32 if mixed else torch.float64, num_hidden_layers=2)
+    if adapter == "defender":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(3)
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"), autocast_adapter_dtype=False)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape).to(p))
+    return model
+
+
+def trains(case: dict):
+    return (lambda name, p: ".adversary." in name) if case.get("adapter") == "adversary" else None
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def shard(model: nn.Module, case: dict) -> nn.Module:
+    layout = case["layout"]
+    if layout.startswith("ddp"):
+        return DistributedDataParallel(model, gradient_as_bucket_view="bucket view" in layout)
+    names = ("replicate", "shard") if "mesh" in case else ("shard",)
+    how = {"mesh": init_device_mesh("cpu", case.get("mesh", (2,)), mesh_dim_names=names)}
+    if case.get("mixed"):
+        how["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    base = base_of(model)
+    for layer in base.model.layers:
+        fully_shard(layer, **how)
+    if layout == "norm and head":  # as accelerate groups them
+        fully_shard([base.model.norm, base.lm_head], reshard_after_forward=False, **how)
+    fully_shard(model, reshard_after_forward=case.get("reshard"), **how)
+    return model
+
+
+# the reference: one process -------------------------------------------------------------------------------------------
+
+
+class Twin:
+    """A copy whose gradients are the mean over both ranks' micro-batches, in bfloat16 products if the case says so."""
+
+    def __init__(self, case: dict) -> None:
+        self.model = model_of(case)
+        if case.get("adapter") == "adversary":
+            LoRAAdversary(self.model, rank=2)
+        self.compute = copy.deepcopy(self.model)
+        self.mixed = case.get("mixed")
+        if self.mixed:
+            for p in self.compute.parameters():
+                p.data = p.data.bfloat16()
+
+    def gradients(self, i: int) -> Grads:
+        total: Grads = {}
+        for rank in range(2):
+            for name, g in self.of_rank(i, rank).items():
+                total[name] = total.get(name, 0) + g / 2
+        return total
+
+    def of_rank(self, i: int, rank: int) -> Grads:
+        self.load()
+        self.compute(**batch(i, rank)).loss.backward()
+        return {name: g.to(torch.float32 if self.mixed else g.dtype) for name, g in gradients(self.compute).items()}
+
+    @torch.no_grad()
+    def load(self) -> None:
+        for p, q in zip(self.compute.parameters(), self.model.parameters(), strict=True):
+            p.copy_(q)
+
+
+@functools.cache
+def reference(kind: str, mixed: bool, adapter: str | None) -> dict:
+    case = {"mixed": mixed, "adapter": adapter}
+    twin = Twin(case)
+    if kind == "attack":
+        chosen = trains(case)
+        moves = [(n, p) for n, p in twin.model.named_parameters() if p.requires_grad and (not chosen or chosen(n, p))]
+        optimizer = torch.optim.AdamW([p for _, p in moves], lr=LR, weight_decay=DECAY)
+        read = {n for n, p in twin.model.named_parameters() if p.requires_grad and not (chosen and chosen(n, p))}
+        total = {n: g for n, g in twin.gradients(7).items() if n in read}
+        for i in range(STEPS):
+            found = twin.gradients(i)
+            for name, p in moves:
+                p.grad = found[name]
+            optimizer.step()
+            for name, g in twin.gradients(100).items():
+                if name in read:
+                    total[name] = total[name] + weigh(i) * g
+        return total
+    if kind == "perturbed":
+        direction = twin.gradients(0)
+        length = torch.stack([g.double().norm() for g in direction.values()]).norm()
+        with torch.no_grad():
+            for name, p in twin.model.named_parameters():
+                if name in direction:
+                    p.add_(direction[name], alpha=NORM / (length.item() + 1e-7))
+        return twin.gradients(1)
+    if kind == "reference":
+        twin.load()
+        with torch.no_grad(), twin.compute.disable_adapter() if adapter else contextlib.nullcontext():
+            return {rank: twin.compute(**batch(5, rank)).logits for rank in range(2)}
+    assert kind == "activations"
+    return shifted(twin)
+
+
+def attentions(model: nn.Module) -> list[nn.Module]:
+    return [layer.self_attn for layer in base_of(model).model.layers]
+
+
+def shifted(twin: Twin) -> Grads:
+    """Vaccine's step, each micro-batch along its own gradient."""
+    total: Grads = {}
+    twin.load()
+    for rank in range(2):
+        outputs: list[Tensor] = []
+        hooks = [m.register_forward_hook(lambda m, a, out: outputs.append(out[0])) for m in attentions(twin.compute)]
+        loss = twin.compute(**batch(0, rank)).loss
+        found = torch.autograd.grad(loss, outputs)
+        for hook in hooks:
+            hook.remove()
+        length = torch.stack([g.double().norm() for g in found]).norm().item()
+        left = iter(found)
+        hooks = [
+            m.register_forward_hook(lambda m, a, out: (out[0] + next(left) * (RHO / (length + 1e-7)), *out[1:]))
+            for m in attentions(twin.compute)
+        ]
+        twin.compute(**batch(0, rank)).loss.backward()
+        for hook in hooks:
+            hook.remove()
+        for name, g in gradients(twin.compute).items():
+            total[name] = total.get(name, 0) + g.to(torch.float32 if twin.mixed else g.dtype) / 2
+    return total
+
+
+# what is tested -------------------------------------------------------------------------------------------------------
+
+
+class Subject:
+    """The model of a case on this rank, and what must not change about it."""
+
+    def __init__(self, case: dict, rank: int) -> None:
+        self.case, self.rank = case, rank
+        model = model_of(case)
+        self.adversary = LoRAAdversary(model, rank=2) if case.get("adapter") == "adversary" else None
+        if case.get("checkpointing"):
+            base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
+        self.inner = model
+        self.wrapped = shard(model, case)
+        self.tolerance = case.get("tolerance", TOLERANCE)
+
+    def loss(self, i: int) -> Tensor:
+        return self.wrapped(**batch(i, self.rank)).loss
+
+    def quiet(self) -> None:
+        """A forward without backward leaves FSDP's root gathered, and the next forward on a stale copy."""
+        if self.case.get("quiet"):
+            with torch.no_grad():
+                self.loss(3)
+
+    def unsynchronised(self) -> contextlib.AbstractContextManager:
+        """What a trainer runs all but the last micro-batch in."""
+        if not self.case.get("no_sync"):
+            return contextlib.nullcontext()
+        if hasattr(self.wrapped, "no_sync"):
+            return self.wrapped.no_sync()
+        self.wrapped.set_requires_gradient_sync(False)
+        stack = contextlib.ExitStack()
+        stack.callback(self.wrapped.set_requires_gradient_sync, True)
+        return stack
+
+    def bits(self) -> dict[str, Tensor]:
+        Weights(self.wrapped)  # reshards
+        return {name: local(p.detach()).clone() for name, p in self.wrapped.named_parameters()}
+
+    def gradients(self) -> Grads:
+        return {
+            name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
+            for name, g in gradients(self.wrapped).items()
+        }
+
+    def expected(self, kind: str) -> dict:
+        return reference(kind, bool(self.case.get("mixed")), self.case.get("adapter"))
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+@contextlib.contextmanager
+def untouched(subject: Subject):
+    before = subject.bits()
+    yield
+    for name, value in subject.bits().items():
+        assert torch.equal(value, before[name]), f"{name} is not bit for bit what it was"
+
+
+def simulated_attack(subject: Subject) -> None:
+    adversary = subject.adversary
+    attack = SimulatedAttack(
+        subject.inner, AdamW(lr=LR, weight_decay=DECAY),
+        trains=adversary.trains if adversary else None, reads=adversary.reads if adversary else None,
+    )  # fmt: skip
+    subject.loss(7).backward()
+    if adversary:  # an optimizer over the defender's parameters would not have the attacker's gradients either
+        for name, p in subject.wrapped.named_parameters():
+            if adversary.trains(name, p):
+                p.grad = None
+    subject.quiet()
+    with untouched(subject), subject.unsynchronised(), attack.at(subject.wrapped) as tampered:
+        for i in range(STEPS):
+            tampered.step(subject.loss(i))
+            subject.quiet()
+            tampered.accumulate(subject.loss(100), weight=weigh(i))
+        subject.quiet()
+    assert_same_gradients(subject.gradients(), subject.expected("attack"), subject.tolerance)
+
+
+def one_step(subject: Subject) -> None:
+    if subject.adversary:
+        return
+    weights = Weights(subject.wrapped)
+    with untouched(subject), subject.unsynchronised():
+        weights.prepare()
+        subject.loss(0).backward()
+        direction = weights.take_gradients()
+        subject.quiet()
+        through = torch.bfloat16 if subject.case.get("mixed") else None
+        with perturbed(weights, direction, NORM, through=through) as realised:
+            subject.loss(1).backward()
+            found = weights.take_gradients()
+            subject.quiet()
+        assert realised.cosine > (0.98 if subject.case.get("mixed") else 1 - 1e-9), realised
+    weights.put_gradients(found)
+    assert_same_gradients(subject.gradients(), subject.expected("perturbed"), subject.tolerance)
+
+
+def initial_weights(subject: Subject) -> None:
+    if subject.adversary:
+        return
+    initial = Reference(subject.inner if subject.case["layout"].startswith("ddp") else subject.wrapped)
+    assert (initial.bytes == 0) == (subject.case.get("adapter") == "defender")
+    weights = Weights(subject.wrapped)
+    with torch.no_grad():
+        for t in weights.local():
+            t.mul_(1.25)
+    subject.quiet()
+    with untouched(subject):
+        with initial.installed(subject.wrapped) as model:
+            logits = model(**batch(5, subject.rank)).logits
+        theirs = subject.expected("reference")[subject.rank]
+        assert (logits - theirs).abs().max() <= subject.tolerance * theirs.abs().max()
+        with torch.no_grad():
+            assert not torch.allclose(subject.wrapped(**batch(5, subject.rank)).logits, theirs, rtol=1e-3)
+    with torch.no_grad():
+        for t in weights.local():
+            t.div_(1.25)
+
+
+def activations(subject: Subject) -> None:
+    if subject.adversary or subject.case.get("mixed"):
+        return
+    moved = ActivationPerturbation(subject.inner, attentions(subject.inner), rho=RHO)
+    forward = subject.inner if subject.case["layout"].startswith("ddp") else subject.wrapped
+    with untouched(subject):
+        subject.quiet()
+        shifts = moved.record(lambda: forward(**batch(0, subject.rank)).loss)
+        assert not gradients(subject.wrapped)
+        with moved.applied(shifts) as applied:
+            loss = applied.bound(subject.loss(0))
+        loss.backward()
+    moved.close()
+    assert_same_gradients(subject.gradients(), subject.expected("activations"), subject.tolerance)
+
+
+class Cut(Exception):
+    pass
+
+
+def cut(module: nn.Module, *_) -> None:
+    raise Cut("in the middle of a pass")
+
+
+def refused(subject: Subject) -> None:
+    """A loss that is NaN on one rank raises on both, as do gradients that wait unsynchronised; nothing is left behind,
+    not even by a backward that was cut short."""
+    attack = SimulatedAttack(subject.inner, AdamW(lr=LR))
+    with untouched(subject):
+        subject.loss(7).backward()
+        earlier = {name: local(p.grad).clone() for name, p in subject.wrapped.named_parameters()}
+        message = ("a loss is not finite on another rank", "attacker's loss at step 1 is nan")[subject.rank]
+        with raises(FloatingPointError, message), attack.at(subject.wrapped) as tampered:
+            tampered.step(subject.loss(0))
+            tampered.accumulate(subject.loss(100))
+            tampered.step(subject.loss(1) * (torch.nan if subject.rank == 1 else 1.0))
+        for name, p in subject.wrapped.named_parameters():
+            assert torch.equal(local(p.grad), earlier[name]), f"{name}: its earlier gradient is not as it was"
+        gradients(subject.wrapped)
+        mlp = base_of(subject.inner).model.layers[1].mlp
+        registers = [mlp.register_forward_hook]
+        if hasattr(subject.wrapped, "reshard"):  # DDP itself refuses to go on after half a backward
+            registers.append(mlp.register_full_backward_hook)
+        for register in registers:
+            with raises(Cut, "in the middle"), attack.at(subject.wrapped) as tampered:
+                tampered.step(subject.loss(0))
+                hook = register(cut)
+                try:
+                    tampered.step(subject.loss(1))
+                finally:
+                    hook.remove()
+        assert not gradients(subject.wrapped)
+        if hasattr(subject.wrapped, "reshard"):
+            switches = ["set_requires_gradient_sync"]
+            if subject.case.get("mesh"):
+                switches.append("set_requires_all_reduce")
+            for switch in switches:
+                getattr(subject.wrapped, switch)(False)
+                subject.loss(0).backward()
+                getattr(subject.wrapped, switch)(True)
+                with raises(RuntimeError, "accumulated without synchronisation"), attack.at(subject.wrapped):
+                    pass
+                subject.loss(0).backward()  # takes the waiting gradients along
+                gradients(subject.wrapped)
+    simulated_attack(subject)  # nothing is left over
+    if hasattr(subject.wrapped, "reshard"):  # last, as it changes the model
+        subject.inner.register_parameter("unsharded", nn.Parameter(torch.zeros(2)))
+        with raises(ValueError, "unsharded is not sharded, though others are"), attack.at(subject.wrapped):
+            pass
+
+
+@contextlib.contextmanager
+def raises(kind: type[BaseException], pattern: str):
+    try:
+        yield
+    except kind as error:
+        assert re.search(pattern, str(error)), str(error)
+        return
+    raise AssertionError(f"no {kind.__name__}")
+
+
+PIECES = {
+    "attack": simulated_attack,
+    "perturbed": one_step,
+    "reference": initial_weights,
+    "activations": activations,
+    "refused": refused,
+}
+
+CASES: dict[str, dict] = {
+    "root": {"layout": "root"},
+    "root resharded": {"layout": "root", "reshard": True},
+    "norm and head": {"layout": "norm and head"},
+    "norm and head, checkpointing": {"layout": "norm and head", "checkpointing": True},
+    "stale root, no_sync": {"layout": "root", "quiet": True, "no_sync": True},
+    "bfloat16 products": {"layout": "norm and head", "mixed": True, "no_sync": True},
+    "hybrid, 2 replicas": {"layout": "norm and head", "mesh": (2, 1)},
+    "hybrid, 2 shards": {"layout": "root", "mesh": (1, 2), "no_sync": True},
+    "defender's LoRA": {"layout": "norm and head", "adapter": "defender"},
+    "adversary's LoRA": {"layout": "norm and head", "adapter": "adversary", "no_sync": True},
+    "ddp": {"layout": "ddp", "no_sync": True},
+    "ddp, bucket views": {"layout": "ddp, bucket view", "checkpointing": True},
+    "ddp, adversary's LoRA": {"layout": "ddp", "adapter": "adversary"},
+}
+
+
+def main() -> None:
+    rank, store, only = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    for name, case in CASES.items():
+        if only and name not in only:
+            continue
+        subject = Subject(case, rank)
+        for piece, check in PIECES.items():
+            if piece == "refused" and (case.get("adapter") or case.get("mixed")):
+                continue
+            try:
+                check(subject)
+            except BaseException as error:
+                error.add_note(f"case: {name}, {piece}")
+                raise
+        print(f"passed: {name}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -47,6 +47,12 @@ def test_demo_runs_the_packaged_configuration_and_reports(pipeline_calls, tmp_pa
     assert "18.0 on the immunized model" in result.output and str(out / "immunized") in result.output
 
 
+def test_demo_takes_a_seed(pipeline_calls, tmp_path):
+    assert run("demo", "--seed", "4", "--out", tmp_path / "run").exit_code == 0
+    [(config, _, _)] = pipeline_calls
+    assert config.immunize.seed == 4 and config.attack.seeds == (4,)
+
+
 def test_immunize_reads_the_configuration(pipeline_calls, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.yaml").write_text("model: {name: some/model}\nalign: {steps: 3}\n")

@@ -21,6 +21,25 @@ def test_packaged_configurations_load():
     assert ablation.variant("no noise").beta == 0 and ablation.variant("output only").alpha == 0
 
 
+@pytest.mark.parametrize("method", c.METHODS[1:])
+def test_every_method_has_a_packaged_configuration(method):
+    found = c.load(method)
+    assert found.immunize.method == method and method.replace("_", "-") in found.title.lower()
+    assert found.attack == c.load("demo").attack  # attacked like the demo's model
+
+
+def test_the_defaults_of_the_nested_defenses_are_the_published_ones():
+    tar, booster, vaccine = c.TARConfig(), c.BoosterConfig(), c.VaccineConfig()
+    assert (tar.inner_steps, tar.inner_lr, tar.read_every, tar.grad_scale) == (64, (2e-6, 2e-5, 4e-5), 4, 4.0)
+    assert (booster.alpha, booster.lam, vaccine.rho, vaccine.t_rho, vaccine.layers) == (0.1, 5.0, 2.0, 3.0, 8)
+
+
+def test_a_seed_reaches_every_stage():
+    found = c.seeded(c.load("demo"), 3)
+    assert (found.data.seed, found.align.seed, found.immunize.seed, found.attack.seeds) == (3, 3, 3, (3,))
+    assert c.seeded(found, 0) == c.load("demo")
+
+
 def test_values_merge_over_what_they_extend(tmp_path):
     write(tmp_path, "attack: {lr: 1e-4, batch: 2}\nmodel: {name: here}\n", "base.yaml")
     found = c.load(write(tmp_path, "extends: base.yaml\nattack: {seeds: [1, 2]}\n"))
@@ -36,6 +55,9 @@ def test_a_configuration_survives_its_own_dictionary():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("immunize: {method: magic}", "immunize.method: expected repnoise or tar or .*, got 'magic'"),
+        ("immunize: {tar: {inner_steps: 0}}", r"immunize\.tar\.inner_steps: expected an integer >= 1, got 0"),
+        ("immunize: {booster: {mode: fast}}", r"immunize\.booster\.mode: expected weights or linearised"),
         ("atack: {}", "atack: unknown key; expected one of .*attack"),
         ("attack: {batchsize: 3}", r"attack\.batchsize: unknown key"),
         ("attack: {batch: many}", r"attack\.batch: expected int, got 'many'"),

@@ -50,17 +50,26 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder of the run; a run that was interrupted is taken up.")] = Path(
         "runs/demo"
     ),
+    seed: Annotated[
+        int | None, typer.Option(help="Other data splits, batches and attack; for a second opinion.")
+    ] = None,
 ) -> None:
     """Align, immunize and attack SmolLM2-135M-Instruct beside a control, and report."""
     from fastguard import config
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model comes out of an installed package
-    _run(config.load("demo"), out, quick)
+    chosen = config.load("demo")
+    _run(chosen if seed is None else config.seeded(chosen, seed), out, quick)
 
 
 @app.command()
 def immunize(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="A file, or demo, quick or ablation.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.yaml", help="A file, or a packaged one: demo, ablation, tar, booster, vaccine, t_vaccine."
+        ),
+    ],
     quick: Quick = False,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME-OF-CONFIG]")] = None,
 ) -> None:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGED = ("demo", "quick", "ablation")
+METHODS = ("repnoise", "tar", "booster", "vaccine", "t_vaccine")
+PACKAGED = ("demo", "quick", "ablation", *METHODS[1:])
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,43 @@ class AlignConfig:
 
 
 @dataclass(frozen=True)
-class ImmunizeConfig:
-    """RepNoise with a retain batch."""
+class TARConfig:
+    """Tamper-Resistant Safeguards; defaults as published (fastguard.defenses.tar)."""
 
+    inner_steps: int = 64
+    inner_lr: tuple[float, ...] = (2e-6, 2e-5, 4e-5)
+    batch: int = 4  # of the attacker and of the held-out tamper batch
+    adversaries: int = 1  # per step
+    read_every: int = 4
+    tamper_loss: str = "max_entropy"  # or dpo
+    grad_scale: float = 4.0
+
+
+@dataclass(frozen=True)
+class BoosterConfig:
+    """Booster; defaults as published (fastguard.defenses.booster)."""
+
+    alpha: float = 0.1
+    lam: float = 5.0
+    mode: str = "weights"  # linearised: no weight is written, right in bfloat16
+
+
+@dataclass(frozen=True)
+class VaccineConfig:
+    """Vaccine, and T-Vaccine's choice of layers; defaults as published (fastguard.defenses.vaccine)."""
+
+    rho: float = 2.0
+    t_rho: float = 3.0  # T-Vaccine
+    layers: int = 8  # T-Vaccine: perturbed at a time
+    every: int = 20  # T-Vaccine: steps between draws of layers
+    probe_every: int = 200  # T-Vaccine: steps between measurements of the layers' gradients
+
+
+@dataclass(frozen=True)
+class ImmunizeConfig:
+    """The defense, with a retain batch."""
+
+    method: str = "repnoise"  # or tar, booster, vaccine, t_vaccine, with the section of that name
     steps: int = 40
     lr: float = 1.5e-4
     alpha: float = 1.0
@@ -76,6 +111,9 @@ class ImmunizeConfig:
     warmup: float = 0.1  # share of the steps
     freeze_embedding: bool = True
     seed: int = 0
+    tar: TARConfig = field(default_factory=TARConfig)
+    booster: BoosterConfig = field(default_factory=BoosterConfig)
+    vaccine: VaccineConfig = field(default_factory=VaccineConfig)
 
 
 @dataclass(frozen=True)
@@ -118,7 +156,7 @@ class Config:
 
     def variant(self, name: str) -> ImmunizeConfig:
         """The immunization of a variant."""
-        merged = {**dataclasses.asdict(self.immunize), **self.variants[name]}
+        merged = _merge(dataclasses.asdict(self.immunize), self.variants[name])
         return typing.cast(ImmunizeConfig, _build(ImmunizeConfig, merged, f"variants.{name}"))
 
     def to_dict(self) -> dict[str, Any]:
@@ -127,7 +165,7 @@ class Config:
 
 
 def load(path: str | Path, quick: bool = False) -> Config:
-    """Read a configuration; ``path`` is a file, or the name of a packaged one (demo, quick, ablation).
+    """Read a configuration; ``path`` is a file, or the name of a packaged one (`PACKAGED`).
 
     Keys that are absent keep their defaults. ``extends: demo`` starts from another file (beside this one) or
     a packaged name. ``quick`` lays the packaged quick settings over it.
@@ -144,6 +182,17 @@ def shortened(config: Config) -> Config:
     """The configuration with the packaged quick settings laid over it."""
     quick = {k: v for k, v in _read("quick").items() if k != "title"}
     return from_dict(_merge(config.to_dict(), quick), "quick")
+
+
+def seeded(config: Config, seed: int) -> Config:
+    """The configuration with another division of the data, other batches and another attack: a run to compare with."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, seed=seed),
+        align=dataclasses.replace(config.align, seed=seed),
+        immunize=dataclasses.replace(config.immunize, seed=seed),
+        attack=dataclasses.replace(config.attack, seeds=(seed,)),
+    )
 
 
 def from_dict(tree: Mapping[str, object], where: str = "config") -> Config:
@@ -242,6 +291,8 @@ def _check(config: Config, where: str) -> None:
     immunizations |= {f"variants.{name}": config.variant(name) for name in config.variants}
     sections: dict[str, Any] = {"data": config.data, "align": config.align, "attack": config.attack}
     sections |= {"evaluate": config.evaluate, **immunizations}
+    for name, one in immunizations.items():
+        sections |= {f"{name}.tar": one.tar, f"{name}.booster": one.booster, f"{name}.vaccine": one.vaccine}
     for section, part in sections.items():
         for f in dataclasses.fields(part):
             value = getattr(part, f.name)
@@ -262,7 +313,12 @@ def _check(config: Config, where: str) -> None:
     require(bool(config.attack.lr), "attack.lr", config.attack.lr, "at least one learning rate")
     require(bool(config.attack.seeds), "attack.seeds", config.attack.seeds, "at least one seed")
     for section, one in immunizations.items():
+        require(one.method in METHODS, f"{section}.method", one.method, " or ".join(METHODS))
         require(one.boundary in ("predicted", "constant"), f"{section}.boundary", one.boundary, "predicted or constant")
+        loss, mode = one.tar.tamper_loss, one.booster.mode
+        require(loss in ("max_entropy", "dpo"), f"{section}.tar.tamper_loss", loss, "max_entropy or dpo")
+        require(mode in ("weights", "linearised"), f"{section}.booster.mode", mode, "weights or linearised")
+        require(bool(one.tar.inner_lr), f"{section}.tar.inner_lr", one.tar.inner_lr, "at least one learning rate")
         require(one.warmup < 1, f"{section}.warmup", one.warmup, "a share of the steps, below 1")
     reserved = {"aligned", "immunized", "control"} & set(config.variants)
     require(not reserved, "variants", sorted(reserved), "names other than aligned, immunized, control")

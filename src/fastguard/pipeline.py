@@ -33,7 +33,8 @@ from fastguard.attacks.finetune import harmful_finetuning
 from fastguard.config import Config, ImmunizeConfig, shortened
 from fastguard.data.chat import collate, endless
 from fastguard.data.corpus import build_corpus
-from fastguard.defenses.repnoise import immunize, plain_control
+from fastguard.defenses.recipe import immunize
+from fastguard.defenses.repnoise import plain_control
 from fastguard.evaluation.metrics import (
     SCHEMA,
     Aim,
@@ -52,6 +53,8 @@ from fastguard.training import finetune_scored, train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+TITLES = {"repnoise": "RepNoise", "tar": "TAR", "booster": "Booster", "vaccine": "Vaccine", "t_vaccine": "T-Vaccine"}
 
 NOTES = (
     "Delay, not prevention: an attacker with more steps or a higher learning rate gets through.",
@@ -125,7 +128,7 @@ class _Job:
                 for lr in config.attack.lr
                 for seed in config.attack.seeds
             ]
-            entries[name] = Model(label=_label(name), training=training, utility=utility, attacks=attacks)
+            entries[name] = Model(label=_label(name, config), training=training, utility=utility, attacks=attacks)
         return Metrics(
             schema=SCHEMA,
             title=config.title,
@@ -201,7 +204,7 @@ class _Job:
         return Training(parent="base", method=method, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
 
     def immunize(self, part: ImmunizeConfig, name: str, report: Callable[[float, str], None]) -> Training:
-        """RepNoise, or a variant of it, on the aligned model."""
+        """The defense, or a variant of it, on the aligned model."""
         model = self.load("aligned")
         training = immunize(model, self.corpus, part, report)
         models.save_model(model, self.tokenizer, self.folder(name))
@@ -264,9 +267,9 @@ class _Job:
         )  # fmt: skip
 
 
-def _label(name: str) -> str:
+def _label(name: str, config: Config) -> str:
     return {
-        "immunized": "immunized (RepNoise)",
+        "immunized": f"immunized ({TITLES[config.immunize.method]})",
         "control": "control (plain safe fine-tuning, equal time)",
     }.get(name, name)
 

@@ -53,10 +53,11 @@ def train(
 ) -> tuple[int, float, Curve]:
     """Minimise ``loss_fn()`` -> (loss, figures for the curve) for a number of steps, or for a number of seconds.
 
+    A loss that is detached has left its gradients on the parameters already, as nested defenses do.
     The learning rate follows :func:`warmup_cosine` over the steps or, given seconds, over the clock.
     ``report`` is called with the fraction done and a line of text. Returns steps taken, seconds, curve.
-    Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given, and FloatingPointError when the
-    loss is not finite.
+    Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given, FloatingPointError when the
+    loss is not finite, and RuntimeError when no parameter has a gradient.
     """
     if (steps is None) == (seconds is None):
         raise ValueError(f"train: got steps={steps} and seconds={seconds}, expected exactly one of them")
@@ -75,7 +76,10 @@ def train(
         loss, figures = loss_fn()
         if not torch.isfinite(loss):
             raise FloatingPointError(f"step {step}: the loss is {loss.item()}")
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
+        if all(p.grad is None for p in parameters):
+            raise RuntimeError(f"step {step}: no parameter that is trained has a gradient")
         norm = nn.utils.clip_grad_norm_(parameters, clip)
         adam.step()
         adam.zero_grad(set_to_none=True)

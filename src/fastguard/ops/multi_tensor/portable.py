@@ -97,4 +97,4 @@ def adamw_(
 def copy_(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """destination <- source, on one device."""
     if destinations:
-        torch._foreach_copy_(destinations, sources)
+        torch._foreach_copy_(list(destinations), list(sources))

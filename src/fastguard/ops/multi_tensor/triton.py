@@ -1,3 +1,4 @@
+# mypy: disallow-untyped-defs=False
 """``multi_tensor`` on GPUs: one launch over all tensors, which it finds through a table of their addresses.
 
 The table lies on the device: for each tensor its address in every list and its size, and for each chunk of CHUNK
@@ -341,7 +342,7 @@ def accumulate_(accumulators: Sequence[Tensor], tensors: Sequence[Tensor], weigh
     for group in groups:
         _launch(group, accumulate_kernel, *_scalar(weight))
     if rest:
-        portable.accumulate_(*rest, weight)
+        portable.accumulate_(rest[0], rest[1], weight)
 
 
 def perturb_(
@@ -381,4 +382,4 @@ def adamw_(
     for group in groups:
         _launch(group, adamw_kernel, *scalars)
     if rest:
-        portable.adamw_(*rest, scalars)
+        portable.adamw_(rest[0], rest[1], rest[2], rest[3], scalars)

@@ -9,11 +9,13 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "RepNoiseLoss": "fastguard.losses.repnoise",
+    "LanguageModelLoss": "fastguard.losses.language_model",
     "PairedCollator": "fastguard.data.collate",
     "lm_head_stats": "fastguard.ops.lm_head_stats",
     "lens_stats": "fastguard.ops.lens_stats",
     "linear_cross_entropy": "fastguard.ops.linear_cross_entropy",
     "gaussian_mmd": "fastguard.ops.gaussian_mmd",
+    "representation_distance": "fastguard.ops.representation_distance",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -28,6 +28,7 @@ OPS = {
     "linear_cross_entropy": "lm_head_stats",
     "gaussian_mmd": "gaussian_mmd",
     "multi_tensor": "multi_tensor",
+    "representation_distance": "representation_distance",
 }
 """Each op, and the folder of ``fastguard.ops`` that holds the kernels that serve it."""
 

@@ -19,6 +19,7 @@ NORMS = {
 KINDS = {"gemma2": "rms_offset", **dict.fromkeys(("gpt_neox", "phi", "gpt2", "opt", "cohere"), "layer")}
 EPS = {"gpt_neox": 1e-5, "phi": 1e-5, "gpt2": 1e-5, "opt": 1e-5, "cohere": 1e-5, "mixtral": 1e-5}
 MLPS = {"opt": "fc2"}
+ATTENTIONS = {"gpt_neox": "attention", "gpt2": "attn"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -28,15 +29,46 @@ def test_finds_the_parts(name, dtype):
     found = find_structure(model)
     names = {module: name for name, module in model.named_modules()}
     assert found.model is model and found.head is model.get_output_embeddings()
-    assert len(found.layers) == len(found.mlps) == 3 and found.vocabulary == 97
+    assert len(found.layers) == len(found.mlps) == len(found.attentions) == 3 and found.vocabulary == 97
     assert names[found.norm] == NORMS.get(name, "model.norm")
     assert found.norm_kind == KINDS.get(name, "rms")
     if dtype == torch.float32:
         assert found.norm_eps == EPS.get(name, 1e-6)
     for layer, mlp in zip(found.layers, found.mlps, strict=True):
         assert names[mlp] == f"{names[layer]}.{MLPS.get(name, 'mlp')}"
+    for layer, attention in zip(found.layers, found.attentions, strict=True):
+        assert names[attention] == f"{names[layer]}.{ATTENTIONS.get(name, 'self_attn')}"
     assert found.softcap == (2.0 if name == "gemma2" else None)
     assert found.scale == pytest.approx({"cohere": 0.25, "granite": 1 / 3}.get(name, 1.0))
+
+
+class Mixer(nn.Module):
+    """A block that is no attention, in an attention's place."""
+
+    def forward(self, hidden_states, **_):
+        return hidden_states, None
+
+
+def test_a_layer_without_attention_leaves_all_attentions_out():
+    model = tiny("llama")
+    model.model.layers[1].self_attn = Mixer()
+    found = find_structure(model)
+    assert found.attentions == () and len(found.mlps) == 3
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_attentions_under_wrappers(checkpointed):
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+        apply_activation_checkpointing,
+        checkpoint_wrapper,
+    )
+
+    model = tiny("llama")
+    expected = tuple(layer.self_attn for layer in model.model.layers)
+    if checkpointed:
+        kind = type(model.model.layers[0])
+        apply_activation_checkpointing(model, checkpoint_wrapper, check_fn=lambda m: isinstance(m, kind))
+    assert find_structure(Wrapper(model)).attentions == expected
 
 
 def test_leaves_the_model_as_it_was():

@@ -1,5 +1,6 @@
-"""Losses that users swap in: nn.Modules that place taps in a model and combine what the taps found."""
+"""Losses that users swap in: they place taps in a model and combine what the taps found."""
 
+from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
 from fastguard.losses.repnoise import RepNoiseLoss
 
-__all__ = ["RepNoiseLoss"]
+__all__ = ["LanguageModelLoss", "RepNoiseLoss", "dpo_loss"]

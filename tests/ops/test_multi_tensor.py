@@ -136,26 +136,38 @@ def assert_stats(stats, old, new, directions, scale, through=None):
     check(stats)
 
 
+# dtypes of tensors, directions and (None: the tensors themselves) what the step starts from
+PERTURBED = [
+    ([torch.float32], [torch.float32], None),
+    ([torch.float32], [torch.float32], [torch.float32]),
+    ([torch.bfloat16], [torch.bfloat16], None),
+    ([torch.bfloat16], [torch.bfloat16], [torch.bfloat16]),
+    ([torch.bfloat16], [torch.bfloat16], [torch.float32]),
+    ([torch.float32, torch.bfloat16, torch.float64, torch.float16], [torch.bfloat16, torch.float32], None),
+    ([torch.float16, torch.bfloat16, torch.float64], [torch.bfloat16, torch.float32], [torch.float32]),
+]
+
+
 @pytest.mark.parametrize("through", [None, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("source", [False, True], ids=["in place", "from masters"])
+@pytest.mark.parametrize(("dtypes", "direction", "source"), PERTURBED, ids=str)
 @pytest.mark.parametrize("by_tensor", [False, True], ids=["number", "tensor"])
-def test_perturb(on_backend, source, through, by_tensor):
+def test_perturb(on_backend, dtypes, direction, source, through, by_tensor):
     scale = 0.125 if by_tensor else 0.11
-    tensors = draw([torch.float32, torch.bfloat16, torch.float64, torch.float16])
-    directions = draw([torch.bfloat16, torch.float32])
-    masters = [t.double() + 1e-4 * torch.randn(t.shape) for t in tensors]
-    masters = [m.to(torch.float64 if t.dtype == torch.float64 else torch.float32) for m, t in zip(masters, tensors)]
-    base = masters if source else tensors
-    old, exact = clones(tensors), clones(base, torch.float64)
+    tensors, directions = draw(dtypes), draw(direction)
+    masters = tensors
+    if source is not None:
+        masters = [(t.double() + 1e-2 * torch.randn(t.shape)).to(m.dtype) for t, m in zip(tensors, draw(source))]
+    old, base, exact = clones(tensors), clones(masters), clones(masters, torch.float64)
     reference.perturb_(exact, directions, scale)
     given = torch.tensor(scale) if by_tensor else scale
-    stats = perturb_(tensors, directions, given, source=masters if source else None, through=through)
+    stats = perturb_(tensors, directions, given, source=None if source is None else masters, through=through)
     slack = [
         2 * arithmetic(t, d, b) * (b.double().abs() + d.double().abs())
-        for t, d, b in zip(old, directions, masters if source else old, strict=True)
+        for t, d, b in zip(old, directions, base, strict=True)
     ]
     assert_all_rounded("tensors", tensors, exact, slack)
-    assert stats.shape == (3,) and stats.dtype == torch.float64
+    assert stats.shape == (3,)
+    assert stats.dtype == (torch.float64 if torch.float64 in dtypes else torch.float32)
     assert_stats(stats, old, tensors, directions, scale, through)
 
 

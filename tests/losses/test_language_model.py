@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from checks import assert_catches_spoiled
-from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
+from fastguard.losses.language_model import LanguageModelLoss, dpo_loss, saved_where_it_lies
+from fastguard.ops.representation_distance import representation_distance
 from losses.language_model_worker import CASES
 from tiny_models import ARCHITECTURES, assert_same_gradients, gradients, tiny
 
@@ -249,6 +250,28 @@ def test_references_in_another_dtype_and_asked_for_one_by_one():
     loss = loss_fn(batch, None, distance_to=Streamed())
     assert asked == [0, 1, 2, 3]
     assert loss.item() == pytest.approx(eager_distance(outputs(model, batch), states, "l2").item(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", ["l2", "cosine"])
+def test_a_copied_reference_is_not_kept(kind, masked):
+    """The copy goes when the forward is over, and the backward makes it again."""
+    a, original = torch.randn(1, 6, 8, requires_grad=True), torch.randn(1, 6, 8)
+    mask = torch.arange(6) < 4 if masked else None
+    (expected,) = torch.autograd.grad(representation_distance(a, original, mask, kind=kind).sum(), a)
+    copy = original.clone()
+    with saved_where_it_lies(original, copy):
+        distance = representation_distance(a, copy, mask, kind=kind)
+    seen = weakref.ref(copy.untyped_storage())
+    del copy
+    assert seen() is None
+    assert torch.equal(torch.autograd.grad(distance.sum(), a)[0], expected)
+    kept = original.clone()
+    with saved_where_it_lies(kept, kept):  # the same tensor is saved as it is
+        distance = representation_distance(a, kept, mask, kind=kind)
+    seen = weakref.ref(kept.untyped_storage())
+    del kept
+    assert seen() is not None
 
 
 # --- what surrounds a model -----------------------------------------------------------------------------------

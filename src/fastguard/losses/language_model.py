@@ -9,6 +9,7 @@ Shapes: B samples, T tokens, L layers, D hidden size, N rows that carry loss.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
@@ -82,6 +83,25 @@ class _StatesScope(Scope):
         self.states = {}
 
 
+def saved_where_it_lies(original: Tensor, copy: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Where ``copy`` is one on another device, what autograd saves of it is ``original``, copied again in the backward.
+
+    References that are kept on the host so take one state's room on the device, not L + 1. In compiled code the copies
+    are kept.
+    """
+    if copy is original or torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    device, address = copy.device, copy.data_ptr()
+
+    def pack(saved: Tensor) -> Tensor | None:
+        return None if saved.data_ptr() == address and saved.shape == original.shape else saved
+
+    def unpack(packed: Tensor | None) -> Tensor:
+        return original.to(device, non_blocking=True, copy=True) if packed is None else packed
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
 class _Distance:
     """The mean distance of a hidden state from its reference; see ``distance_to`` of `LanguageModelLoss`."""
 
@@ -98,8 +118,10 @@ class _Distance:
                 f"{tuple(reference.shape)}"
             )
         width = x.shape[-1]
-        a, b = x.reshape(1, -1, width), reference.to(x.device).reshape(1, -1, width)
-        distance = representation_distance(a, b, self.mask, kind="l2" if self.kind == "l2" else "cosine")
+        a, reference = x.reshape(1, -1, width), reference.reshape(1, -1, width)
+        b = reference.to(x.device, non_blocking=True)
+        with saved_where_it_lies(reference, b):
+            distance = representation_distance(a, b, self.mask, kind="l2" if self.kind == "l2" else "cosine")
         if self.kind == "absolute_cosine":
             distance = 1 - (1 - distance).abs()
             if self.mask is not None:

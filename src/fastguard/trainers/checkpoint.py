@@ -1,0 +1,239 @@
+"""Save a run and go on with it, bit for bit, on any number of ranks: what a kill at any moment leaves can be used.
+
+A checkpoint holds what training moves: parameters that require a gradient, persistent buffers, the optimizer's state
+and settings, the counters of defenses and losses, and each rank's random numbers. Sharded tensors go through
+torch.distributed.checkpoint, each rank writing its own part. It is written to ``step-N.partial``, synced, renamed to
+``step-N``, and then the file ``latest`` is replaced, in one rename, by one that names it.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.taps.structure import reshard
+
+POINTER = "latest"
+
+
+class Counted(Protocol):
+    """A defense, a loss, a scheduler: anything with a small state, equal on every rank or not."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """What it needs to go on."""
+
+    def load_state_dict(self, state: Any) -> Any:
+        """Go on from there."""
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    counted: Mapping[str, Counted] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Write the checkpoint of ``step`` and point to it; called by every rank. Returns its folder.
+
+    Args:
+        folder: on a file system that all ranks share. step: optimizer steps so far.
+        model: plain, PEFT, or wrapped by FSDP2 or DDP. optimizer: of this model's parameters; not a wrapper of one.
+        counted: by name, what else has a state: the defense, a scheduler, a data loader.
+        keep: checkpoints that stay, the new one included.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    folder = Path(folder)
+    final = folder / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    if _pointed_to(folder) == final:
+        return final
+    if _rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob("*.partial"), final):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+    _barrier()
+    reshard(model)
+    own, moments = _own_state(step, model, optimizer, counted or {})
+    dcp.save({**_moving(model), **moments, f"rank {_rank()}": own}, checkpoint_id=partial)
+    _barrier()
+    if _rank() == 0:
+        _sync(partial)
+        os.rename(partial, final)
+        _sync(folder)
+        write_atomically(folder / POINTER, final.name.encode())
+        for old in sorted(folder.glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+    _barrier()
+    return final
+
+
+def load(
+    folder: str | Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    counted: Mapping[str, Counted] | None = None,
+) -> int:
+    """Go on from the latest checkpoint in ``folder``; returns its step, 0 where there is none.
+
+    Arguments as for `save`, made as for a fresh run: the same model, wrapped alike, and on as many ranks.
+
+    Raises ValueError if the checkpoint is of another number of ranks, or of other counted things.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    path = _pointed_to(Path(folder))
+    if path is None:
+        return 0
+    saved = _read_own(path)
+    counted = counted or {}
+    if saved["counted"].keys() != counted.keys():
+        raise ValueError(f"counted: expected {sorted(saved['counted'])}, as in {path}, got {sorted(counted)}")
+    reshard(model)
+    named = dict(model.named_parameters())
+    moments = {
+        _key(name, slot): torch.empty_like(named[name], dtype=dtype, requires_grad=False)
+        for name, slots in saved["moments"].items()
+        for slot, dtype in slots.items()
+    }
+    dcp.load({**_moving(model), **moments}, checkpoint_id=path)
+    _load_optimizer(optimizer, saved, named, moments)
+    for name, thing in counted.items():
+        thing.load_state_dict(saved["counted"][name])
+    random.setstate(saved["python"])
+    torch.set_rng_state(saved["torch"])
+    if saved["cuda"] is not None:
+        torch.cuda.set_rng_state(saved["cuda"])
+    return int(saved["step"])
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Make ``path`` a file of ``content``, whole or not at all, on disk when this returns."""
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    _sync(path.parent)
+
+
+def packed(state: Any) -> bytes:
+    """A small state as bytes; `unpacked` refuses anything but tensors and plain values."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes) -> Any:
+    """What was `packed`."""
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def _moving(model: nn.Module) -> dict[str, Any]:
+    """The live tensors that training changes; loading writes into them."""
+    persistent = model.state_dict()
+    buffers = {name: b for name, b in model.named_buffers() if name in persistent}
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {f"model.{name}": t for name, t in {**buffers, **trained}.items()}
+
+
+def _key(name: str, slot: str) -> str:
+    return f"optimizer.{name}.{slot}"
+
+
+def _own_state(
+    step: int, model: nn.Module, optimizer: torch.optim.Optimizer, counted: Mapping[str, Counted]
+) -> tuple[bytes, dict[str, Tensor]]:
+    """This rank's part that is no shard, and the optimizer's tensors that are shaped, and sharded, like parameters."""
+    moments: dict[str, Tensor] = {}
+    slots: dict[str, dict[str, torch.dtype]] = {}
+    scalars: dict[str, dict[str, Any]] = {}
+    for name, p in model.named_parameters():
+        for slot, value in optimizer.state.get(p, {}).items():
+            if isinstance(value, Tensor) and value.shape == p.shape and value.dim() > 0:
+                moments[_key(name, slot)] = value
+                slots.setdefault(name, {})[slot] = value.dtype
+            else:
+                scalars.setdefault(name, {})[slot] = value
+    own = {
+        "step": step,
+        "ranks": _ranks(),
+        "moments": slots,
+        "scalars": scalars,
+        "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
+        "counted": {name: dict(thing.state_dict()) for name, thing in counted.items()},
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    }
+    return packed(own), moments
+
+
+def _read_own(path: Path) -> dict[str, Any]:
+    import torch.distributed.checkpoint as dcp
+
+    ranks = [k for k in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if k.startswith("rank ")]
+    if len(ranks) != _ranks():
+        raise ValueError(f"{path}: it was saved by {len(ranks)} ranks; expected as many as there are now, {_ranks()}")
+    own: dict[str, Any] = {f"rank {_rank()}": b""}
+    dcp.load(own, checkpoint_id=path)
+    found: dict[str, Any] = unpacked(own[f"rank {_rank()}"])
+    return found
+
+
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], named: Mapping[str, nn.Parameter],
+    moments: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    if len(saved["groups"]) != len(optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: expected {len(saved['groups'])} parameter groups, got {len(optimizer.param_groups)}"
+        )
+    for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
+        group.update(settings)
+    optimizer.state.clear()
+    for name in {**saved["moments"], **saved["scalars"]}:
+        shaped = {slot: moments[_key(name, slot)] for slot in saved["moments"].get(name, ())}
+        optimizer.state[named[name]] = {**saved["scalars"].get(name, {}), **shaped}
+
+
+def _pointed_to(folder: Path) -> Path | None:
+    pointer = folder / POINTER
+    return folder / pointer.read_text().strip() if pointer.exists() else None
+
+
+def _sync(folder: Path) -> None:
+    """Make a folder's entries outlive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if _distributed() else 0
+
+
+def _ranks() -> int:
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def _barrier() -> None:
+    if _distributed():
+        torch.distributed.barrier()

@@ -1,0 +1,274 @@
+"""One of two processes that train defenses through trainers and loops: ``distributed_worker.py RANK STORE FOLDER``.
+
+The reference is one process with a plain loop: where a defense is additive over micro-batches it runs each rank's and
+averages, at that rank's sample offset; where it is not (its step has the norm of the averaged gradient), both ranks'
+batches run as one, which for means over equally many tokens is the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import accelerate_loop
+import common
+import fsdp2
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from datasets import Dataset
+from torch.utils.data import SequentialSampler
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+from fastguard.trainers import NestedMixin, RepNoiseMixin
+from tiny import tokenizer
+from tiny_models import tiny
+
+STEPS, ACCUMULATE, SIZE, LR = 2, 2, 2, 0.05
+TOLERANCE = 1e-6
+ADDITIVE = ("repnoise", "vaccine", "t_vaccine")
+
+
+def make_model(path: str | None = None) -> nn.Module:
+    return tiny("llama", torch.float64, num_hidden_layers=2)
+
+
+common.make_model = fsdp2.make_model = accelerate_loop.make_model = make_model  # no dropout: ranks would differ
+
+
+class InOrder(common.Pairs):
+    """The samples one after the other, as a trainer with a sequential sampler takes them."""
+
+    def _sample(self, place: int) -> dict[str, int]:
+        return self.samples[place % len(self.samples)]
+
+
+def pairs_of(ordered: bool, rank: int) -> common.Pairs:
+    return (InOrder if ordered else common.Pairs)(None, None, SIZE, rank, 2)
+
+
+class Both:
+    """Both ranks' batches as one."""
+
+    def __init__(self, ordered: bool) -> None:
+        self.of = [pairs_of(ordered, rank) for rank in range(2)]
+
+    def __call__(self, n: int) -> dict[str, dict[str, Tensor]]:
+        a, b = (pairs(n) for pairs in self.of)
+        return {name: {key: torch.cat([a[name][key], b[name][key]]) for key in a[name]} for name in a}
+
+
+@functools.cache
+def reference(defense: str, kind: str) -> dict[str, Tensor]:
+    model = make_model()
+    ordered = kind == "trainer"
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, LR) if ordered else torch.optim.AdamW(parameters, 1e-3)
+    scheduler = (
+        torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=5) if kind == "fsdp2" else None
+    )
+    passes = reference_passes(defense, model, ordered)
+    for step in range(STEPS):
+        for i in range(ACCUMULATE):
+            passes(step * ACCUMULATE + i)
+        if kind == "accelerate":
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler:
+            scheduler.step()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[[int], Any]:
+    if defense not in ADDITIVE:
+        _, together = common.make_defense(defense, model, Both(ordered))
+        return lambda n: together(model, n, 1 / ACCUMULATE)
+    ranks = [pairs_of(ordered, rank) for rank in range(2)]
+    if defense == "repnoise":
+        loss_fn, _ = common.make_defense(defense, model, ranks[0])
+
+        def averaged(n: int) -> None:
+            for rank in range(2):
+                loss_fn.call.fill_(n)
+                (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE) / (2 * ACCUMULATE)).backward()
+
+        return averaged
+    made = [common.make_defense(defense, model, pairs) for pairs in ranks]
+    if defense == "t_vaccine":  # layers are drawn by the mean of both ranks' norms
+        norms: Any = 0
+        for (one, _), pairs in zip(made, ranks, strict=True):
+            one._measure(pairs(0)["harmful"])
+            norms = norms + torch.stack([one.perturbation.norms[i] for i in range(2)])
+        made[0][0].probabilities = (norms / norms.sum()).tolist()
+        state = {"step": 1, "probabilities": made[0][0].probabilities, "drawn": made[0][0]._draw()}
+        for one, _ in made:
+            one.load_state_dict(state)
+    return lambda n: [passes(model, n, 0.5 / ACCUMULATE) for _, passes in made]
+
+
+# the routes -----------------------------------------------------------------------------------------------------------
+
+
+def offer_fsdp_on_cpu() -> None:
+    """accelerate runs FSDP on accelerators alone; a test may run it on CPU."""
+    made = AcceleratorState.__init__
+
+    def init(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        made(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            for shared in (PartialState._shared_state, AcceleratorState._shared_state):
+                shared["distributed_type"] = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+
+    AcceleratorState.__init__ = init
+
+
+FSDP = {
+    "version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    "reshard_after_forward": True,
+}  # fmt: skip
+
+
+def through_trainer(base: type, sharded: bool, defense: str, rank: int, folder: Path) -> nn.Module:
+    model = make_model()
+    pairs = pairs_of(True, rank)
+    settings: dict[str, Any] = dict(
+        output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=SIZE, learning_rate=LR, optim="sgd",
+        gradient_accumulation_steps=ACCUMULATE, lr_scheduler_type="constant", max_grad_norm=0.0, use_cpu=True,
+        report_to="none", save_strategy="no", logging_steps=1, remove_unused_columns=False, disable_tqdm=True,
+        weight_decay=0.0, bf16=False,  # which TRL sets otherwise
+    )  # fmt: skip
+    if sharded:
+        settings |= {"fsdp": True, "fsdp_config": FSDP}
+    given: dict[str, Any] = {"train_dataset": Dataset.from_list(pairs.samples), "data_collator": pairs.collate}
+    if base is SFTTrainer:
+        config: Any = SFTConfig(
+            **settings, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, gradient_checkpointing=sharded,
+            gradient_checkpointing_kwargs={"use_reentrant": False},
+        )  # fmt: skip
+        given["processing_class"] = tokenizer()
+    else:
+        config = TrainingArguments(**settings)
+    made, _ = common.make_defense(defense, model, pairs)
+    if defense == "repnoise":
+        mixin, given["loss_fn"] = RepNoiseMixin, made
+    else:
+        mixin, given["defense"] = NestedMixin, made
+    if defense == "tar":
+        given["data_collator"] = tar_batch(pairs.collate)
+        given["sources"] = {"harmful": lambda n: pairs(n)["harmful"], "retain": lambda n: pairs(n)["harmless"]}
+
+    class InOrderTrainer(mixin, base):
+        def _get_train_sampler(self, *_: Any) -> SequentialSampler:
+            return SequentialSampler(self.train_dataset)
+
+    trainer = InOrderTrainer(model, config, **given)
+    trainer.train()
+    if sharded:
+        assert trainer.is_fsdp_enabled
+    assert trainer.state.global_step == STEPS
+    return trainer.model_wrapped
+
+
+def tar_batch(collate: Callable) -> Callable:
+    def collated(samples: list[dict[str, int]]) -> dict[str, Any]:
+        made = collate(samples)
+        return {"retain": made["harmless"], "tamper": made["harmful"]}
+
+    return collated
+
+
+def through_accelerate(sharded: bool, defense: str, rank: int, folder: Path) -> nn.Module:
+    plugin = None
+    if sharded:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", reshard_after_forward=True,
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"], cpu_ram_efficient_loading=False,
+            state_dict_type="SHARDED_STATE_DICT",
+        )  # fmt: skip
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    kind = accelerator.distributed_type
+    assert kind == (DistributedType.FSDP if sharded else DistributedType.MULTI_CPU), kind
+    return accelerate_loop.train(loop_arguments(defense, folder), accelerator)
+
+
+def through_fsdp2(defense: str, rank: int, folder: Path) -> nn.Module:
+    return fsdp2.train(loop_arguments(defense, folder))
+
+
+def loop_arguments(defense: str, folder: Path) -> Any:
+    given = ["--out", str(folder), "--defense", defense, "--steps", str(STEPS), "--accumulate", str(ACCUMULATE)]
+    return fsdp2.arguments([*given, "--batch", str(SIZE), "--save-every", "100"])
+
+
+ROUTES: dict[str, tuple[str, Callable[[str, int, Path], nn.Module]]] = {
+    "Trainer, DDP": ("trainer", functools.partial(through_trainer, Trainer, False)),
+    "Trainer, FSDP2": ("trainer", functools.partial(through_trainer, Trainer, True)),
+    "SFTTrainer, DDP": ("trainer", functools.partial(through_trainer, SFTTrainer, False)),
+    "SFTTrainer, FSDP2": ("trainer", functools.partial(through_trainer, SFTTrainer, True)),
+    "accelerate, DDP": ("accelerate", functools.partial(through_accelerate, False)),
+    "accelerate, FSDP2": ("accelerate", functools.partial(through_accelerate, True)),
+    "plain FSDP2": ("fsdp2", through_fsdp2),
+}
+CASES = [f"{route}, {defense}" for route in ROUTES for defense in common.DEFENSES]
+
+
+def run(route: str, defense: str, rank: int, folder: Path) -> None:
+    kind, through = ROUTES[route]
+    expected = reference(defense, kind)
+    before = {name: p.detach() for name, p in make_model().named_parameters()}
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    model = through(defense, rank, folder)
+    found = {
+        name.removeprefix("module."): p.full_tensor() if hasattr(p, "full_tensor") else p
+        for name, p in model.named_parameters()
+    }
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        error, moved = (found[name] - value).norm(), (value - before[name]).norm()
+        assert error <= TOLERANCE * moved + 1e-15, f"{name}: {error:.3e} > {TOLERANCE:g} x {moved:.3e}"
+
+
+def main() -> None:
+    rank, store, folder, only = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4:]
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
+    }  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    offer_fsdp_on_cpu()
+    for case in CASES:
+        if only and not any(case.startswith(o) or case.endswith(o) for o in only):
+            continue
+        route, _, defense = case.rpartition(", ")
+        environment = dict(os.environ)  # TrainingArguments write to it
+        try:
+            run(route, defense, rank, folder / case.replace(", ", "-"))
+        except BaseException as error:
+            error.add_note(f"case: {case}")
+            raise
+        os.environ.clear()
+        os.environ.update(environment)
+        print(f"passed: {case}", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -204,6 +204,7 @@ class Subject:
         if case.get("checkpointing"):
             base_of(model).gradient_checkpointing_enable({"use_reentrant": False})
         self.inner = model
+        self.early = Reference(model) if case.get("early") else None
         self.wrapped = shard(model, case)
         self.tolerance = case.get("tolerance", TOLERANCE)
 
@@ -296,7 +297,7 @@ def one_step(subject: Subject) -> None:
 def initial_weights(subject: Subject) -> None:
     if subject.adversary:
         return
-    initial = Reference(subject.inner if subject.case["layout"].startswith("ddp") else subject.wrapped)
+    initial = subject.early or Reference(subject.inner if subject.case["layout"].startswith("ddp") else subject.wrapped)
     assert (initial.bytes == 0) == (subject.case.get("adapter") == "defender")
     weights = Weights(subject.wrapped)
     with torch.no_grad():
@@ -407,11 +408,11 @@ PIECES = {
 CASES: dict[str, dict] = {
     "root": {"layout": "root"},
     "root resharded": {"layout": "root", "reshard": True},
-    "norm and head": {"layout": "norm and head"},
+    "norm and head": {"layout": "norm and head", "early": True},
     "norm and head, checkpointing": {"layout": "norm and head", "checkpointing": True},
     "stale root, no_sync": {"layout": "root", "quiet": True, "no_sync": True},
     "bfloat16 products": {"layout": "norm and head", "mixed": True, "no_sync": True},
-    "hybrid, 2 replicas": {"layout": "norm and head", "mesh": (2, 1)},
+    "hybrid, 2 replicas": {"layout": "norm and head", "mesh": (2, 1), "early": True},
     "hybrid, 2 shards": {"layout": "root", "mesh": (1, 2), "no_sync": True},
     "defender's LoRA": {"layout": "norm and head", "adapter": "defender"},
     "adversary's LoRA": {"layout": "norm and head", "adapter": "adversary", "no_sync": True},

@@ -23,7 +23,8 @@ class Reference:
 
     Args:
         model: plain, PEFT, or wrapped by FSDP2 or DDP. A PEFT model whose adapters alone are trained needs no copy: its
-            adapters are switched off instead.
+            adapters are switched off instead. Taken before FSDP2 shards the model it is whole on every rank until its
+            first use; a model too large for that is sharded first.
         select: the parameters that will move; None for all that require a gradient.
 
     Attributes:
@@ -52,8 +53,7 @@ class Reference:
             return
         weights = Weights(model, self._select)
         live = weights.local()
-        if [t.shape for t in live] != [t.shape for t in self._host]:
-            raise ValueError("model: its trainable parameters are not those that the reference was taken of")
+        self._fit(weights, live)
         with Interrupts() as interrupts, torch.no_grad():
             exchanged = 0
             try:
@@ -70,6 +70,22 @@ class Reference:
                     weights.prepare()
                     for mine, theirs in zip(live[:exchanged], self._host[:exchanged], strict=True):
                         _exchange(mine, theirs)
+
+    def _fit(self, weights: Weights, live: list[Tensor]) -> None:
+        """Keep, of a reference that was taken before FSDP2, this rank's shards alone, in the dtype they have now.
+
+        Contents are exchanged: in a narrower dtype the live weights would lose what they have gained.
+        """
+        shapes = [p.shape for p in weights.parameters]
+        if weights.sharded and [t.shape for t in self._host] == shapes != [t.shape for t in live]:
+            self._host = [weights.shard(t, i) for i, t in enumerate(self._host)]
+        if [t.shape for t in live] != [t.shape for t in self._host]:
+            raise ValueError("model: its trainable parameters are not those that the reference was taken of")
+        self._host = [
+            _to_host(host.to(t.dtype)) if host.dtype != t.dtype else host
+            for host, t in zip(self._host, live, strict=True)
+        ]
+        self.bytes = sum(t.numel() * t.element_size() for t in self._host)
 
 
 def _to_host(t: Tensor) -> Tensor:

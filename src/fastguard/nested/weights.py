@@ -137,6 +137,16 @@ class Weights:
                 value = DTensor.from_local(value, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
             p.grad = value
 
+    def shard(self, whole: Tensor, index: int) -> Tensor:
+        """This rank's part of ``whole``, of the shape of parameter ``index``, on the device of ``whole``."""
+        sharding = self._sharding[index]
+        if sharding is None:
+            return whole
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = sharding  # every rank has the whole: nothing is sent
+        return _local(distribute_tensor(whole, mesh, placements, src_data_rank=None)).to(whole.device, copy=True)
+
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """The 2-norm over all tensors, one a parameter, and over all ranks' shards of them; 0-dim, no host sync."""
         return self._sum(lambda at: squared_norm([tensors[i] for i in at])).sqrt()

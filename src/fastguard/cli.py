@@ -1,4 +1,4 @@
-"""The command line: ``fastguard doctor | demo | immunize | report``.
+"""The command line: ``fastguard doctor | demo | immunize | report | plan``.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -96,6 +96,55 @@ def report(
         if table is not None:
             table.write_text(markdown(load(run_dir)), encoding="utf-8")
             typer.echo(f"table:  {table}")
+    except (FileNotFoundError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def plan(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Names (llama-3-8b), folders, config.json files or fastguard's YAML."),
+    ],
+    defense: Annotated[str | None, typer.Option(help="tar, booster, vaccine, t-vaccine, repnoise or sft.")] = None,
+    gpus: Annotated[int, typer.Option(help="GPUs, over all of which FSDP2 shards the model.")] = 64,
+    gpu: Annotated[str, typer.Option(help="h100, h200, a100-80g or b200.")] = "h100",
+    batch: Annotated[int, typer.Option(help="Sequences a GPU, of every batch that a step reads.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Length of a sequence.")] = 2048,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run. [default: the defense's]")] = None,
+    inner_steps: Annotated[int, typer.Option(help="TAR: steps of the simulated attacker.")] = 64,
+    adversary_batch: Annotated[
+        int | None, typer.Option(help="TAR: the attacker's sequences a GPU. [default: half of --batch]")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="mixed (fp32 masters, bf16 products), bf16 or fp32.")] = "mixed",
+    checkpointing: Annotated[bool, typer.Option(help="Keep a layer's input alone and compute the layer again.")] = True,
+    lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train adapters of this rank only.")] = None,
+    snapshot: Annotated[str, typer.Option(help="Where weights wait during an attack: device or host.")] = "device",
+    efficiency: Annotated[str, typer.Option(help="What of each peak a program gets, as matmul=0.5,network=0.6.")] = "",
+    as_json: Annotated[
+        str | None, typer.Option("--json", metavar="FILE|-", help="Write one JSON document instead of tables.")
+    ] = None,
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|-", help="Write every defense as one Markdown table, between FILE's markers."),
+    ] = None,
+) -> None:
+    """Estimate memory, work and time of a defense on many GPUs, here and as published. Nothing is run."""
+    from fastguard.plan import command
+
+    options = {
+        "gpus": gpus, "batch": batch, "tokens": tokens, "inner_steps": inner_steps, "adversary_batch": adversary_batch,
+        "checkpointing": checkpointing, "lora": lora, "snapshot": snapshot,
+        **({} if steps is None else {"steps": steps}),
+    }  # fmt: skip
+    try:
+        found = command.plans(models, defense, gpu, dtype, efficiency, options)
+        if table is not None:
+            typer.echo(command.write_table(found, table))
+        elif as_json is not None:
+            typer.echo(command.write_json(found, as_json))
+        else:
+            command.print_tables(found)
     except (FileNotFoundError, ValueError) as error:
         _fail(error)
 

@@ -1,0 +1,294 @@
+"""One pass of the model over one batch: flops, bytes moved, and what is alive while it runs.
+
+Shapes: M = samples x tokens, T tokens, L layers, D hidden, F the MLP's width, Q = H h width of the queries, K that of
+the keys, V vocabulary, c bytes of a number in the compute dtype. Activations are those that Hugging Face's Llama keeps.
+"""
+
+from __future__ import annotations
+
+from fastguard.plan.parts import FP32, Item, Part, item
+from fastguard.plan.setting import Setting
+
+LOSS, LAST, FIRST, END = "loss", "last layer", "first layer", "end"
+"""Moments of a pass: between forward and backward; in the last layer's backward; in the first layer's; after it."""
+
+TILE = 128
+"""Rows of logits that the fused head holds at a time, and that share one record of live columns."""
+
+
+def products(s: Setting, samples: int) -> float:
+    """Forward flops of the layers' products with weights: 2 flops a weight and token."""
+    a = s.architecture
+    adapter = 0 if s.lora is None else a.adapter(s.lora)
+    return 2.0 * samples * s.tokens * (a.layers * a.products + adapter)
+
+
+def scores(s: Setting, samples: int) -> float:
+    """Forward flops of attention: q k^T and p v, 2 x 2 M T Q a layer; a causal kernel computes half of it."""
+    a = s.architecture
+    full = 4.0 * samples * s.tokens * s.tokens * a.attention_width * a.layers
+    return full / 2 if s.attention == "flash" else full
+
+
+def forward_flops(s: Setting, samples: int) -> float:
+    """Of the layers, without the head."""
+    return products(s, samples) + scores(s, samples)
+
+
+def backward_flops(
+    s: Setting, samples: int, weights: bool = True, stop: float | None = None, tapped: bool = False
+) -> float:
+    """Of the layers, without the head; recomputation under checkpointing included.
+
+    weights: whether the weights' gradients are wanted: as many flops again as those of the inputs. stop: the backward
+    ends at this layer's attention output (Vaccine's recording pass), instead of at the embedding. tapped: the MLPs'
+    outputs are wanted in the backward.
+    """
+    a = s.architecture
+    m = float(samples * s.tokens)
+    base = 2 * m * a.layers * a.products
+    adapter = products(s, samples) - base
+    flops = base + adapter  # gradients of the inputs
+    if weights:
+        flops += base if s.lora is None else adapter
+    # Attention: dv, dp, dq, dk are four products of the forward's two; flash computes q k^T again, a fifth.
+    flops += scores(s, samples) * (2.5 if s.attention == "flash" else 2.0)
+    if s.checkpointing:
+        # Non-reentrant checkpointing stops as soon as what the backward needs is there: the last product is spared.
+        spared = 2 * m * a.layers * a.down if s.lora is None and not tapped else 0.0
+        flops += forward_flops(s, samples) - spared
+    if stop is not None:  # whole layers below, and the attention of the layer at which it stops
+        layer = flops / a.layers
+        attention = 2 * m * a.attention + scores(s, samples) / a.layers * (2.5 if s.attention == "flash" else 2.0)
+        flops -= stop * layer + attention
+    return flops
+
+
+def inner_bytes(s: Setting, samples: int, frozen: bool = False) -> float:
+    """What one layer keeps for its backward.
+
+    A norm keeps its input in fp32, the input divided by its root mean square, and its output: D (4 + 2 c). Attention
+    keeps q, its output, k and v: (2 Q + 2 K) c, and flash a log-sum-exp a head; eager keeps the keys and values
+    repeated for each query head, and the T x T probabilities in fp32 (and in c). The MLP keeps gate, silu(gate), up
+    and their product: 4 F c; with experts also their inputs and outputs. Frozen weights (no gradient for any of them)
+    spare the inputs of the products: a norm keeps 4 D, the MLP 3 F c.
+    """
+    a, c, t = s.architecture, s.precision.compute, s.tokens
+    q, k = a.attention_width, a.kv_width
+    each = a.norms * a.hidden * (FP32 + (0 if frozen else 2 * c)) + (2 * q + 2 * k) * c
+    if a.qk_norm:
+        each += (q + k) * (FP32 + c)
+    if s.attention == "flash":
+        each += FP32 * a.heads
+    else:
+        each += 2 * (q - k) * c + a.heads * t * (FP32 + (c if c != FP32 else 0))
+    routed = a.active or 1
+    each += (3 if frozen else 4) * a.intermediate * c * routed + (2 * a.hidden * c * routed if a.experts else 0)
+    if s.lora is not None:  # the low-rank products' inputs are there already; their r-wide outputs are kept
+        each += 7 * s.lora * c
+    return float(samples * s.tokens * each)
+
+
+def passing_bytes(s: Setting, samples: int) -> float:
+    """Gradients in flight inside one layer's backward.
+
+    At the MLP two F-wide ones beside what they were made of; at a norm, four D-wide fp32 ones. The larger counts.
+    """
+    a = s.architecture
+    routed = a.active or 1
+    return float(samples * s.tokens * max(2 * a.intermediate * routed * s.precision.compute, 4 * FP32 * a.hidden))
+
+
+def checkpoint_bytes(s: Setting, samples: int, frozen: bool = False) -> float:
+    """The inputs of all layers, or without checkpointing all that they keep."""
+    a = s.architecture
+    if not s.checkpointing:
+        return a.layers * inner_bytes(s, samples, frozen)
+    return float(a.layers * samples * s.tokens * a.hidden * s.precision.compute)
+
+
+def freezes(s: Setting) -> bool:
+    """Whether a pass for activations' gradients alone freezes the weights; FSDP2's are left as they are."""
+    return s.gpus == 1
+
+
+def hidden_states(s: Setting, samples: int) -> float:
+    """[L + 1, M, D] in the compute dtype."""
+    a = s.architecture
+    return float((a.layers + 1) * samples * s.tokens * a.hidden * s.precision.compute)
+
+
+def run(
+    s: Setting,
+    name: str,
+    samples: int,
+    count: float = 1,
+    *,
+    gradients: str = "weights",
+    stop: float | None = None,
+    tapped: bool = False,
+) -> list[Part]:
+    """Forward and, unless ``gradients`` is ``none``, backward of the layers.
+
+    gradients: ``weights``, ``activations`` (no parameter's) or ``none``.
+
+    Bytes: weights read once a direction, every kept activation written and read once a direction. Collectives of
+    FSDP2: the forward gathers all weights, the backward gathers the layers' again (the root's stay) and reduces the
+    gradients.
+    """
+    a, p = s.architecture, s.precision
+    kept = a.layers * inner_bytes(s, samples)
+    weights = a.parameters * p.compute
+    adapter = 0 if s.lora is None else s.trainable * p.compute
+    again = (a.layers * a.layer * p.compute + adapter) * s.moved
+    parts = [
+        Part(
+            f"{name}: forward", "model", 1, forward_flops(s, samples), weights + 2 * kept,
+            (weights + adapter) * s.moved,
+        )
+    ]  # fmt: skip
+    if gradients != "none":
+        wanted = gradients == "weights"
+        written = s.trainable * p.compute if wanted else 0.0
+        reduced = s.trainable * p.reduce * s.moved if wanted else 0.0
+        passes = 3 if s.checkpointing else 2  # recomputed: written and read once more
+        parts.append(
+            Part(
+                f"{name}: backward", "model", 1, backward_flops(s, samples, wanted, stop, tapped),
+                weights + written + passes * kept, again + reduced,
+            )
+        )  # fmt: skip
+    return [part.times(count) for part in parts]
+
+
+def memory(
+    s: Setting, name: str, samples: int, *, gradients: str = "weights", earlier: bool = False, head: str = "fused"
+) -> list[Item]:
+    """What a pass holds beside the weights' shards: activations, gathered weights, gradients; not the head's buffers.
+
+    earlier: gradients of an earlier pass wait in the parameters, to which this pass adds. head: ``fused`` or
+    ``full``; the fused one's gradient reaches the parameter at the end.
+    """
+    a, p = s.architecture, s.precision
+    loss, last, first, end = (f"{name}: {m}" for m in (LOSS, LAST, FIRST, END))
+    every = (loss, last, first) if gradients != "none" else (loss,)
+    m, c = samples * s.tokens, p.compute
+    norm = float(m * a.hidden * (FP32 + 2 * c))  # the final norm's
+    items: list[Item] = []
+    if gradients == "none":
+        layer = inner_bytes(s, samples) / 2  # nothing is kept: a layer's widest moment, about half of what it would
+        items.append(item("activations", norm + layer, loss))
+    else:
+        frozen = gradients == "activations" and freezes(s)
+        kept, inner = checkpoint_bytes(s, samples, frozen), inner_bytes(s, samples, frozen)
+        items.append(item("activations" if not s.checkpointing else "checkpoints", kept + norm, loss, last))
+        if s.checkpointing:
+            items.append(item("one layer's activations", inner, last, first))
+        else:
+            items.append(item("one layer's activations", inner, first))
+        items.append(item("one layer's gradients in flight", passing_bytes(s, samples), last, first))
+    if s.gathers:
+        # The layer that computes and the next, which is on its way; embedding and head stay from forward to backward.
+        adapter = 0 if s.lora is None else s.trainable / a.layers * c
+        ahead = 2 if s.gpus > 1 else 1
+        items.append(item("gathered weights", ahead * (a.layer * c + adapter) + a.root * c, *every))
+    if gradients == "weights":
+        shards = s.shard * p.weights
+        if s.gathers:
+            wide = a.layer if s.lora is None else s.trainable / a.layers
+            root = 0 if s.lora is not None else a.root
+            # One layer's, and the layer's before while it is reduced; the root's waits for the end.
+            items.append(item("gradients before sharding", wide * (c + p.reduce) + root * c, last, first))
+            items.append(item("gradients before sharding", root * (c + p.reduce), end))
+        if earlier:
+            items.append(item("gradients", shards, *every, end))
+        else:
+            # In the first layer's backward, that layer's and the embedding's are still to come, and a fused head's.
+            missing = a.layer + (a.root if head == "fused" else a.head)
+            part = 1.0 if s.lora is not None else 1 - missing / a.parameters
+            items += [item("gradients", shards * part, first), item("gradients", shards, end)]
+        if a.tied and s.lora is None and not s.gathers:  # the embedding's gradient, before it is added to the head's
+            items.append(item("the embedding's own gradient", float(p.weights * a.head), end))
+    return items
+
+
+# The head: hidden states against the vocabulary.
+
+
+def fused_head(s: Setting, name: str, rows: float, count: float = 1, *, gradients: str = "weights") -> Part:
+    """Cross-entropy or another statistic of ``rows`` rows, tile by tile: no logits in memory.
+
+    2 N D V forward; its exact backward computes the logits again and both gradients, 6 N D V (4 where the head is
+    frozen). The weight is read once a direction, its fp32 gradient written and read once.
+    """
+    a, c = s.architecture, s.precision.compute
+    one = 2.0 * rows * a.hidden * a.vocabulary
+    frozen = s.lora is not None or (gradients == "activations" and freezes(s))
+    flops, moved = one, 1
+    if gradients != "none":
+        flops += one * (2 if frozen else 3)
+        moved += 1
+    written = 0 if gradients == "none" or frozen else 2 * FP32 * a.head
+    gathered = 0.0
+    if gradients != "none" and s.gpus > 1 and not frozen:
+        # Taps read a gathered copy of the head of their own, in the weights' dtype, and reduce its gradient themselves.
+        gathered = 2 * a.head * s.precision.weights * s.moved
+    return Part(name, "head", 1, flops, moved * a.head * c + written, gathered).times(count)
+
+
+def lens_head(s: Setting, name: str, rows: float, count: float) -> Part:
+    """One hidden state's rows through norm and head: 2 N D V forward, 6 N D C backward over the C live columns."""
+    a, c = s.architecture, s.precision.compute
+    flops = 2.0 * rows * a.hidden * a.vocabulary * (1 + s.live * (2 if s.lora is not None else 3))
+    return Part(name, "head", 1, flops, a.head * c * (1 + s.live) + 4 * rows * a.hidden * c).times(count)
+
+
+def full_head(
+    s: Setting, name: str, rows: float, count: float = 1, *, gradients: str = "weights", each: float | None = None
+) -> Part:
+    """The same by full logits [N, V]: 2 N D V forward, 4 N D V backward, and element-wise passes over the logits.
+
+    each: bytes a logit of these: written (c), widened (c + 4), log-softmax (4 + 4), read (4); in the backward the
+    loss's gradient (4), the softmax's (3 x 4), narrowed (4 + c), read by two products (2 c).
+    """
+    a, c = s.architecture, s.precision.compute
+    frozen = s.lora is not None
+    one = 2.0 * rows * a.hidden * a.vocabulary
+    flops = one if gradients == "none" else one * (2 if frozen else 3)
+    if each is None:
+        each = 2 * c + 16 if gradients == "none" else 5 * c + 36
+    return Part(name, "head", 1, flops, rows * a.vocabulary * each + 2 * a.head * c).times(count)
+
+
+def fused_items(
+    s: Setting, name: str, rows: float, *, gradients: str = "weights", lenses: int = 0, lens_rows: float = 0
+) -> list[Item]:
+    """Buffers of the fused head: tiles, statistics, the head's fp32 gradient, records of live columns."""
+    a, c = s.architecture, s.precision.compute
+    loss, *later = (f"{name}: {moment}" for moment in (LOSS, LAST, FIRST, END))
+    tiles = min(rows, TILE) * a.vocabulary * (FP32 + c)
+    items = [item("logits tile", tiles, loss), item("rows of the head", rows * a.hidden * (FP32 + c), loss)]
+    if s.lora is None and not (gradients == "activations" and freezes(s)):
+        # One buffer for all taps, until autograd comes to the parameter; and the zero gradient of the one position
+        # whose logits the model makes (under FSDP2 that one is among the root's).
+        items.append(item("head's gradient, fp32", FP32 * a.head, loss, *later))
+        if not s.gathers:
+            items.append(item("head's gradient from the model's own logits", float(c * a.head), *later))
+    if s.gpus > 1:
+        items.append(item("head gathered for the taps", a.head * c, loss, *later[:-1]))
+    if lenses:
+        codes = -(-lens_rows // TILE) * a.vocabulary
+        items.append(item("taps: live columns, statistics", lenses * (codes + 3 * FP32 * lens_rows), loss, later[0]))
+    return items
+
+
+def full_items(s: Setting, name: str, rows: float, each: float = 12.0) -> list[Item]:
+    """Full logits. each: bytes a logit at the worst moment: log-softmax, the loss's gradient, the softmax's, fp32
+    all.
+    """
+    a = s.architecture
+    items = [item("full logits", rows * a.vocabulary * each, f"{name}: {LOSS}")]
+    if s.lora is None and not s.gathers:  # under FSDP2 it is among the root's
+        waits = (LAST, FIRST, END) if a.tied else (LAST,)  # a tied one for the embedding's
+        items.append(item("head's gradient", a.head * s.precision.compute, *(f"{name}: {moment}" for moment in waits)))
+    return items

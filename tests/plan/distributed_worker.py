@@ -1,0 +1,78 @@
+"""One of two processes whose memory and collectives are counted under FSDP2: ``python distributed_worker.py RANK
+STORE``.
+
+Prints a JSON line per case: what was counted on this rank, and what the plan of two GPUs says.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from plan.live import Watch, held_by
+from plan.workloads import STEPS, TINY, build, planned, setting
+
+CASES = {
+    "published sft": {"checkpointing": True},
+    "published sft, nothing recomputed": {"checkpointing": False},
+    "sft": {"checkpointing": True},
+    "booster": {"checkpointing": True},
+    "tar": {"checkpointing": True},
+}
+
+
+def shard(model: torch.nn.Module) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def run(name: str, checkpointing: bool) -> dict[str, float]:
+    torch.manual_seed(0)
+    model = build(TINY, "fp32", checkpointing)
+    prepare, recipe = STEPS[name.partition(",")[0]]
+    if name != "tar":
+        step, beside = prepare(model)
+        shard(model)
+    else:  # its reference is of the shards
+        shard(model)
+        step, beside = prepare(model)
+    step()  # FSDP2 makes its buffers
+    for p in model.parameters():
+        p.grad = None
+    watch = Watch([*held_by(model), *beside])
+    with watch.on():
+        step()
+    s = setting(model, "mixed", checkpointing, gpus=2)
+    flops, memory = planned(recipe(s))
+    return {
+        "flops": watch.flops, "planned_flops": flops, "memory": watch.peak, "planned_memory": memory,
+        "network": (watch.gathered + watch.scattered) * s.moved,
+        "planned_network": sum(part.network for part in recipe(s).parts),
+    }  # fmt: skip
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    rank, store = int(sys.argv[1]), sys.argv[2]
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
+    for name, options in CASES.items():
+        print(json.dumps({"case": name, **run(name, **options)}), flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

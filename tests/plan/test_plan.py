@@ -1,0 +1,342 @@
+"""The plan against what runs here: products exactly, memory and collectives within a tenth; and its own arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+
+from fastguard.plan import architecture, hardware, passes
+from fastguard.plan.architecture import MODELS, find, from_config
+from fastguard.plan.defenses import defenses
+from fastguard.plan.estimate import estimate, usable
+from fastguard.plan.parts import Part, held, moments, peak
+from fastguard.plan.setting import PRECISIONS, Efficiency, Setting
+from plan.live import Watch, held_by
+from plan.workloads import LLAMA_8B, SMOLLM2, STEPS, TINY, build, compare, ids, planned, setting
+from tiny_models import ARCHITECTURES, COMMON
+
+TENTH = 0.10
+
+
+def close(found: float, expected: float, tolerance: float = TENTH) -> bool:
+    return abs(found - expected) <= tolerance * expected
+
+
+# Against runs.
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_whole_step_multiplies_and_holds_what_the_plan_says(name, checkpointing, precision):
+    model = build(TINY, precision, checkpointing)
+    found = compare(name, model, setting(model, precision, checkpointing))
+    assert close(found.planned_flops, found.flops, 0.005), str(found)
+    assert close(found.planned_memory, found.memory), str(found)
+
+
+def test_the_comparison_can_fail():
+    """A plan of another batch, of another head, or without checkpointing is not within a tenth."""
+    model = build(TINY)
+    found = compare("sft", model, setting(model))
+    for other in (setting(model, batch=5), setting(model, checkpointing=False)):
+        flops, memory = planned(defenses()["sft"].recipe(other))
+        assert not close(flops, found.flops) and not close(memory, found.memory)
+    assert not close(planned(defenses()["sft"].published(setting(model)))[1], found.memory)
+
+
+def llama_8b(checkpointing: bool):
+    """Llama-3-8B without its numbers, the loss of a batch of it, and its setting."""
+    model = build(LLAMA_8B, "bf16", checkpointing, device="meta")
+    batch = torch.zeros(2, 1024, dtype=torch.long, device="meta")
+    mask = torch.zeros(1, 1, 1024, 1024, dtype=torch.bfloat16, device="meta")
+    s = setting(model, "bf16", checkpointing, batch=2, tokens=1024)
+    assert dataclasses.replace(s.architecture, name="llama-3-8b") == find("llama-3-8b")
+    return model, lambda: model(input_ids=batch, labels=batch, attention_mask=mask, use_cache=False).loss, s
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_forward_and_backward_equal_torchs_flop_counter(checkpointing):
+    """The counter stands outside of fastguard and of `Watch`."""
+    _, loss_of, s = llama_8b(checkpointing)
+    with FlopCounterMode(display=False) as counter:
+        loss = loss_of()
+        forward = counter.get_total_flops()
+        loss.backward()
+    head = 2.0 * 2048 * s.architecture.head
+    assert forward == passes.forward_flops(s, 2) + head
+    assert counter.get_total_flops() - forward == passes.backward_flops(s, 2) + 2 * head
+
+
+def test_memory_of_llama_8b():
+    model, loss_of, s = llama_8b(checkpointing=True)
+    watch = Watch(held_by(model))
+    with watch.on():
+        loss_of().backward()
+    flops, memory = planned(defenses()["sft"].published(s))
+    assert flops == watch.flops and close(memory, watch.peak), memory / watch.peak
+
+
+def test_smollm2_step_on_this_machine():
+    model = build(SMOLLM2)
+    s = setting(model, batch=2, tokens=64)
+    assert s.architecture.parameters == sum(p.numel() for p in model.parameters()) == find("smollm2").parameters
+    from fastguard.losses.language_model import LanguageModelLoss
+
+    loss = LanguageModelLoss(model)
+    watch = Watch(held_by(model))
+    with watch.on():
+        loss({"input_ids": ids(0, 2, 64, 49152)}).backward()
+    flops, memory = planned(defenses()["sft"].recipe(s))
+    assert close(flops, watch.flops, 0.02), flops / watch.flops  # the last position of each sequence predicts nothing
+    assert close(memory, watch.peak), memory / watch.peak
+
+
+def test_the_process_itself_grows_as_planned():
+    """Linux's high-water mark of a fresh process, not a count of tensors. Freed memory must go back at once for
+    that.
+    """
+    program = "import warnings; warnings.simplefilter('ignore')\n"
+    program += "import measure\nfrom plan.workloads import *\n"
+    program += "shape = dict(TINY, hidden_size=256, intermediate_size=704, vocab_size=8192)\n"
+    program += "model = build(shape, checkpointing=False)\nrun, _ = full(model)\nrun()\n"
+    program += "model.zero_grad(set_to_none=True)\nprint(measure.peak_bytes(run))"
+    root = Path(__file__).parents[2]
+    environment = {
+        "PYTHONPATH": f"{root / 'tests'}:{root / 'benchmarks'}:{root / 'src'}", "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    model = build(dict(TINY, hidden_size=256, intermediate_size=704, vocab_size=8192), device="meta")
+    memory = planned(defenses()["sft"].published(setting(model, checkpointing=False)))[1]
+    assert close(memory, int(done.stdout)), (memory, done.stdout)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_under_fsdp2(tmp_path):
+    from plan.distributed_worker import CASES
+
+    worker = Path(__file__).with_name("distributed_worker.py")
+    workers = [
+        subprocess.Popen(
+            [sys.executable, str(worker), str(rank), str(tmp_path / "store")],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=300) for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
+    for process, (output, errors) in zip(workers, outputs, strict=True):
+        assert process.returncode == 0, errors[-6000:]
+        found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        assert [case["case"] for case in found] == list(CASES)
+        for case in found:
+            assert close(case["planned_flops"], case["flops"], 0.005), case
+            assert close(case["planned_network"], case["network"], 0.005), case
+            assert close(case["planned_memory"], case["memory"]), case
+
+
+# Architectures.
+
+CARDS = {
+    "llama-2-7b": 6_738_415_616, "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
+    "llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824, "mistral-7b": 7_241_732_096,
+    "mixtral-8x7b": 46_702_792_704, "qwen2.5-0.5b": 494_032_768, "qwen2.5-7b": 7_615_616_512,
+    "qwen3-8b": 8_190_735_360, "gemma-2-2b": 2_614_341_888, "gemma-2-9b": 9_241_705_984, "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384,
+}  # fmt: skip
+"""Parameter counts of the published weights."""
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_known_models_have_their_published_size(name):
+    assert find(name).parameters == CARDS[name]
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "llama_tied", "qwen3", "mistral", "gemma2", "mixtral", "qwen3_moe", "granite"]
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_parameters_of_every_family_are_counted_exactly(kind, biased):
+    family, special = ARCHITECTURES[kind]
+    options = {**COMMON, **special, "head_dim": 8}
+    if biased:
+        options |= {"attention_bias": True, "mlp_bias": True}
+    import transformers
+
+    config = getattr(transformers, f"{family}Config")(**options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    found = from_config(config.to_dict())
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert found.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
+
+
+def test_qwen2_has_biases_on_q_k_v():
+    config = AutoConfig.for_model("qwen2", **{**COMMON, "tie_word_embeddings": False})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert from_config(config.to_dict()).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_lora_parameters_are_those_of_peft():
+    peft = pytest.importorskip("peft")
+    model = build(TINY)
+    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=names))
+    trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+    assert trained == from_config(model.config.to_dict()).adapter(8)
+
+
+def test_models_are_found_by_name_folder_file_and_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model: LlamaForCausalLM = build(TINY, device="meta")
+    folder = tmp_path / "mine"
+    model.config.save_pretrained(folder)
+    expected = sum(p.numel() for p in model.parameters())
+    assert find("mine").parameters == find("mine/config.json").parameters == expected and find("mine").name == "mine"
+    Path("run.yaml").write_text("model: {name: meta-llama/Meta-Llama-3-8B-Instruct}\n")
+    Path("other.yaml").write_text("model: {name: ./mine}\n")
+    assert find("run.yaml") is MODELS["llama-3-8b"] and find("other.yaml").parameters == expected
+    assert find("smollm2") is MODELS["smollm2-135m"]
+
+
+def test_models_that_cannot_be_planned_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no folder or file .*llama-3-8b"):
+        find("nothing/there")
+    for text, said in (
+        ("[]", "expected an object"),
+        ("{", "not valid JSON"),
+        ('{"model_type": "mamba"}', "model_type: expected one of llama"),
+        (
+            '{"model_type": "llama", "hidden_size": 8}',
+            "num_attention_heads: expected an integer of 1 or more, got None",
+        ),
+        ('{"model_type": "qwen3_moe", "decoder_sparse_step": 2}', "experts in every layer"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            find(str(tmp_path))
+    with pytest.raises(ValueError, match="mixture of experts"):
+        Setting(find("mixtral-8x7b"), lora=8)
+    with pytest.raises(ValueError, match="gpu: expected one of h100"):
+        hardware.find("abacus")
+
+
+# Figures done by hand.
+
+
+def test_flops_of_a_token_are_6_n_and_attention():
+    """Llama-3-8B, no recomputation: 6 flops a parameter but the embedding, and 3 x 2 T Q L for causal attention."""
+    s = Setting(find("llama-3-8b"), batch=1, checkpointing=False, tokens=2048)
+    flops = sum(p.flops for p in defenses()["sft"].published(s).parts) / 2048
+    by_hand = 6 * (8_030_261_248 - 128256 * 4096) + 3.5 * 2 * 2048 * 4096 * 32
+    assert close(flops, by_hand, 1e-3)  # the norms' weights are in no product
+
+
+def test_seconds_by_hand():
+    s = Setting(find("llama-3-8b"), efficiency=Efficiency(matmul=0.5, memory=0.5, network=0.5, host=0.5, overlap=1.0))
+    assert Part("", "", flops=989.4e12).seconds(s) == pytest.approx(2.0)
+    assert Part("", "", memory=3.35e12).seconds(s) == pytest.approx(2.0)
+    assert Part("", "", network=400e9).seconds(s) == pytest.approx(2.0)  # 8 network cards of 400 Gbit/s a node
+    assert Part("", "", network=400e9, flops=989.4e12).seconds(s) == pytest.approx(2.0)  # hidden
+    assert Part("", "", host=64e9, flops=989.4e12).seconds(s) == pytest.approx(4.0)
+    assert Part("", "", network=450e9).seconds(dataclasses.replace(s, gpus=8)) == pytest.approx(2.0)  # NVLink
+
+
+def test_weights_and_states_by_hand():
+    """70B on 64 GPUs: 16 bytes a parameter (fp32 weight, gradient, two moments), 12 of them between steps."""
+    s = Setting(find("llama-3-70b"))
+    items = {i.name: i.bytes for i in defenses()["sft"].recipe(s).items if i.moments is None}
+    assert items == {"weights": 4 * 70_553_706_496 / 64, "outer optimizer": 8 * 70_553_706_496 / 64}
+    lora = Setting(find("llama-3-70b"), lora=16)
+    weights = {i.name: i.bytes for i in defenses()["sft"].recipe(lora).items if i.moments is None}["weights"]
+    assert weights == (2 * 70_553_706_496 + 4 * lora.trainable) / 64
+
+
+# What must hold for every plan.
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("name", defenses())
+def test_the_largest_batch_fits_and_one_more_does_not(name, published):
+    s = Setting(find("llama-3-8b"), tokens=512)
+    e = estimate(s, defenses()[name], published)
+    build_recipe = defenses()[name].published if published else defenses()[name].recipe
+
+    def memory(batch):
+        return peak(build_recipe(s.with_batch(batch)).items)[1]
+
+    assert memory(e.largest) <= usable(s) < memory(e.largest + 1)
+    assert e.fits == (s.batch <= e.largest)
+    assert sum(i.bytes for i in e.at_peak) == pytest.approx(e.memory)
+    assert e.hours == pytest.approx(e.seconds * s.steps / 3600)
+
+
+@pytest.mark.parametrize("name", defenses())
+def test_memory_falls_with_gpus_and_grows_with_the_batch(name):
+    s = Setting(find("llama-3-8b"))
+    for build_recipe in (defenses()[name].recipe, defenses()[name].published):
+        more, longer = dataclasses.replace(s, gpus=128), dataclasses.replace(s, tokens=4096)
+        assert peak(build_recipe(more).items)[1] < peak(build_recipe(s).items)[1] < peak(build_recipe(longer).items)[1]
+        assert all(p.flops >= 0 and p.memory >= 0 and p.seconds(s) > 0 for p in build_recipe(s).parts)
+        assert all(i.bytes >= 0 for i in build_recipe(s).items)
+
+
+def test_a_snapshot_on_the_host_is_not_on_the_gpu():
+    s = Setting(find("llama-3-70b"))
+    on_host = dataclasses.replace(s, snapshot="host")
+    here, there = (defenses()["tar"].recipe(x) for x in (s, on_host))
+    for moment in moments(here.items):
+        difference = sum(i.bytes for i in held(here.items, moment)) - sum(i.bytes for i in held(there.items, moment))
+        assert difference == pytest.approx(4 * s.shard if moment.startswith(("attack", "tamper")) else 0, abs=16)
+    assert sum(p.host for p in there.parts) - sum(p.host for p in here.parts) == pytest.approx(8 * s.shard)
+
+
+def test_lora_computes_no_gradient_of_frozen_weights_and_moves_no_reference():
+    full, lora = (
+        Setting(find("llama-3-8b"), checkpointing=False),
+        Setting(find("llama-3-8b"), checkpointing=False, lora=16),
+    )
+    ratio = passes.backward_flops(lora, 8) / passes.backward_flops(full, 8)
+    assert 0.5 < ratio < 0.6
+    recipe = defenses()["tar"].recipe(lora)
+    assert not any(p.host for p in recipe.parts) and not any(i.host and i.bytes for i in recipe.items)
+
+
+def test_settings_and_efficiencies_are_checked():
+    assert Efficiency.parse("matmul=0.5, host=1") == Efficiency(matmul=0.5, host=1.0)
+    for text, said in (("speed=1", "expected one of matmul"), ("matmul=fast", "number"), ("matmul=2", "share"),
+                       ("memory=0", "share")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            Efficiency.parse(text)
+    for options, said in (({"gpus": 0}, "gpus"), ({"batch": 0}, "batch"), ({"rows": 0.0}, "rows"),
+                          ({"lora": 0}, "lora"),
+                          ({"snapshot": "disk"}, "device or host")):  # fmt: skip
+        with pytest.raises(ValueError, match=said):
+            Setting(find("llama-3-8b"), **options)
+
+
+def test_data_sheets_are_consistent():
+    for gpu in hardware.GPUS.values():
+        assert gpu.collective(8) == gpu.nvlink and gpu.collective(64) == min(gpu.nvlink, 8 * gpu.network)
+        assert 50 < gpu.flops / gpu.bandwidth < 500 and gpu.memory >= 80e9 and "data sheet" in gpu.source
+    assert math.isclose(hardware.H100.flops / hardware.A100.flops, 3.17, rel_tol=0.01)
+    assert set(PRECISIONS) == {"mixed", "bf16", "fp32"}
+    assert set(architecture.ALIASES.values()) <= set(MODELS)

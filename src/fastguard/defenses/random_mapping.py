@@ -1,0 +1,124 @@
+"""Random Mapping: the initial safeguard that Tamper-Resistant Safeguards start from (arXiv 2408.00761, appendix).
+
+loss = CE(retain) + mean over all L + 1 hidden states of the mean over tokens of (1 - abs(cos(h, r(id))))
+
+on a harmful batch, where r(id) is a fixed random direction of the token's id, the same at every depth. The states of
+harmful text come to say which token stands there and no more; either sign will do.
+
+Published: a table of V x D normal numbers; every position of the harmful batch counts, padding included; lr 1e-5
+(schedule-free AdamW, 100 steps of warm-up), 1000 steps of 8. Here r(id) is row id of
+``philox.gaussian_noise(V, D, seed=seed)``, made for the tokens that occur when they are needed: a function of
+(seed, id), equal on every rank, and nothing to keep or to save.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.defenses.passes import Batch, Loss, differentiate
+from fastguard.losses.language_model import LanguageModelLoss
+from fastguard.nested.gradients import added_gradients
+from fastguard.nested.weights import Select
+from fastguard.ops.philox import BLOCK, LANES, _normals, philox4x32
+from fastguard.ops.precision import accumulation_dtype
+
+
+def token_directions(ids: Tensor, features: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The random vector of every token: [*ids.shape, features], standard normal, a function of (seed, id).
+
+    Row i of ``philox.gaussian_noise(V, features, seed=seed)`` where the id is i.
+    """
+    unique, place = ids.unique(return_inverse=True)
+    groups = -(-features // BLOCK)
+    group = torch.arange(groups * LANES, device=ids.device)[None]
+    zero = torch.zeros_like(group)
+    words = philox4x32((group, unique[:, None], zero, zero), seed)
+    lanes = [*_normals(*words[:2]), *_normals(*words[2:])]
+    rows = torch.stack([n.to(dtype).view(len(unique), groups, LANES) for n in lanes], dim=2)
+    return rows.view(len(unique), -1)[:, :features][place]
+
+
+class RandomMapping:
+    """Gradients of one Random Mapping step; the caller owns the optimizer.
+
+        mapping = RandomMapping(model)                      # before compilation, DDP and FSDP2
+        figures = mapping.backward(harmful=batch, retain=other)
+
+    Cost: a forward and backward of each batch, one after the other. Memory above a training step: the directions of the
+    harmful batch, B T D elements, in fp32 (`direction_bytes`).
+
+    Args:
+        model: a Hugging Face causal language model, also PEFT.
+        mapping_weight, retain_weight: of the two terms; published 1.
+        mask_padding: keep padding out of the mapping; published: it counts.
+        loss: the retain batch's, of (model, batch); None: cross-entropy.
+        reads: whose gradients are wanted; None: every parameter's that requires one.
+        seed: of the directions.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        mapping_weight: float = 1.0,
+        retain_weight: float = 1.0,
+        mask_padding: bool = False,
+        loss: Loss | None = None,
+        reads: Select = None,
+        seed: int = 0,
+    ) -> None:
+        self.model, self.loss, self.reads, self.seed = model, loss, reads, seed
+        self.mapping_weight, self.retain_weight, self.mask_padding = mapping_weight, retain_weight, mask_padding
+        self.language = LanguageModelLoss(model)
+        head = self.language.structure.head
+        self._features = int(head.weight.shape[1])  # type: ignore[union-attr, index]
+        self._dtype = accumulation_dtype(next(model.parameters()).dtype)
+        self.direction_bytes = 0
+        self.step = 0
+
+    def backward(
+        self, *, harmful: Batch, retain: Batch, model: nn.Module | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add ``scale`` times the step's gradient to every parameter's.
+
+        Args:
+            harmful, retain: ``input_ids`` [B, T], ``attention_mask``, optionally ``labels``.
+            model: as wrapped after construction. scale: 1 / the number of accumulated steps.
+
+        Returns:
+            0-dim, detached: ``loss``, ``retain_ce``, ``mapping``.
+
+        An exception leaves the earlier gradients. Errors as in ``LanguageModelLoss``.
+        """
+        model = self.model if model is None else model
+        with added_gradients(model, self.reads) as weights:
+            loss = self.language(retain, model=model) if self.loss is None else self.loss(model, retain)
+            ce = differentiate(weights, loss, "RandomMapping: retain batch", scale * self.retain_weight)
+            loss = self._mapping(harmful, model)
+            mapped = differentiate(weights, loss, "RandomMapping: harmful batch", scale * self.mapping_weight)
+        self.step += 1
+        return {
+            "loss": self.retain_weight * ce + self.mapping_weight * mapped, "retain_ce": ce, "mapping": mapped,
+        }  # fmt: skip
+
+    def _mapping(self, batch: Batch, model: nn.Module) -> Tensor:
+        directions = token_directions(batch["input_ids"], self._features, self.seed, self._dtype)
+        self.direction_bytes = directions.numel() * directions.element_size()
+        mask = batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
+        states = [directions] * (len(self.language.structure.layers) + 1)
+        return self.language(
+            batch, None, model, distance_to=states, distance_kind="absolute_cosine", distance_mask=mask
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        """The number of steps so far; nothing is drawn from it."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.language.close()

@@ -1,0 +1,373 @@
+"""Tamper-Resistant Safeguards (Tamirisa et al. 2024, arXiv 2408.00761): trained against simulated fine-tuning attacks.
+
+One outer step, first order, from the weights w:
+
+1. For each of A adversaries: w_0 = w, and K steps of a fresh AdamW on that adversary's batches give w_1 ... w_K. After
+   every n-th of them the tamper-resistance loss of one held-out harmful batch is differentiated *at the tampered
+   weights*.
+2. gradient = sum over adversaries and read steps i of  s exp(lambda (i - (K - 1))) / A * grad TR(w_(i+1))
+   + r * grad retain(w), with i counted from 0. It is applied at w by the caller's optimizer.
+
+``TR`` is minus the entropy of the next-token distribution (``max_entropy``), or DPO on preference pairs. ``retain`` is
+the cross-entropy of the retain batch plus the mean over all L + 1 hidden states of the mean L2 distance of a token's
+state from the one that a frozen reference has.
+
+Here no second model is resident: the reference's weights wait in host memory and change places with the live ones for
+one forward (``nested.Reference``); nobody makes [B, T, V] logits or a difference of hidden states.
+
+Where paper and code differ, the code is followed, since it made the released models:
+
+* max entropy averages over *all* positions, padding and prompt included (``tamper_positions="labels"``: only those that
+  carry loss), and so does the distance (``mask_padding`` leaves padding out);
+* the held-out batch is fixed within an attack and drawn anew for the next (hand `TAR.backward` one an adversary);
+* the code can drop the tamper gradient when its loss falls under a bound; the released runs switch that off, and it is
+  left out here. So is the "linear_warmup" of an adversary, a constant factor on its learning rate that no run uses;
+* its random numbers are unseeded per step and not saved; here every choice is a function of (seed, step);
+* the released runs start from a model prepared by ``RandomMapping`` and take the *original* model for the reference:
+  make ``nested.Reference`` before that stage and pass it on. Outer optimizer: schedule-free AdamW, lr 2e-5, 32 steps of
+  warm-up, 750 steps with 8 retain and 4 attack samples on each GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.defenses.passes import Batch, Loss, differentiate
+from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
+from fastguard.nested.attack import SimulatedAttack
+from fastguard.nested.gradients import added_gradients
+from fastguard.nested.guard import derived_seed, own_random_numbers
+from fastguard.nested.optimizers import AdamW, Optimizer
+from fastguard.nested.reference import Reference
+from fastguard.nested.snapshot import Where
+from fastguard.nested.weights import Select, Weights
+
+Pairs = Mapping[str, Batch]
+Source = Callable[[int], Batch]
+
+TAMPER_LOSSES = ("max_entropy", "dpo")
+
+
+@dataclass(frozen=True)
+class Adversary:
+    """One simulated attacker: what it is called, its learning rate, and the batches that it trains on, one a step."""
+
+    name: str
+    lr: float
+    batches: Iterable[Batch]
+
+
+class TAR:
+    """Gradients of one TAR step; the caller owns the optimizer.
+
+        tar = TAR(model)                                    # before compilation, DDP and FSDP2
+        adversaries = tar.adversaries({"harmful": harmful.__getitem__, "retain": benign.__getitem__})
+        figures = tar.backward(retain=batch, tamper=held_out, adversaries=adversaries)
+        optimizer.step(); optimizer.zero_grad()
+
+    Cost: K + K / n forward and backward passes an adversary, one of each for the retain batch, one forward of the
+    reference. Memory above a training step: one snapshot of the weights, the adversary's moments, an accumulator, and
+    in the retain pass, when these are gone, the reference's states.
+
+    Args:
+        model: a Hugging Face causal language model, also PEFT (its adapters are then what defender and attackers train,
+            and the reference is the model without them).
+        steps: K. every: n; the gradient is read after every n-th step.
+        lrs: an adversary's learning rate is one of these.
+        kinds: of adversaries, equally likely; each names the corpus it trains on, or two: the first up to the switch
+            point. Published for biology: two harmful corpora and the switch from retain data, a third each.
+        switch: (a, b); the switch point is floor(Beta(a, b) * K).
+        count: A, adversaries a step.
+        schedule: lambda of the weights; None weighs every read by 1 / K, as the code without its schedule.
+        grad_scale: s. The DPO script takes 0.1, with K = 8, every step read and two adversaries.
+        tamper_loss: ``max_entropy`` (the released weaponisation runs), ``dpo``, or a callable of (model, batch).
+        tamper_positions: of max entropy: ``all`` (published) or ``labels``, see ``LanguageModelLoss``.
+        beta: of DPO.
+        retain_weight: r. representations: whether the retain loss has the distance (the DPO script has none).
+        mask_padding: keep padding out of the distance; published: it counts.
+        reference: of the distance and of DPO; None: the model as it is now.
+        states_on: where the reference's states wait; None: where they arise.
+        loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
+        optimizer: from a learning rate to the attackers' optimizer.
+        trains, reads, snapshot: see ``nested.SimulatedAttack``; for a LoRA attacker ``nested.LoRAAdversary``'s.
+        seed: of all that is drawn.
+
+    Attributes:
+        step: backwards so far. state_bytes: of the reference's states in the last step, (L + 1) B T D elements.
+
+    Raises:
+        ValueError: an argument outside its range, or a model whose structure is not found.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        steps: int = 64,
+        every: int = 4,
+        lrs: Sequence[float] = (2e-6, 2e-5, 4e-5),
+        kinds: Sequence[Sequence[str]] = (("harmful",), ("retain", "harmful")),
+        switch: tuple[float, float] = (6.0, 3.0),
+        count: int = 1,
+        schedule: float | None = 0.0625,
+        grad_scale: float = 4.0,
+        tamper_loss: str | Loss = "max_entropy",
+        tamper_positions: str = "all",
+        beta: float = 0.1,
+        retain_weight: float = 1.0,
+        representations: bool = True,
+        mask_padding: bool = False,
+        reference: Reference | None = None,
+        states_on: torch.device | str | None = None,
+        loss: Loss | None = None,
+        optimizer: Callable[[float], Optimizer] = AdamW,
+        trains: Select = None,
+        reads: Select = None,
+        snapshot: Where = "device",
+        seed: int = 0,
+    ) -> None:
+        _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
+        _require(count >= 1, "count", count, "at least one adversary")
+        _require(len(lrs) > 0 and all(lr > 0 for lr in lrs), "lrs", lrs, "learning rates above 0")
+        _require(len(kinds) > 0 and all(len(k) in (1, 2) for k in kinds), "kinds", kinds, "tuples of one corpus or two")
+        _require(all(x > 0 for x in switch), "switch", switch, "two numbers above 0")
+        _require(callable(tamper_loss) or tamper_loss in TAMPER_LOSSES, "tamper_loss", tamper_loss, str(TAMPER_LOSSES))
+        self.model, self.steps, self.every, self.count, self.seed = model, steps, every, count, seed
+        self.lrs, self.kinds, self.switch = tuple(lrs), tuple(tuple(k) for k in kinds), switch
+        self.schedule, self.grad_scale, self.retain_weight = schedule, grad_scale, retain_weight
+        self.tamper_loss, self.tamper_positions, self.beta = tamper_loss, tamper_positions, beta
+        self.representations, self.mask_padding, self.states_on = representations, mask_padding, states_on
+        self.optimizer, self.reads = optimizer, reads
+        if reference is None and (representations or tamper_loss == "dpo"):
+            reference = Reference(model, reads)
+        self.reference = reference
+        self.state_bytes = 0
+        self.language = LanguageModelLoss(model)
+        self.loss = loss
+        self.attack = SimulatedAttack(model, trains=trains, reads=reads, snapshot=snapshot, seed=seed)
+        self.step = 0
+
+    @property
+    def reference_bytes(self) -> int:
+        """Host memory of the reference's weights on this rank; 0 where adapters are switched off instead."""
+        return 0 if self.reference is None else self.reference.bytes
+
+    def weight(self, i: int) -> float:
+        """The weight of the gradient that is read after step ``i``, counted from 0."""
+        return 1 / self.steps if self.schedule is None else math.exp(self.schedule * (i - (self.steps - 1)))
+
+    def adversaries(self, sources: Mapping[str, Source]) -> list[Adversary]:
+        """The adversaries of the coming step, a function of (seed, step) alone, equal on every rank.
+
+        Args:
+            sources: by the corpora's names in ``kinds``: a function from a number to a batch. The numbers grow for ever
+                and none comes twice, so that a source that is a function of its argument needs no state to be resumed.
+        """
+        missing = {name for kind in self.kinds for name in kind} - sources.keys()
+        _require(not missing, "sources", sorted(sources), f"also {sorted(missing)}")
+        return [self._adversary(sources, index) for index in range(self.count)]
+
+    def _adversary(self, sources: Mapping[str, Source], index: int) -> Adversary:
+        draw = random.Random(derived_seed("tar", self.seed, self.step, index))
+        kind, lr = draw.choice(self.kinds), draw.choice(self.lrs)
+        switch = int(draw.betavariate(*self.switch) * self.steps) if len(kind) == 2 else 0
+        first = (self.step * self.count + index) * self.steps
+        names = [kind[0] if i < switch else kind[-1] for i in range(self.steps)]
+        name = kind[0] if len(kind) == 1 else f"{kind[0]}, from step {switch} {kind[1]}"
+        return Adversary(name, lr, (sources[corpus](first + i) for i, corpus in enumerate(names)))
+
+    def backward(
+        self,
+        *,
+        retain: Batch,
+        tamper: Batch | Pairs | Sequence[Batch | Pairs],
+        adversaries: Sequence[Adversary],
+        model: nn.Module | None = None,
+        scale: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Add ``scale`` times the step's gradient to every parameter's.
+
+        Args:
+            retain: ``input_ids`` [B, T], ``attention_mask``, ``labels``; see ``LanguageModelLoss``.
+            tamper: the held-out batch, or one an adversary; for DPO ``{"chosen": batch, "rejected": batch}``.
+            adversaries: see `adversaries`; each with at least K batches.
+            model: as wrapped after construction.
+            scale: 1 / the backwards of an optimizer step, each of which simulates attacks of its own.
+
+        Returns:
+            0-dim, detached: ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``;
+            ``tamper``, the mean of what was read, unweighted; ``attacker_first`` and ``attacker_last``, the attackers'
+            mean loss before their first and last step.
+
+        Whatever is raised, parameters, buffers, gradients and counters are as they were.
+
+        Raises:
+            ValueError: batches that do not fit, or too few. FloatingPointError: a loss is not finite.
+        """
+        model = self.model if model is None else model
+        held_out = list(tamper) if isinstance(tamper, Sequence) else [tamper] * len(adversaries)
+        _require(len(adversaries) > 0, "adversaries", len(adversaries), "at least one")
+        _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
+        calls, figures = self.attack.calls, _Figures()
+        try:
+            with added_gradients(model, self.reads) as weights:
+                for adversary, batch in zip(adversaries, held_out, strict=True):
+                    self._attack(model, adversary, batch, 1 / len(adversaries), scale, figures)
+                self._retain(model, weights, retain, scale, figures)
+        except BaseException:
+            self.attack.calls = calls
+            raise
+        self.step += 1
+        return figures.means()
+
+    def _attack(
+        self, model: nn.Module, adversary: Adversary, held_out: Batch | Pairs, share: float, scale: float,
+        figures: _Figures,
+    ) -> None:  # fmt: skip
+        tamper_loss = self._prepared(model, held_out)
+        with self.attack.at(model, self.optimizer(adversary.lr)) as tampered:
+            for i, batch in enumerate(islice(adversary.batches, self.steps)):
+                loss = self._language(model, batch)
+                if i in (0, self.steps - 1):
+                    figures.note("attacker_last" if i else "attacker_first", loss)
+                tampered.step(loss)
+                if (i + 1) % self.every == 0:
+                    weight = self.grad_scale * self.weight(i) * share
+                    loss = tamper_loss()
+                    tampered.accumulate(loss, scale * weight)
+                    figures.note("tamper", loss)
+                    figures.add("loss", weight * loss.detach())
+            given = f"{tampered.steps} batches"
+            _require(tampered.steps == self.steps, f"adversary {adversary.name!r}", given, f"at least {self.steps}")
+
+    def _prepared(self, model: nn.Module, batch: Batch | Pairs) -> Callable[[], Tensor]:
+        """The tamper loss of a batch; DPO asks the reference now, at the original weights."""
+        kind = self.tamper_loss
+        if callable(kind):
+            return lambda: kind(model, batch)  # type: ignore[arg-type]
+        if kind == "max_entropy":
+            return lambda: self.language(batch, kind, model, positions=self.tamper_positions)  # type: ignore[arg-type]
+        pairs = _concatenated(batch)
+        with self._reference(model) as reference:
+            before = self.language.sequence_logp(pairs, reference).chunk(2)
+
+        def preference() -> Tensor:
+            chosen, rejected = self.language.sequence_logp(pairs, model).chunk(2)
+            return dpo_loss(chosen, rejected, before[0], before[1], self.beta)
+
+        return preference
+
+    def _retain(self, model: nn.Module, weights: Weights, batch: Batch, scale: float, figures: _Figures) -> None:
+        """The retain loss and its backward, at the original weights; its dropout too is a function of (seed, step)."""
+        states: tuple[Tensor, ...] | None = None
+        if self.representations:
+            with self._reference(model) as reference:
+                states = self.language.hidden_states(batch, reference, self.states_on)
+            self.state_bytes = sum(s.numel() * s.element_size() for s in states)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        seed = derived_seed("tar retain", self.seed, self.step, rank)
+        with own_random_numbers(seed, [p.device for p in model.parameters()]):
+            loss = self._retain_loss(model, batch, states, figures)
+            value = differentiate(weights, loss, "TAR: retain batch", scale * self.retain_weight)
+        figures.add("loss", self.retain_weight * value)
+
+    def _retain_loss(
+        self, model: nn.Module, batch: Batch, states: tuple[Tensor, ...] | None, figures: _Figures
+    ) -> Tensor:
+        if states is None:
+            loss = self._language(model, batch)
+            figures.note("retain_ce", loss)
+            return loss
+        mask = batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
+        kind = "cross_entropy" if self.loss is None else None
+        loss = self.language(batch, kind, model, distance_to=states, distance_mask=mask)
+        figures.note("representation_distance", self.language.components["representation_distance"])
+        if self.loss is None:
+            figures.note("retain_ce", self.language.components["cross_entropy"])
+            return loss
+        ce = self.loss(model, batch)
+        figures.note("retain_ce", ce)
+        return loss + ce
+
+    def _language(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.language(batch, model=model) if self.loss is None else self.loss(model, batch)
+
+    @contextlib.contextmanager
+    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference in the model's place, without dropout."""
+        assert self.reference is not None
+        training = [m for m in model.modules() if m.training]
+        try:
+            for m in training:
+                m.training = False
+            with self.reference.installed(model) as reference:
+                yield reference
+        finally:
+            for m in training:
+                m.training = True
+
+    def state_dict(self) -> dict[str, int]:
+        """Counters, with which a new object goes on as this one would.
+
+        Without ``reference=``, make that object while the model is the one that the run began with, and load the
+        trained weights into the model afterwards.
+        """
+        return {"step": self.step, **self.attack.state_dict()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from there."""
+        self.attack.load_state_dict(state)
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self.language.close()
+
+
+class _Figures:
+    """Sums and means of what a step saw, without a wait for the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._noted: dict[str, list[Tensor]] = {}
+
+    def note(self, name: str, value: Tensor) -> None:
+        self._noted.setdefault(name, []).append(value.detach())
+
+    def add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def means(self) -> dict[str, Tensor]:
+        return {**self._sums, **{name: torch.stack(values).mean() for name, values in self._noted.items()}}
+
+
+def _concatenated(batch: Batch | Pairs) -> dict[str, Tensor]:
+    """Chosen and rejected answers as one batch, padded on the right to one length."""
+    both = [batch.get("chosen"), batch.get("rejected")]
+    if not all(isinstance(b, Mapping) and "input_ids" in b for b in both):
+        raise ValueError(f"tamper: DPO needs batches under 'chosen' and 'rejected', got {sorted(batch)}")
+    sizes = [b["input_ids"].shape[0] for b in both]  # type: ignore[index]
+    _require(sizes[0] == sizes[1], "tamper", f"{sizes[0]} chosen, {sizes[1]} rejected", "pairs")
+    length = max(b["input_ids"].shape[1] for b in both)  # type: ignore[index]
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    parts: dict[str, list[Tensor]] = {name: [] for name in fill}
+    for part in both:
+        ids = part["input_ids"]  # type: ignore[index]
+        mask = part.get("attention_mask", torch.ones_like(ids))  # type: ignore[union-attr]
+        labels = part.get("labels", ids.masked_fill(mask == 0, -100))  # type: ignore[union-attr]
+        for name, value in (("input_ids", ids), ("attention_mask", mask), ("labels", labels)):
+            parts[name].append(nn.functional.pad(value, (0, length - value.shape[1]), value=fill[name]))
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")

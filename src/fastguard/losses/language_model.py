@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ class OutputScope(Scope):
     """A forward of which the output's statistics are read, and the distances of its hidden states if asked for.
 
     Args:
-        lens: the head. rows, target: what is read through it, [N]; no rows and no head where ``lens`` is None.
+        lens: the head. tokens: rows of the output and their targets, each [N], to be read through it; None: nothing.
         with_mean: see ``lm_head_stats``.
         distance: from a hidden state's index and its value [B, T, D] to a statistic, or None.
     """
@@ -40,17 +41,17 @@ class OutputScope(Scope):
     distances: dict[int, Tensor]
 
     def __init__(
-        self, lens: Lens | None, rows: Tensor, target: Tensor, with_mean: bool = False,
+        self, lens: Lens | None, tokens: tuple[Tensor, Tensor] | None, with_mean: bool = False,
         distance: Callable[[int, Tensor], Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.lens, self.rows, self.target, self.with_mean, self.distance = lens, rows, target, with_mean, distance
+        self.lens, self.tokens, self.with_mean, self.distance = lens, tokens, with_mean, distance
         self.end()
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
         """See `Scope.observe`: a hidden state, of which the last is the final norm's output."""
-        if kind == "norm" and self.lens is not None:
-            stats = self.lens.statistics(x, self.rows, self.target, normed=True, keep=keep, with_mean=self.with_mean)
+        if kind == "norm" and self.lens is not None and self.tokens is not None:
+            stats = self.lens.statistics(x, *self.tokens, normed=True, keep=keep, with_mean=self.with_mean)
             if keep:
                 self.stats = stats
         if self.distance is not None and kind in ("hidden", "norm"):
@@ -129,6 +130,15 @@ class _Distance:
         return distance.mean() if self.count is None else distance.sum() / self.count
 
 
+class _Read(NamedTuple):
+    """What a tapped forward left: its scope, 0 * its logits, and what its taps found."""
+
+    scope: OutputScope
+    zero: Tensor
+    stats: LMHeadStats | None
+    distances: dict[int, Tensor]
+
+
 class LanguageModelLoss:
     """Losses of a causal language model on plain batches.
 
@@ -202,36 +212,21 @@ class LanguageModelLoss:
             RuntimeError: taps that did not fire, or a checkpoint around them that drops gradients (reentrant form).
         """
         self._check(batch, kind, positions, distance_to, distance_kind, distance_mask)
-        ids = batch["input_ids"]
+        tokens: tuple[Tensor, Tensor] | None = None
         if kind == "max_entropy" and positions == "all":  # no target matters to the entropy, but a row needs one
-            rows = torch.arange(ids.numel(), device=ids.device)
-            target = torch.zeros_like(rows)
-        else:
-            rows, target = (ids.new_zeros(0), ids.new_zeros(0)) if kind is None else tapped.next_tokens(batch, "batch")
+            rows = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
+            tokens = rows, torch.zeros_like(rows)
+        elif kind is not None:
+            tokens = tapped.next_tokens(batch, "batch")
         distance = None if distance_to is None else _Distance(distance_to, distance_kind, distance_mask)
-        wrapped = self._model if model is None else model
-        reshard(wrapped)
-        lens = None if kind is None else Lens(self.structure, self.filter_tol)
-        scope = OutputScope(lens, rows, target, kind == "max_entropy", distance)
-        try:
-            with self._taps.on(scope):
-                zero = tapped.run(self.structure, wrapped, batch)
-                stats, distances = scope.stats, scope.distances
-        finally:
-            if lens is not None:
-                lens.end()
+        scope, loss, stats, distances = self._read(batch, model, tokens, kind == "max_entropy", distance)
         parts: dict[str, Tensor] = {}
-        if kind is not None:
-            if stats is None:
-                raise tapped.silent_taps("LanguageModelLoss")
+        if kind is not None and stats is not None:
             parts[kind] = _of_rows(stats, kind, cut)
-        if distance_to is not None:
-            if len(distances) != len(self.structure.layers) + 1:
-                raise tapped.silent_taps("LanguageModelLoss")
+            loss = loss + parts[kind]
+        if distance is not None:
             parts["distance_per_state"] = torch.stack([distances[i] for i in range(len(distances))])
             parts["representation_distance"] = parts["distance_per_state"].mean()
-        loss = zero if kind is None else parts[kind] + zero
-        if distance_to is not None:
             loss = loss + distance_weight * parts["representation_distance"]
         return self._finish({**parts, "loss": loss}, scope)
 
@@ -241,18 +236,8 @@ class LanguageModelLoss:
         What DPO and NPO are made of; a sample without such tokens has 0. Arguments and errors as in a call.
         """
         rows, target = tapped.next_tokens(batch, "batch")
-        wrapped = self._model if model is None else model
-        reshard(wrapped)
-        lens = Lens(self.structure, self.filter_tol)
-        scope = OutputScope(lens, rows, target)
-        try:
-            with self._taps.on(scope):
-                zero = tapped.run(self.structure, wrapped, batch)
-                stats = scope.stats
-        finally:
-            lens.end()
-        if stats is None:
-            raise tapped.silent_taps("LanguageModelLoss")
+        scope, zero, stats, _ = self._read(batch, model, (rows, target))
+        assert stats is not None
         ce = stats.cross_entropy()
         by_position = ce.new_zeros(batch["input_ids"].numel()).index_copy(0, rows, -ce)  # no two rows share a place
         logp = by_position.view(batch["input_ids"].shape).sum(1) + zero
@@ -280,6 +265,27 @@ class LanguageModelLoss:
         if len(states) != len(self.structure.layers) + 1:
             raise tapped.silent_taps("LanguageModelLoss")
         return tuple(states[i] for i in range(len(states)))
+
+    def _read(
+        self, batch: Mapping[str, Tensor], model: nn.Module | None, tokens: tuple[Tensor, Tensor] | None,
+        with_mean: bool = False, distance: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> _Read:  # fmt: skip
+        """One tapped forward that reads the output at ``tokens`` and the distance of every hidden state."""
+        wrapped = self._model if model is None else model
+        reshard(wrapped)
+        lens = None if tokens is None else Lens(self.structure, self.filter_tol)
+        scope = OutputScope(lens, tokens, with_mean, distance)
+        try:
+            with self._taps.on(scope):
+                zero = tapped.run(self.structure, wrapped, batch)
+                read = _Read(scope, zero, scope.stats, scope.distances)
+        finally:
+            if lens is not None:
+                lens.end()
+        states = 0 if distance is None else len(self.structure.layers) + 1
+        if (read.stats is None) != (lens is None) or len(read.distances) != states:
+            raise tapped.silent_taps("LanguageModelLoss")
+        return read
 
     def _check(
         self, batch: Mapping[str, Tensor], kind: str | None, positions: str, distance_to: Sequence[Tensor] | None,

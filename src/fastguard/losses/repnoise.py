@@ -244,7 +244,7 @@ class RepNoiseLoss(nn.Module):
                 hidden[len(self.structure.layers)] = output[: bad.rows.shape[0]].sum()
             parts = self._combine(output, hidden, mmd, bad, good)
             if retain is not None:
-                scopes.append(aside := OutputScope(lens, *tapped.next_tokens(retain, "retain")))
+                scopes.append(aside := OutputScope(lens, tapped.next_tokens(retain, "retain")))
                 with self._taps.on(aside):
                     zero = zero + tapped.run(self.structure, wrapped, retain)
                     stats = aside.stats

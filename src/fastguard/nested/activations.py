@@ -10,13 +10,15 @@ are wanted.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.ops.multi_tensor import squared_norm
+from fastguard.nested.guard import Interrupts
+from fastguard.nested.perturbation import Realised, realised
+from fastguard.ops.multi_tensor import dot, squared_norm
 from fastguard.taps import Gate, Scope, Taps
 from fastguard.taps.structure import reshard
 
@@ -28,15 +30,20 @@ class _Record(Scope):
         super().__init__()
         self.sites = sites
         self.gradients: dict[int, Tensor] = {}
-        self.lowest: Any = None
+        self.lowest: torch.autograd.graph.GradientEdge | None = None
 
-    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> Tensor | None:
         """See `Scope.observe`."""
-        if not keep or index not in self.sites or not x.requires_grad:
-            return
-        if self.lowest is None:
-            self.lowest = torch.autograd.graph.get_gradient_edge(x)
-        x.register_hook(lambda grad: self.gradients.__setitem__(index, grad.detach()))
+        if index not in self.sites:
+            return None
+        frozen = not x.requires_grad  # nothing below is trained (LoRA further up)
+        if frozen:
+            x = x.detach().requires_grad_()
+        if keep:
+            if self.lowest is None:
+                self.lowest = torch.autograd.graph.get_gradient_edge(x)
+            x.register_hook(lambda grad: self.gradients.__setitem__(index, grad.detach()))
+        return x if frozen else None
 
     def end(self) -> None:
         """See `Scope.end`: the gradients come later, in the backward."""
@@ -48,23 +55,48 @@ class _Shift(Scope):
     def __init__(self, shifts: dict[int, Tensor]) -> None:
         super().__init__()
         self.shifts = shifts
-        self.seen: set[int] = set()
+        self.sums: dict[int, Tensor] = {}
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> Tensor | None:
         """See `Scope.observe`."""
         if index not in self.shifts:
             return None
-        self.seen.add(index)
         shift = self.shifts[index]
         if shift.shape != x.shape:
             raise ValueError(
-                f"activation perturbation: site {index} gives {tuple(x.shape)}, but its gradient was recorded for "
+                f"activation perturbation: module {index} gives {tuple(x.shape)}, but its gradient was recorded for "
                 f"{tuple(shift.shape)}; both passes need the same batch"
             )
-        return x + shift.to(x.dtype)
+        moved = x + shift.to(x.dtype)
+        if keep:
+            with torch.no_grad():
+                done = moved - x
+                self.sums[index] = torch.stack([squared_norm([shift]), squared_norm([done]), dot([shift], [done])])
+        return moved
 
     def end(self) -> None:
         """See `Scope.end`: the shifts are constants, and a checkpoint's recomputation needs them."""
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter asks for a gradient: no product is computed for one, and no activation kept for it.
+
+    FSDP2 fixes at its first forward what asks for one, and is left as it is; its shards are put back on leaving.
+    """
+    asking = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "placements")]
+    with Interrupts() as interrupts:
+        try:
+            for p in asking:
+                p.requires_grad = False
+            yield
+        finally:
+            try:
+                interrupts.hold()
+            finally:
+                for p in asking:
+                    p.requires_grad = True
+                reshard(model)
 
 
 class ActivationPerturbation:
@@ -73,18 +105,17 @@ class ActivationPerturbation:
     Args:
         model: the model under every wrapper, in which the modules are. modules: where; Vaccine's are the attention
             blocks.
-        rho: 2-norm of the whole perturbation over all modules, samples and tokens. eps: 1e-7, as published.
+        rho: 2-norm of the whole perturbation over all modules, samples and tokens of a rank. eps: 1e-7, as published.
 
     Attributes:
-        norms: 2-norm of each module's gradient in the last `record`, 0-dim tensors by index (T-Vaccine samples by
-            them).
+        norms: 2-norm of each module's gradient in the last `record`, 0-dim tensors by index; T-Vaccine draws by them.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module], rho: float = 2.0, eps: float = 1e-7) -> None:
         if not modules:
             raise ValueError("modules: expected at least one module to perturb")
-        if not rho >= 0:
-            raise ValueError(f"rho: expected a number >= 0, got {rho!r}")
+        if not rho > 0:
+            raise ValueError(f"rho: expected a number above 0, got {rho!r}")
         self.rho, self.eps = rho, eps
         self.count = len(modules)
         self.norms: dict[int, Tensor] = {}
@@ -98,43 +129,41 @@ class ActivationPerturbation:
         loss: runs the forward and returns a 0-dim loss. Under DDP let it call the module that DDP wraps: its reducer
         waits for gradients of parameters. sites: indices of the modules to perturb; None for all.
 
-        Raises FloatingPointError if the gradient is not finite, RuntimeError if a module did not run.
+        Raises FloatingPointError if the gradient is zero or not finite, RuntimeError if a module did not run.
         """
         wanted = frozenset(range(self.count) if sites is None else sites)
         scope = _Record(wanted)
-        with self._taps.on(scope):
-            value = loss()
-        if scope.lowest is None:
-            raise RuntimeError(
-                "activation perturbation: no module's output requires a gradient; did the forward run them?"
-            )
-        torch.autograd.grad(value, scope.lowest)
-        reshard(self._taps.model)
+        with _frozen(self._taps.model):
+            with self._taps.on(scope):
+                value = loss()
+            if scope.lowest is None:
+                raise RuntimeError("activation perturbation: none of the modules ran in the forward")
+            if value.dim() != 0 or not value.requires_grad:
+                raise ValueError("loss: expected a 0-dim tensor that depends on the modules' outputs")
+            torch.autograd.grad(Gate.apply(value, self._taps, [scope]), scope.lowest)
+            scope.lowest = None
         missing = wanted - scope.gradients.keys()
         if missing:
             raise RuntimeError(f"activation perturbation: no gradient reached modules {sorted(missing)}")
-        gradients = {i: scope.gradients[i] for i in sorted(wanted)}
-        squares = {i: squared_norm([g]) for i, g in gradients.items()}
-        norm = torch.stack(list(squares.values())).sum().sqrt()
-        if not torch.isfinite(norm):
-            raise FloatingPointError(f"activation perturbation: the gradient's norm is {float(norm)}")
+        squares = {i: squared_norm([scope.gradients[i]]) for i in sorted(wanted)}
+        norm = float(torch.stack(list(squares.values())).sum().sqrt())
+        if not (math.isfinite(norm) and norm > 0):
+            raise FloatingPointError(
+                f"activation perturbation: the gradient's norm is {norm}; expected a finite number above 0"
+            )
         self.norms = {i: s.sqrt() for i, s in squares.items()}
-        scale = self.rho / (norm + self.eps)
-        return {
-            i: g.mul_(scale.to(g.dtype)) if g._base is None else g * scale.to(g.dtype) for i, g in gradients.items()
-        }
+        return {i: scope.gradients.pop(i) * (self.rho / (norm + self.eps)) for i in squares}
 
     @contextlib.contextmanager
-    def applied(self, shifts: dict[int, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    def applied(self, shifts: dict[int, Tensor]) -> Iterator[Applied]:
         """Forwards inside run with ``shifts`` added; their backward may come later, also under checkpointing.
 
-        Yields a function to pass the loss through: it tells a recomputation, under a checkpointer that fastguard does
-            not know, what it belongs to.
+        Raises ValueError where an output has another shape than its shift, RuntimeError if a module did not run.
         """
         scope = _Shift(shifts)
         with self._taps.on(scope):
-            yield lambda loss: Gate.apply(loss, self._taps, [scope])
-            missing = shifts.keys() - scope.seen
+            yield Applied(self._taps, scope)
+        missing = shifts.keys() - scope.sums.keys()
         if missing:
             raise RuntimeError(
                 f"activation perturbation: modules {sorted(missing)} did not run in the perturbed forward"
@@ -143,3 +172,23 @@ class ActivationPerturbation:
     def close(self) -> None:
         """Take the hooks off the model."""
         self._taps.close()
+
+
+class Applied:
+    """A perturbed forward."""
+
+    def __init__(self, taps: Taps, scope: _Shift) -> None:
+        self._taps, self._scope = taps, scope
+
+    def bound(self, loss: Tensor) -> Tensor:
+        """``loss``, whose backward tells a recomputation which forward it belongs to.
+
+        Needed under a checkpointer that fastguard does not know (see ``fastguard.taps``).
+        """
+        bound: Tensor = Gate.apply(loss, self._taps, [self._scope])
+        return bound
+
+    def realised(self) -> Realised:
+        """What the activations' dtype kept of the perturbation, over all modules; waits for the device."""
+        sums = torch.stack([s.double() for s in self._scope.sums.values()]).sum(0)
+        return realised(sums.tolist(), dithered=True)  # an activation stands anywhere between its dtype's values

@@ -10,6 +10,9 @@ from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.taps import anchor
 from fastguard.taps.structure import Structure, head_parameters
 
+SHIFTED = "_fastguard_shifted"
+"""Set on modules that for the moment compute something other than their parameters say (``nested.linearised``)."""
+
 
 class Lens:
     """The head and the final norm as all taps of one loss call share them.
@@ -21,9 +24,18 @@ class Lens:
         structure: the model's parts.
         filter_tol: see ``lm_head_stats``. None is exact at the output, whose gradient passes through every layer
             and whose broad distribution leaves little to skip, and the default of the dtype at the inner states.
+
+    Raises:
+        RuntimeError: the head or the norm does not compute what its parameters say, as inside ``nested.linearised``.
     """
 
     def __init__(self, structure: Structure, filter_tol: float | None) -> None:
+        for part in (structure.head, structure.norm):
+            if any(hasattr(module, SHIFTED) for module in part.modules()):
+                raise RuntimeError(
+                    f"{type(part).__name__}: its output is shifted by nested.linearised, which a loss that reads its "
+                    "weight would miss; use a loss on the model's own logits"
+                )
         self.structure, self.filter_tol = structure, filter_tol
         weight, bias = head_parameters(structure.head)
         self.weight = anchor.full(weight)

@@ -1,0 +1,49 @@
+"""What the passes of nested defenses have in common: which loss, and that it is finite on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.losses.tapped import next_tokens
+from fastguard.nested.weights import Weights
+
+Batch = Mapping[str, Tensor]
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean cross-entropy of the tokens that carry loss (``LanguageModelLoss``), from the model's own logits."""
+    rows, target = next_tokens(batch, "batch")
+    output = model(**{k: v for k, v in batch.items() if k != "labels"})
+    logits = (output.logits if hasattr(output, "logits") else output[0]).flatten(0, 1)[rows]
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return nn.functional.cross_entropy(wide, target)
+
+
+def differentiate(weights: Weights, loss: Tensor, name: str, scale: float = 1.0, only: Sequence[Tensor] = ()) -> Tensor:
+    """Backward of scale * loss; returns the loss, detached.
+
+    only: the parameters whose gradients are wanted, where the model is neither sharded nor replicated.
+    Raises FloatingPointError, on every rank alike, where the loss is not finite.
+    """
+    if loss.dim() != 0:
+        raise ValueError(f"loss: expected a 0-dim tensor, got shape {tuple(loss.shape)}")
+    value = loss.detach()
+    if not weights.everywhere(torch.isfinite(value)):
+        raise FloatingPointError(f"{name}: the loss is {float(value)} (on this rank)")
+    (scale * loss).backward(inputs=list(only) or None)
+    weights.prepare()
+    return value
+
+
+def finite_norm(weights: Weights, gradients: Sequence[Tensor | None], name: str) -> Tensor:
+    """The 2-norm of gradients, one a parameter, over all shards; FloatingPointError where it is not finite."""
+    given = [i for i, g in enumerate(gradients) if g is not None]
+    some = Weights(weights.model, [weights.parameters[i] for i in given])
+    norm = some.norm([g for g in gradients if g is not None])
+    if not weights.everywhere(torch.isfinite(norm)):
+        raise FloatingPointError(f"{name}: the gradient's norm is {float(norm)}")
+    return norm

@@ -111,10 +111,10 @@ def plan(
     gpu: Annotated[str, typer.Option(help="h100, h200, a100-80g or b200.")] = "h100",
     batch: Annotated[int, typer.Option(help="Sequences a GPU, of every batch that a step reads.")] = 8,
     tokens: Annotated[int, typer.Option(help="Length of a sequence.")] = 2048,
-    steps: Annotated[int | None, typer.Option(help="Steps of the run. [default: the defense's]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run; otherwise the defense's own.")] = None,
     inner_steps: Annotated[int, typer.Option(help="TAR: steps of the simulated attacker.")] = 64,
     adversary_batch: Annotated[
-        int | None, typer.Option(help="TAR: the attacker's sequences a GPU. [default: half of --batch]")
+        int | None, typer.Option(help="TAR: the attacker's sequences a GPU; otherwise half of --batch.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="mixed (fp32 masters, bf16 products), bf16 or fp32.")] = "mixed",
     checkpointing: Annotated[bool, typer.Option(help="Keep a layer's input alone and compute the layer again.")] = True,

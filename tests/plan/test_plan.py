@@ -29,6 +29,8 @@ from tiny_models import ARCHITECTURES, COMMON
 
 TENTH = 0.10
 
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
 
 def close(found: float, expected: float, tolerance: float = TENTH) -> bool:
     return abs(found - expected) <= tolerance * expected
@@ -44,6 +46,18 @@ def test_a_whole_step_multiplies_and_holds_what_the_plan_says(name, checkpointin
     model = build(TINY, precision, checkpointing)
     found = compare(name, model, setting(model, precision, checkpointing))
     assert close(found.planned_flops, found.flops, 0.005), str(found)
+    assert close(found.planned_memory, found.memory), str(found)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("name", ["sft", "published sft", "tar"])
+def test_a_step_that_trains_lora_adapters(name, checkpointing):
+    peft = pytest.importorskip("peft")
+    model = build(TINY, "fp32", checkpointing)
+    s = setting(model, "fp32", checkpointing, lora=8)
+    model.enable_input_require_grads()  # as trainers do for checkpointing
+    found = compare(name, peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=PROJECTIONS)).train(), s)
+    assert close(found.planned_flops, found.flops, 0.01), str(found)
     assert close(found.planned_memory, found.memory), str(found)
 
 
@@ -198,8 +212,7 @@ def test_qwen2_has_biases_on_q_k_v():
 def test_lora_parameters_are_those_of_peft():
     peft = pytest.importorskip("peft")
     model = build(TINY)
-    names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=names))
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=PROJECTIONS))
     trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
     assert trained == from_config(model.config.to_dict()).adapter(8)
 

@@ -63,7 +63,7 @@ def as_document(plans: Sequence[Plan]) -> dict[str, Any]:
 
 def gigabytes(size: float) -> str:
     """In units of 1e9 bytes."""
-    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:,.1f}" if size >= 5e7 else f"{size / 1e9:.2g}"
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:,.1f}" if size >= 5e7 else f"{size / 1e9:.3f}"
 
 
 def duration(hours: float) -> str:

@@ -386,6 +386,7 @@ def test_compiled_before_the_loss_was_constructed():
             call(batch)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_two_processes_equal_one(tmp_path):
     worker = Path(__file__).with_name("language_model_worker.py")

@@ -43,16 +43,20 @@ def measured(selection: list[str]) -> dict[str, Any]:
         "date": full["datetime"][:10],
         "machine": {k: full["machine_info"].get(k) for k in keep},
         "commit": full["commit_info"].get("id", "")[:10],
-        "benchmarks": [
-            {
-                "group": b["group"],
-                "contender": b["params"]["name"],
-                "seconds": {k: b["stats"][k] for k in KEPT_STATS},
-                **b["extra_info"],
-            }
-            for b in full["benchmarks"]
-        ],
+        "benchmarks": [entry for b in full["benchmarks"] for entry in entries(b)],
     }
+
+
+def entries(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is kept of a benchmark: the contender that was timed, after those it found times for ``beside`` it."""
+    extra = dict(benchmark["extra_info"])
+    beside = extra.pop("beside", [])
+    timed = {
+        "contender": benchmark["params"]["name"],
+        "seconds": {k: benchmark["stats"][k] for k in KEPT_STATS},
+        **extra,
+    }
+    return [{"group": benchmark["group"], **entry} for entry in (*beside, timed)]
 
 
 def table(result: dict[str, Any]) -> str:
@@ -64,20 +68,48 @@ def table(result: dict[str, Any]) -> str:
     for b in result["benchmarks"]:
         groups.setdefault(b["group"], []).append(b)
     for group, rows in groups.items():
-        lines += [f"**{group}**", ""]
-        lines += ["| | median ms | ratio | peak MB | of the GEMM rate | gradient error |", "|---|---|---|---|---|---|"]
-        base = next((r for r in rows if r["contender"] in ("plain", "eager")), rows[0])
+        lines += [f"**{group}**", "", *contenders(rows), ""]
         for r in rows:
-            ratio = r.get("ratio_to_plain", r["seconds"]["median"] / base["seconds"]["median"])
-            error = r.get("worst_gradient_error", max(r.get("gradient_error", [-1.0])))
-            lines.append(
-                f"| {r['contender']} | {1e3 * r['seconds']['median']:,.0f} | {ratio:.2f} "
-                f"| {r['peak_bytes'] / 1e6:,.0f} "
-                f"| {format(r['fraction_of_gemm_rate'], '.0%') if 'fraction_of_gemm_rate' in r else ''} "
-                f"| {format(error, '.1e') if error >= 0 else ''} |"
-            )
-        lines.append("")
+            if "parts" in r:
+                lines += [f"What {r['contender']}'s step does besides model passes:", "", *parts(r), ""]
     return "\n".join(lines)
+
+
+def contenders(rows: list[dict[str, Any]]) -> list[str]:
+    """A line a contender."""
+    bounded = any("bound_bytes" in r for r in rows)
+    head = ["", "median ms", "ratio", "peak MB", *(["bound MB"] * bounded), "of the GEMM rate", "gradient error"]
+    base = next((r for r in rows if r["contender"] in ("plain", "eager")), rows[0])
+    lines = [markdown(head), "|---" * len(head) + "|"]
+    for r in rows:
+        ratio = r.get("ratio_to_plain", r["seconds"]["median"] / base["seconds"]["median"])
+        error = r.get("worst_gradient_error", max(r.get("gradient_error", [-1.0])))
+        cells = [
+            r["contender"],
+            f"{1e3 * r['seconds']['median']:,.0f}",
+            f"{ratio:.2f}",
+            f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "",
+            *([f"{r['bound_bytes'] / 1e6:,.0f}" if "bound_bytes" in r else ""] * bounded),
+            format(r["fraction_of_gemm_rate"], ".0%") if "fraction_of_gemm_rate" in r else "",
+            format(error, ".1e") if error >= 0 else "",
+        ]
+        lines.append(markdown(cells))
+    return lines
+
+
+def parts(result: dict[str, Any]) -> list[str]:
+    """A line for everything in a step that is not a model pass; the floor is its bytes at the copy's bandwidth."""
+    head = ["part", "ms", "of the step", "MB", "floor ms"]
+    lines, step = [markdown(head), "|---" * len(head) + "|"], result["seconds"]["median"]
+    for p in result["parts"]:
+        moved = [f"{p['bytes'] / 1e6:,.0f}", f"{1e3 * p['floor_seconds']:,.1f}"] if p["bytes"] else ["", ""]
+        lines.append(markdown([p["part"], f"{1e3 * p['seconds']:,.1f}", f"{p['seconds'] / step:.1%}", *moved]))
+    return lines
+
+
+def markdown(cells: list[str]) -> str:
+    """One line of a table."""
+    return f"| {' | '.join(cells)} |"
 
 
 def write_tables() -> None:
@@ -94,7 +126,7 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
-    parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, gpu")
+    parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, gpu")
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
     parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
     options = parser.parse_args()
@@ -104,7 +136,8 @@ def main() -> None:
             raise SystemExit("the ops' tests fail: nothing is timed")
         jobs = {"gpu": ["benchmarks/gpu"]} if options.gpu else {
             "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))],
-            "cpu-step": ["benchmarks/end_to_end"],
+            "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],
+            "cpu-nested": ["benchmarks/end_to_end/bench_nested_steps.py"],
         }  # fmt: skip
         if options.selection:
             jobs = {options.name or "selection": options.selection}

@@ -36,9 +36,9 @@ class Realised:
     Attributes:
         cosine: of the realised and the intended step. ratio: of their norms.
         dithered: each number stood elsewhere between two values of the dtype before (it is rounded from an fp32
-            master). Rounding then keeps the step in the mean over the numbers, and adds noise across it: for Booster's
-            step on SmolLM2 from masters the cosine is 0.21 and the norm ratio 4.9, but the difference of the gradients
-            is that of exact weights at cosine 0.999.
+            master). Rounding then keeps the step in the mean over the numbers, and adds noise across it: for a step of
+            0.01 along SmolLM2's gradient, from masters, cosine 0.07 and ratio 15, and yet the difference of gradients
+            between its ends is that of exact weights (cosine 0.98, length 1.05; tests/defenses/test_booster_bf16.py).
     """
 
     cosine: float

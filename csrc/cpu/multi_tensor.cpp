@@ -131,15 +131,6 @@ constexpr ScalarType DTYPE<c10::Half> = ScalarType::Half;
 
 // Kernels on what is stored as fp32 or bf16: clones per instruction set are plain functions, one per combination.
 
-template <typename A, typename B, typename T>
-FASTGUARD_INLINE void axpy(A* __restrict a, const B* __restrict t, T weight, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) set(a[i], value(a[i]) + weight * value(t[i]));
-}
-FASTGUARD_MULTIVERSION void axpy_(float* a, const float* t, float w, int64_t n) { axpy(a, t, w, n); }
-FASTGUARD_MULTIVERSION void axpy_(float* a, const bf16* t, float w, int64_t n) { axpy(a, t, w, n); }
-FASTGUARD_MULTIVERSION void axpy_(bf16* a, const bf16* t, float w, int64_t n) { axpy(a, t, w, n); }
-void axpy_(double* a, const double* t, double w, int64_t n) { axpy(a, t, w, n); }
-
 struct Adam {  // see scalars.py
   double decay, mean_weight, square_keep, square_weight, step_size, root_correction, eps;
 };
@@ -222,6 +213,29 @@ FASTGUARD_INLINE void put(bf16* p, Pair& x) {
   round_bf16(x.a);
   round_bf16(x.b);
   *reinterpret_cast<Bits*>(p) = reinterpret_cast<const Bits&>(x.a) >> 16 | reinterpret_cast<const Bits&>(x.b);
+}
+
+// a += weight * t. Whole cache lines at a time: a tenth faster than the loop that GCC makes of the last line.
+template <typename S>
+FASTGUARD_INLINE void axpy(S* __restrict a, const S* __restrict t, float weight, int64_t n) {
+  int64_t i = 0;
+  for (; i + PAIR <= n; i += PAIR) {
+    Pair sum, x;
+    get(a + i, sum);
+    get(t + i, x);
+    sum.a += weight * x.a;
+    sum.b += weight * x.b;
+    put(a + i, sum);
+  }
+  for (; i < n; ++i) set(a[i], value(a[i]) + weight * value(t[i]));
+}
+FASTGUARD_MULTIVERSION void axpy_(float* a, const float* t, float w, int64_t n) { axpy(a, t, w, n); }
+FASTGUARD_MULTIVERSION void axpy_(bf16* a, const bf16* t, float w, int64_t n) { axpy(a, t, w, n); }
+FASTGUARD_MULTIVERSION void axpy_(float* __restrict a, const bf16* __restrict t, float w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) a[i] += w * value(t[i]);
+}
+void axpy_(double* a, const double* t, double w, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) a[i] += w * t[i];
 }
 
 // Sums of products: eight to a lane in fp32, then in double. An error of a few 2^-24 of a run, less of many.

@@ -13,7 +13,7 @@ from fastguard import backend
 from fastguard.ops import final_norm
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lens_stats import reference as lens_reference
-from fastguard.ops.lm_head_stats import lm_head_stats, portable
+from fastguard.ops.lm_head_stats import LMHeadStats, lm_head_stats, portable
 from fastguard.ops.lm_head_stats import reference as reference
 
 BACKENDS = [
@@ -417,3 +417,22 @@ def test_a_forced_backend_that_cannot_serve_says_so(monkeypatch):
     hidden, weight, _, target = draw(4, 10, 6, torch.float32)
     with pytest.raises(ValueError, match="FASTGUARD_BACKEND: unknown backend 'nonsense'"):
         lm_head_stats(hidden, weight, target)
+
+
+@pytest.mark.parametrize("margin", [-60.0, -12.0, 0.0, 12.0, 60.0])
+def test_losses_of_a_row_keep_their_digits_at_both_ends(margin):
+    """p from all but 0 to all but 1: cross-entropy and log(1 - p), value and gradient, relative to float64."""
+    logits = torch.tensor([[margin, 0.0, -1.0]], dtype=torch.float64)
+    rest = logits[0, 1:].logsumexp(0)
+
+    def ours(dtype):
+        z = logits[0].to(dtype).requires_grad_()
+        stats = LMHeadStats(z.logsumexp(0), z[1:].logsumexp(0), z[0], None)
+        values = torch.stack([stats.cross_entropy(), stats.log_one_minus_p()])
+        return values, torch.stack([torch.autograd.grad(v, z, retain_graph=True)[0][0] for v in values])
+
+    exact = torch.stack([torch.log1p((rest - margin).exp()), -torch.log1p((margin - rest).exp())])
+    p = 1 / (1 + (rest - margin).exp())
+    slopes = torch.stack([-1 / (1 + (margin - rest).exp()), -p])
+    for found, wanted in zip(ours(torch.float32), (exact, slopes), strict=True):
+        assert ((found.double() - wanted) / wanted).abs().max() < 2e-5  # 60 ulps: exp of a rounded argument

@@ -40,8 +40,8 @@ class LMHeadStats(NamedTuple):
         return torch.nn.functional.softplus(self.rest_lse - self.target_logit, threshold=40.0)
 
     def log_one_minus_p(self) -> Tensor:
-        """log(1 - p(target)) of each row, [N]."""
-        return self.rest_lse - self.lse
+        """log(1 - p(target)) of each row, [N]; nothing cancels where the target is all but impossible."""
+        return -torch.nn.functional.softplus(self.target_logit - self.rest_lse, threshold=40.0)
 
 
 def lm_head_stats(
@@ -58,8 +58,8 @@ def lm_head_stats(
     """Log-sum-exp, log-sum-exp without the target, target logit and (on request) mean logit of every row.
 
     With z = softcap(scale * (hidden @ weight.T + bias)) and t the target of a row: cross-entropy is
-    ``softplus(rest_lse - target_logit)``, log(1 - p_t) is ``rest_lse - lse``, the negative entropy is
-    ``mean_logit - lse``; none of the three cancels.
+    ``softplus(rest_lse - target_logit)``, log(1 - p_t) is ``-softplus(target_logit - rest_lse)``, the negative entropy
+    is ``mean_logit - lse``; none of the three cancels.
 
     Args:
         hidden: [N, D], any strides; float64, float32, bfloat16 or float16. Stacked hidden states [L, N, D] are read

@@ -343,6 +343,19 @@ def test_a_resumed_run_equals_an_unbroken_one():
     assert len({tuple(f.values()) for f in figures}) == 4
 
 
+def test_dropout_is_new_in_every_step_and_the_same_in_a_repeated_one():
+    model = tiny("phi", resid_pdrop=0.3)
+    tar = TAR(model, representations=False, **SMALL)
+    attackers = [Adversary("x", 1e-3, itertools.repeat(batch("harmful", 0)))]
+    found = []
+    for step in (0, 1, 0):
+        tar.load_state_dict({"step": step, "calls": step})
+        figures = tar.backward(retain=batch("r", 0), tamper=batch("t", 0), adversaries=attackers)
+        found.append([float(figures[name]) for name in ("retain_ce", "tamper", "attacker_first")])
+    assert found[0] == found[2]
+    assert all(a != b for a, b in zip(found[0], found[1], strict=True))
+
+
 @pytest.mark.parametrize("loss", ["max_entropy", "dpo"])
 def test_adapters_are_attacked_and_defended_and_switched_off_for_the_reference(loss):
     from peft import LoraConfig, get_peft_model

@@ -210,6 +210,17 @@ def through_fsdp2(defense: str, rank: int, folder: Path) -> nn.Module:
     return fsdp2.train(loop_arguments(defense, folder))
 
 
+def through_fsdp2_late(defense: str, rank: int, folder: Path) -> nn.Module:
+    """The defense is constructed on the sharded model, as where the whole fits on no host."""
+    made, shard = fsdp2.make_defense, fsdp2.shard
+    fsdp2.make_defense = lambda name, model, pairs: made(name, shard(model, pairs.device), pairs)
+    fsdp2.shard = lambda model, device: model
+    try:
+        return through_fsdp2(defense, rank, folder)
+    finally:
+        fsdp2.make_defense, fsdp2.shard = made, shard
+
+
 def loop_arguments(defense: str, folder: Path) -> Any:
     given = ["--out", str(folder), "--defense", defense, "--steps", str(STEPS), "--accumulate", str(ACCUMULATE)]
     return fsdp2.arguments([*given, "--batch", str(SIZE), "--save-every", "100"])
@@ -225,6 +236,8 @@ ROUTES: dict[str, tuple[str, Callable[[str, int, Path], nn.Module]]] = {
     "plain FSDP2": ("fsdp2", through_fsdp2),
 }
 CASES = [f"{route}, {defense}" for route in ROUTES for defense in common.DEFENSES]
+ROUTES["plain FSDP2 first"] = ("fsdp2", through_fsdp2_late)
+CASES.append("plain FSDP2 first, tar")
 
 
 def run(route: str, defense: str, rank: int, folder: Path) -> None:

@@ -1,0 +1,76 @@
+"""The examples run, as their first lines say, and a run that is killed goes on to the same bits."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+BIN = Path(sys.executable).parent
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+
+
+def run(*command: object, timeout: float = 300) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("defense", ["repnoise", "tar"])
+def test_a_killed_run_goes_on_to_the_same_bits(defense, tmp_path):
+    """SIGKILL in the middle of a step, and at every stage of a save; two processes, torch.distributed.checkpoint."""
+    from examples.lives import LIVES
+
+    printed = run(sys.executable, Path(__file__).with_name("lives.py"), tmp_path, defense).splitlines()
+    assert [line for line in printed if line.startswith("killed: ")] == [f"killed: {f.__name__}" for f, _ in LIVES]
+    assert printed[-1] == "bit-equal"
+
+
+@pytest.mark.slow
+def test_fsdp2_by_torchrun(tmp_path):
+    command = [BIN / "torchrun", "--standalone", "--nproc-per-node", 2, EXAMPLES / "fsdp2.py", "--out", tmp_path]
+    printed = run(*command, "--steps", 2, "--defense", "t_vaccine")
+    assert [line.split(":")[0] for line in printed.splitlines()] == ["step 1", "step 2"]
+    assert (tmp_path / "latest").read_text() == "step-00000002"
+
+
+def test_accelerate_loop(tmp_path):
+    command = [sys.executable, EXAMPLES / "accelerate_loop.py", "--out", tmp_path, "--defense", "vaccine"]
+    assert len(run(*command, "--steps", 2).splitlines()) == 2
+    assert len(run(*command, "--steps", 3).splitlines()) == 1
+
+
+@pytest.mark.parametrize("options", [["--defense", "booster"], ["--defense", "repnoise", "--trl"]], ids=" ".join)
+def test_trainer(options, tmp_path):
+    pytest.importorskip("trl")
+    printed = run(sys.executable, EXAMPLES / "trainer.py", "--out", tmp_path, "--steps", 2, *options)
+    assert "'train_loss'" in printed
+    assert (tmp_path / "checkpoint-2" / "fastguard_state.pt").exists()
+
+
+def test_a_model_and_data_of_ones_own(tmp_path):
+    """A saved model with its tokenizer, and a JSONL of pairs."""
+    import json
+
+    from tiny import folder
+
+    folder(tmp_path / "model")
+    texts = [{"prompt": f"request {i}", "harmful": f"placeholder {i}", "harmless": f"refusal {i}"} for i in range(6)]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, texts)))
+    printed = run(
+        sys.executable, EXAMPLES / "trainer.py", "--model", tmp_path / "model", "--data", data, "--out",
+        tmp_path / "out", "--steps", 2, "--defense", "vaccine",
+    )  # fmt: skip
+    assert "'train_loss'" in printed

@@ -28,6 +28,8 @@ def main(given: list[str] | None = None) -> transformers.Trainer:
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args(given)
+    if args.trl and not args.model:
+        parser.error("--trl needs --model: SFTTrainer wants its tokenizer")
 
     model = make_model(args.model)
     pairs = Pairs(args.data, args.model, 2, 0, 1)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from fastguard.nested import Weights
 from launch import two_processes
 from nested.distributed_worker import CASES
 
@@ -16,3 +18,13 @@ from nested.distributed_worker import CASES
 def test_two_processes_equal_one(tmp_path):
     for output in two_processes(Path(__file__).with_name("distributed_worker.py"), tmp_path):
         assert [line for line in output.splitlines() if line.startswith("passed: ")] == [f"passed: {n}" for n in CASES]
+
+
+def test_other_kinds_of_sharding_are_refused():
+    fsdp1 = type("FullyShardedDataParallel", (nn.Linear,), {})
+    with pytest.raises(ValueError, match="wrapped by FSDP1; expected FSDP2"):
+        Weights(nn.Sequential(fsdp1(2, 2)))
+    zero = nn.Linear(2, 2)
+    zero.weight.ds_id = 0
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3"):
+        Weights(zero)

@@ -88,7 +88,7 @@ def load(
 
     Arguments as for `save`, made as for a fresh run: the same model, wrapped alike, and on as many ranks.
 
-    Raises ValueError if the checkpoint is of another number of ranks, or of other counted things.
+    Raises ValueError if the checkpoint is of another number of ranks or parameter groups, or of other counted things.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -99,6 +99,10 @@ def load(
     counted = counted or {}
     if saved["counted"].keys() != counted.keys():
         raise ValueError(f"counted: expected {sorted(saved['counted'])}, as in {path}, got {sorted(counted)}")
+    if len(saved["groups"]) != len(optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: expected {len(saved['groups'])} parameter groups, got {len(optimizer.param_groups)}"
+        )
     reshard(model)
     named = dict(model.named_parameters())
     moments = {
@@ -196,10 +200,6 @@ def _load_optimizer(
     optimizer: torch.optim.Optimizer, saved: Mapping[str, Any], named: Mapping[str, nn.Parameter],
     moments: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
-    if len(saved["groups"]) != len(optimizer.param_groups):
-        raise ValueError(
-            f"optimizer: expected {len(saved['groups'])} parameter groups, got {len(optimizer.param_groups)}"
-        )
     for group, settings in zip(optimizer.param_groups, saved["groups"], strict=True):
         group.update(settings)
     optimizer.state.clear()

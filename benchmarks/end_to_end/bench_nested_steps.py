@@ -107,6 +107,7 @@ def test_nested_step(benchmark, loaded, bandwidth, activations, method, name):
     peaks = {n: nested_step.peak_in_fresh_process(method, n)["peak_bytes"] for n in (name, "published")}
     rows = [nested_step.row("passes", bare, 1.0, size + activations(method))]
     rows += [nested_step.row(n, s, s[0] / bare[0], peaks.get(n)) for n, s in beside.items()]
+    rows[0]["fraction_of_gemm_rate"] = nested_step.flops(method) / rows[0]["seconds"]["median"] / rates["gemm_rate"]
     benchmark.extra_info.update(
         ratio_to_plain=statistics.median(t / p for t, p in zip(times, bare[1:], strict=True)),
         peak_bytes=peaks[name],

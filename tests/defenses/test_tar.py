@@ -269,7 +269,7 @@ ERRORS = {
     "interrupt": (KeyboardInterrupt, None),
     "too few": (ValueError, "adversary 'second': expected at least 4, got '2 batches'"),
     "retain": (ValueError, "no token carries loss"),
-    "nan": (FloatingPointError, "cross_entropy is nan"),
+    "nan": (FloatingPointError, "TAR: retain batch: the loss is nan"),
 }
 
 

@@ -88,7 +88,7 @@ class Booster:
         self.model, self.alpha, self.lam, self.eps, self.mode, self.seed = model, alpha, lam, eps, mode, seed
         self.snapshot, self.through, self.allow_lost = snapshot, through, allow_lost
         self.step = 0
-        self._language = LanguageModelLoss(model) if loss is None else None
+        self._language = LanguageModelLoss(model, check_finite=False) if loss is None else None
         self.loss: Loss = loss or self._fused
         self.harmful_loss: Loss = model_loss if loss is None and mode == "linearised" else self.loss
 

@@ -70,7 +70,7 @@ class RandomMapping:
     ) -> None:
         self.model, self.loss, self.reads, self.seed = model, loss, reads, seed
         self.mapping_weight, self.retain_weight, self.mask_padding = mapping_weight, retain_weight, mask_padding
-        self.language = LanguageModelLoss(model)
+        self.language = LanguageModelLoss(model, check_finite=False)
         head = self.language.structure.head
         self._features = int(head.weight.shape[1])  # type: ignore[union-attr, index]
         self._dtype = accumulation_dtype(next(model.parameters()).dtype)

@@ -150,7 +150,7 @@ class TAR:
             reference = Reference(model, reads)
         self.reference = reference
         self.state_bytes = 0
-        self.language = LanguageModelLoss(model)
+        self.language = LanguageModelLoss(model, check_finite=False)
         self.loss = loss
         self.attack = SimulatedAttack(model, trains=trains, reads=reads, snapshot=snapshot, seed=seed)
         self.step = 0

@@ -57,7 +57,7 @@ class Vaccine:
             raise ValueError(f"model: no attention blocks are found in {type(structure.model).__name__}")
         self.model, self.structure, self.allow_lost = model, structure, allow_lost
         self.perturbation = ActivationPerturbation(structure.model, structure.attentions, rho, eps)
-        self._language = LanguageModelLoss(model, structure=structure) if loss is None else None
+        self._language = LanguageModelLoss(model, structure=structure, check_finite=False) if loss is None else None
         self.loss: Loss = loss or self._fused
         self.step = 0
 

@@ -150,6 +150,8 @@ class LanguageModelLoss:
         model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
         filter_tol: see ``lm_head_stats``; None and 0 are exact.
         structure: what ``find_structure`` found for the model, if the caller has it already.
+        check_finite: False leaves that to a caller who asks all ranks at once, and spares a wait for the device; an
+            error on one rank alone would leave the others in their next collective call.
 
     Attributes:
         components: of the last call, detached: ``loss``, the loss under the name of its kind, and with
@@ -160,11 +162,12 @@ class LanguageModelLoss:
     """
 
     def __init__(
-        self, model: nn.Module, *, filter_tol: float | None = None, structure: Structure | None = None
-    ) -> None:
+        self, model: nn.Module, *, filter_tol: float | None = None, structure: Structure | None = None,
+        check_finite: bool = True,
+    ) -> None:  # fmt: skip
         self.structure = find_structure(model) if structure is None else structure
         tapped.warn_of_full_logits(self.structure)
-        self.filter_tol = filter_tol
+        self.filter_tol, self.check_finite = filter_tol, check_finite
         self.components: dict[str, Tensor] = {}
         self._model = model
         self._taps = Taps(self.structure.model)
@@ -241,8 +244,9 @@ class LanguageModelLoss:
         ce = stats.cross_entropy()
         by_position = ce.new_zeros(batch["input_ids"].numel()).index_copy(0, rows, -ce)  # no two rows share a place
         logp = by_position.view(batch["input_ids"].shape).sum(1) + zero
-        names = {f"sequence_logp of sample {i}": value for i, value in enumerate(logp)}
-        tapped.check_finite("LanguageModelLoss", names)
+        if self.check_finite:
+            names = {f"sequence_logp of sample {i}": value for i, value in enumerate(logp)}
+            tapped.check_finite("LanguageModelLoss", names)
         self.components = {"sequence_logp": logp.detach()}
         return self._gated(logp, scope)
 
@@ -313,13 +317,8 @@ class LanguageModelLoss:
 
     def _finish(self, parts: dict[str, Tensor], scope: Scope) -> Tensor:
         """Refuse what is not finite, note the components, and return the loss ready for its backward."""
-        named: dict[str, Tensor] = {}
-        for name, value in parts.items():
-            if name == "distance_per_state":
-                named |= {f"distance of hidden state {i} (of 0 to {len(value) - 1})": v for i, v in enumerate(value)}
-            else:
-                named[name] = value
-        tapped.check_finite("LanguageModelLoss", named)
+        if self.check_finite:
+            tapped.check_finite("LanguageModelLoss", _named(parts))
         self.components = {name: value.detach() for name, value in parts.items()}
         return self._gated(parts["loss"], scope)
 
@@ -329,6 +328,17 @@ class LanguageModelLoss:
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""
         self._finalizer()
+
+
+def _named(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """0-dim components under the names that an error gives them."""
+    named: dict[str, Tensor] = {}
+    for name, value in parts.items():
+        if name == "distance_per_state":
+            named |= {f"distance of hidden state {i} (of 0 to {len(value) - 1})": v for i, v in enumerate(value)}
+        else:
+            named[name] = value
+    return named
 
 
 def _of_rows(stats: LMHeadStats, kind: str, cut: float) -> Tensor:

@@ -23,7 +23,10 @@ def warn_of_full_logits(structure: Structure, stacklevel: int = 3) -> None:
 
 
 def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """One forward; returns 0 * (what logits it made), which keeps every wrapper's backward in the graph."""
+    """One forward; returns what the loss must add for a wrapper's backward: 0 * (what logits it made), or nothing.
+
+    FSDP2 and DDP hang their backward on the model's output. Elsewhere the term would cost a [V, D] gradient of zeros.
+    """
     options: dict[str, Any] = {}
     if "logits_to_keep" in structure.arguments:
         options["logits_to_keep"] = 1
@@ -31,7 +34,14 @@ def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> 
         options["use_cache"] = False
     out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return 0 * logits.sum()
+    return 0 * logits.sum() if _wrapped(structure, model) else logits.new_zeros(())
+
+
+def _wrapped(structure: Structure, model: nn.Module) -> bool:
+    """Whether anything but PEFT or torch.compile stands around the language model, or shards it in place."""
+    if any(hasattr(module, "unshard") for module in model.modules()):
+        return True
+    return model is not structure.model and not (hasattr(model, "peft_config") or hasattr(model, "_orig_mod"))
 
 
 def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

@@ -85,12 +85,14 @@ class SimulatedAttack:
         snapshot = self._snapshot(tensors)
         buffers = [b for b in model.buffers() if b.device.type != "meta"]
         kept = [b.detach().clone() for b in buffers]
-        earlier = every.take_gradients()
+        tampered = Tampered(every, trains, reads, tensors, optimizer or self.optimizer)
+        finished = False
         with Interrupts() as interrupts:
-            tampered = Tampered(every, trains, reads, tensors, optimizer or self.optimizer)
-            finished = False
+            snapshot.take()  # nothing is changed yet, and nothing to be put back if this fails
+            interrupts.hold()
+            earlier = every.take_gradients()
             try:
-                snapshot.take()
+                interrupts.release()
                 with own_random_numbers(seed, [t.device for t in tensors]):
                     yield tampered
                     tampered.check()

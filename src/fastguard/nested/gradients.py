@@ -30,10 +30,12 @@ def added_gradients(model: nn.Module, select: Select = None) -> Iterator[Weights
     every, selected = Weights(model, lambda name, p: p.requires_grad), Weights(model, select)
     buffers = [b for b in model.buffers() if b.device.type != "meta"]
     kept = [b.detach().clone() for b in buffers]
-    earlier = every.take_gradients()
+    finished = False
     with Interrupts() as interrupts:
-        finished = False
+        interrupts.hold()
+        earlier = every.take_gradients()
         try:
+            interrupts.release()
             yield selected
             finished = True
         finally:

@@ -114,12 +114,13 @@ class Weights:
 
     def take_gradients(self) -> list[Tensor | None]:
         """The local gradients, taken off the parameters; None where there is none."""
+        for name, p in zip(self.names, self.parameters, strict=True):
+            if p.grad is not None and p.grad.is_sparse:
+                raise ValueError(f"{name}: its gradient is sparse; expected a dense one")
         views = any(getattr(replica, "gradient_as_bucket_view", False) for replica in self._replicas)
         taken: list[Tensor | None] = []
-        for name, p in zip(self.names, self.parameters, strict=True):
+        for p in self.parameters:
             grad, p.grad = p.grad, None
-            if grad is not None and grad.is_sparse:
-                raise ValueError(f"{name}: its gradient is sparse; expected a dense one")
             taken.append(None if grad is None else _local(grad.clone() if views else grad))
         return taken
 

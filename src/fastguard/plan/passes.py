@@ -269,11 +269,8 @@ def fused_items(
     tiles = min(rows, TILE) * a.vocabulary * (FP32 + c)
     items = [item("logits tile", tiles, loss), item("rows of the head", rows * a.hidden * (FP32 + c), loss)]
     if s.lora is None and not (gradients == "activations" and freezes(s)):
-        # One buffer for all taps, until autograd comes to the parameter; and the zero gradient of the one position
-        # whose logits the model makes (under FSDP2 that one is among the root's).
+        # One buffer for all taps, until autograd comes to the parameter.
         items.append(item("head's gradient, fp32", FP32 * a.head, loss, *later))
-        if not s.gathers:
-            items.append(item("head's gradient from the model's own logits", float(c * a.head), *later))
     if s.gpus > 1:
         items.append(item("head gathered for the taps", a.head * c, loss, *later[:-1]))
     if lenses:

@@ -98,11 +98,11 @@ def contenders(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def parts(result: dict[str, Any]) -> list[str]:
-    """A line for everything in a step that is not a model pass; the floor is its bytes at the copy's bandwidth."""
-    head = ["part", "ms", "of the step", "MB", "floor ms"]
+    """A line for everything in a step that is not a model pass, and how long torch's copy would take for its bytes."""
+    head = ["part", "ms", "of the step", "MB", "ms at a copy's rate"]
     lines, step = [markdown(head), "|---" * len(head) + "|"], result["seconds"]["median"]
     for p in result["parts"]:
-        moved = [f"{p['bytes'] / 1e6:,.0f}", f"{1e3 * p['floor_seconds']:,.1f}"] if p["bytes"] else ["", ""]
+        moved = [f"{p['bytes'] / 1e6:,.0f}", f"{1e3 * p['copy_seconds']:,.1f}"] if p["bytes"] else ["", ""]
         lines.append(markdown([p["part"], f"{1e3 * p['seconds']:,.1f}", f"{p['seconds'] / step:.1%}", *moved]))
     return lines
 

@@ -10,6 +10,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "RepNoiseLoss": "fastguard.losses.repnoise",
     "LanguageModelLoss": "fastguard.losses.language_model",
+    "TAR": "fastguard.defenses.tar",
+    "RandomMapping": "fastguard.defenses.random_mapping",
+    "Booster": "fastguard.defenses.booster",
+    "Vaccine": "fastguard.defenses.vaccine",
+    "TVaccine": "fastguard.defenses.vaccine",
+    "SimulatedAttack": "fastguard.nested",
     "PairedCollator": "fastguard.data.collate",
     "lm_head_stats": "fastguard.ops.lm_head_stats",
     "lens_stats": "fastguard.ops.lens_stats",
@@ -18,11 +24,15 @@ _HOMES = {
     "representation_distance": "fastguard.ops.representation_distance",
 }
 
-__all__ = ["__version__", *_HOMES]
+_ROOMS = ("nested", "trainers")
+
+__all__ = ["__version__", *_HOMES, *_ROOMS]
 
 
 def __getattr__(name: str) -> Any:
     """Public names are imported on first use, so that ``import fastguard`` stays light."""
+    if name in _ROOMS:
+        return importlib.import_module(f"fastguard.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'fastguard' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

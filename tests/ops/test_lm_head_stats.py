@@ -224,9 +224,10 @@ def test_non_contiguous_and_empty(on_backend):
     wide = torch.randn(12, 16, dtype=torch.float64)
     wide[:, ::2] = hidden
     tall = weight.t().contiguous().t()
-    for a, b in zip(lm_head_stats(wide[:, ::2], tall, target), lm_head_stats(hidden, weight, target), strict=True):
-        if a is not None:
-            assert torch.equal(a, b)
+    strided, dense = lm_head_stats(wide[:, ::2], tall, target), lm_head_stats(hidden, weight, target)
+    for name, a, b in zip(NAMES, strided, dense, strict=True):
+        if a is not None:  # to rounding: BLAS may multiply a transposed operand by another kernel
+            assert_agrees(name, a, b)
     leaf = weight.clone().requires_grad_()
     none = torch.full((12,), -100)
     for h, t in ((hidden[:0], target[:0]), (hidden, none)):

@@ -6,8 +6,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin make a 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import signal
+
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible():
+    """A shell starts background jobs with Ctrl-C ignored; tests of interrupts need Python's own handler."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

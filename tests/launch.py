@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 
-def two_processes(worker: Path, folder: Path, *arguments: str, timeout: float = 300) -> list[str]:
-    """Run ``worker RANK STORE *arguments`` for ranks 0 and 1, assert that both end well; what each printed."""
+def two_processes(
+    worker: Path, folder: Path, *arguments: str, passes: Iterable[str] = (), timeout: float = 300
+) -> list[str]:
+    """Run ``worker RANK STORE *arguments`` for ranks 0 and 1, assert that both end well; what each printed.
+
+    passes: the cases that both have to report, in order, by lines ``passed: CASE``.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
         subprocess.Popen(
@@ -25,4 +31,5 @@ def two_processes(worker: Path, folder: Path, *arguments: str, timeout: float = 
             process.kill()
     for rank, (process, output) in enumerate(zip(workers, outputs, strict=True)):
         assert process.returncode == 0, f"rank {rank}:\n{output[-6000:]}"
+        assert [line for line in output.splitlines() if line.startswith("passed: ")] == [f"passed: {c}" for c in passes]
     return outputs

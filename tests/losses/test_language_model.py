@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import math
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from checks import assert_catches_spoiled
 from fastguard.losses.language_model import LanguageModelLoss, dpo_loss, saved_where_it_lies
 from fastguard.ops.representation_distance import representation_distance
+from launch import two_processes
 from losses.language_model_worker import CASES
 from tiny_models import ARCHITECTURES, assert_same_gradients, gradients, tiny
 
@@ -389,22 +388,7 @@ def test_compiled_before_the_loss_was_constructed():
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_two_processes_equal_one(tmp_path):
-    worker = Path(__file__).with_name("language_model_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in workers]
-    finally:
-        for process in workers:
-            process.kill()
-    for rank, (process, output) in enumerate(zip(workers, outputs, strict=True)):
-        assert process.returncode == 0, f"rank {rank}:\n{output[-6000:]}"
-        assert [line for line in output.splitlines() if line.startswith("passed: ")] == [f"passed: {n}" for n in CASES]
+    two_processes(Path(__file__).with_name("language_model_worker.py"), tmp_path, passes=CASES)
 
 
 def test_a_frozen_head_and_norm():

@@ -23,6 +23,7 @@ from fastguard.plan.defenses import defenses
 from fastguard.plan.estimate import estimate, usable
 from fastguard.plan.parts import Part, held, moments, peak
 from fastguard.plan.setting import PRECISIONS, Efficiency, Setting
+from launch import two_processes
 from plan.live import Watch, held_by
 from plan.workloads import LLAMA_8B, SMOLLM2, STEPS, TINY, build, compare, ids, planned, setting
 from tiny_models import ARCHITECTURES, COMMON
@@ -143,21 +144,7 @@ def test_the_process_itself_grows_as_planned():
 def test_two_processes_under_fsdp2(tmp_path):
     from plan.distributed_worker import CASES
 
-    worker = Path(__file__).with_name("distributed_worker.py")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300) for process in workers]
-    finally:
-        for process in workers:
-            process.kill()
-    for process, (output, errors) in zip(workers, outputs, strict=True):
-        assert process.returncode == 0, errors[-6000:]
+    for output in two_processes(Path(__file__).with_name("distributed_worker.py"), tmp_path):
         found = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
         assert [case["case"] for case in found] == list(CASES)
         for case in found:

@@ -150,7 +150,8 @@ def plan(
 
 
 def _run(config: Config, out: Path, quick: bool) -> None:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # they would write across the bars of the stages
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the bars of the stages
+        os.environ.setdefault(bars, "1")
     from fastguard import pipeline
     from fastguard.evaluation.report import summary, write
     from fastguard.progress import rich_progress

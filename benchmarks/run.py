@@ -59,6 +59,11 @@ def entries(benchmark: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"group": benchmark["group"], **entry} for entry in (*beside, timed)]
 
 
+def milliseconds(seconds: float) -> str:
+    """Two digits at least."""
+    return f"{1e3 * seconds:,.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.2g}"
+
+
 def table(result: dict[str, Any]) -> str:
     """Markdown: a table a group, the machine and date above."""
     m = result["machine"]
@@ -75,26 +80,36 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+RATES = {
+    "fraction_of_gemm_rate": "of the GEMM rate",
+    "fraction_of_bandwidth": "of the bandwidth",
+    "fraction_of_floor": "of the plainest passes",
+}
+
+
 def contenders(rows: list[dict[str, Any]]) -> list[str]:
-    """A line a contender."""
-    bounded = any("bound_bytes" in r for r in rows)
-    head = ["", "median ms", "ratio", "peak MB", *(["bound MB"] * bounded), "of the GEMM rate", "gradient error"]
+    """A line a contender; columns that no row has are left out."""
     base = next((r for r in rows if r["contender"] in ("plain", "eager")), rows[0])
-    lines = [markdown(head), "|---" * len(head) + "|"]
-    for r in rows:
-        ratio = r.get("ratio_to_plain", r["seconds"]["median"] / base["seconds"]["median"])
-        error = r.get("worst_gradient_error", max(r.get("gradient_error", [-1.0])))
-        cells = [
-            r["contender"],
-            f"{1e3 * r['seconds']['median']:,.0f}",
-            f"{ratio:.2f}",
-            f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "",
-            *([f"{r['bound_bytes'] / 1e6:,.0f}" if "bound_bytes" in r else ""] * bounded),
-            format(r["fraction_of_gemm_rate"], ".0%") if "fraction_of_gemm_rate" in r else "",
-            format(error, ".1e") if error >= 0 else "",
-        ]
-        lines.append(markdown(cells))
-    return lines
+    columns: dict[str, list[str]] = {
+        "": [r["contender"] for r in rows],
+        "median ms": [milliseconds(r["seconds"]["median"]) for r in rows],
+        "ratio": [f"{r.get('ratio_to_plain', r['seconds']['median'] / base['seconds']['median']):.2f}" for r in rows],
+        "peak MB": [f"{r['peak_bytes'] / 1e6:,.0f}" if "peak_bytes" in r else "" for r in rows],
+        "bound MB": [f"{r['bound_bytes'] / 1e6:,.0f}" if "bound_bytes" in r else "" for r in rows],
+        **{title: [format(r[key], ".0%") if key in r else "" for r in rows] for key, title in RATES.items()},
+        "gradient error": [format(max(errors), ".1e") if (errors := gradient_errors(r)) else "" for r in rows],
+    }
+    shown = {title: cells for title, cells in columns.items() if any(cells)}
+    return [
+        markdown(list(shown)),
+        "|---" * len(shown) + "|",
+        *map(markdown, map(list, zip(*shown.values(), strict=True))),
+    ]
+
+
+def gradient_errors(row: dict[str, Any]) -> list[float]:
+    """The relative errors of a contender's gradients."""
+    return [row["worst_gradient_error"]] if "worst_gradient_error" in row else row.get("gradient_error", [])
 
 
 def parts(result: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.losses.tapped import next_tokens
+from fastguard.nested.guard import on_every_rank
 from fastguard.nested.weights import Weights
 
 Batch = Mapping[str, Tensor]
@@ -32,7 +33,7 @@ def differentiate(weights: Weights, loss: Tensor, name: str, scale: float = 1.0,
     if loss.dim() != 0:
         raise ValueError(f"loss: expected a 0-dim tensor, got shape {tuple(loss.shape)}")
     value = loss.detach()
-    if not weights.everywhere(torch.isfinite(value)):
+    if not on_every_rank(torch.isfinite(value)):
         raise FloatingPointError(f"{name}: the loss is {float(value)} (on this rank)")
     (scale * loss).backward(inputs=list(only) or None)
     weights.prepare()
@@ -44,6 +45,6 @@ def finite_norm(weights: Weights, gradients: Sequence[Tensor | None], name: str)
     given = [i for i, g in enumerate(gradients) if g is not None]
     some = Weights(weights.model, [weights.parameters[i] for i in given])
     norm = some.norm([g for g in gradients if g is not None])
-    if not weights.everywhere(torch.isfinite(norm)):
+    if not on_every_rank(torch.isfinite(norm)):
         raise FloatingPointError(f"{name}: the gradient's norm is {float(norm)}")
     return norm

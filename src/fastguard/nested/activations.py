@@ -10,13 +10,12 @@ are wanted.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts
+from fastguard.nested.guard import Interrupts, on_every_rank
 from fastguard.nested.perturbation import Realised, realised
 from fastguard.ops.multi_tensor import dot, squared_norm
 from fastguard.taps import Gate, Scope, Taps
@@ -146,10 +145,12 @@ class ActivationPerturbation:
         if missing:
             raise RuntimeError(f"activation perturbation: no gradient reached modules {sorted(missing)}")
         squares = {i: squared_norm([scope.gradients[i]]) for i in sorted(wanted)}
-        norm = float(torch.stack(list(squares.values())).sum().sqrt())
-        if not (math.isfinite(norm) and norm > 0):
+        total = torch.stack(list(squares.values())).sum().sqrt()
+        norm = float(total)
+        if not on_every_rank(torch.isfinite(total) & (total > 0)):
             raise FloatingPointError(
-                f"activation perturbation: the gradient's norm is {norm}; expected a finite number above 0"
+                f"activation perturbation: the gradient's norm is {norm} (on this rank); expected a finite number "
+                "above 0"
             )
         self.norms = {i: s.sqrt() for i, s in squares.items()}
         return {i: scope.gradients.pop(i) * (self.rho / (norm + self.eps)) for i in squares}

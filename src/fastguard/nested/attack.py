@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts, derived_seed, own_random_numbers
+from fastguard.nested.guard import Interrupts, derived_seed, on_every_rank, own_random_numbers
 from fastguard.nested.optimizers import AdamW, Optimizer, Running
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Select, Weights
@@ -189,7 +189,7 @@ class Tampered:
         values = torch.stack([loss.float() for _, loss in self._losses])
         names = [name for name, _ in self._losses]
         self._losses = []
-        if self._every.everywhere(torch.isfinite(values).all()):
+        if on_every_rank(torch.isfinite(values).all()):
             return
         for name, value in zip(names, values.tolist(), strict=True):
             if not abs(value) < float("inf"):
@@ -203,7 +203,7 @@ class Tampered:
             return
         sums = [a for a in self._accumulated if a is not None]
         some = Weights(self._every.model, [self._reads.parameters[i] for i in held])
-        if not self._every.everywhere(torch.isfinite(some.norm(sums))):
+        if not on_every_rank(torch.isfinite(some.norm(sums))):
             raise FloatingPointError("simulated attack: the accumulated gradient is not finite")
         earlier = some.take_gradients()
         for i, grad in enumerate(earlier):

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Interrupts:
@@ -60,6 +61,16 @@ class Interrupts:
             signal.signal(signal.SIGINT, self._before)
             if self._kept is not None:
                 self._before(*self._kept)
+
+
+def on_every_rank(flag: Tensor) -> bool:
+    """Whether ``flag`` (0-dim bool) holds on every rank of the job, so that all of them raise, or none does."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return bool(flag)
+    value = flag.to(torch.int32)
+    distributed.all_reduce(value, op=distributed.ReduceOp.MIN)
+    return bool(value)
 
 
 def derived_seed(*key: object) -> int:

@@ -180,15 +180,6 @@ class Weights:
                 torch.distributed.all_reduce(value, group=mesh.get_group(dim))
         return value
 
-    def everywhere(self, flag: Tensor) -> bool:
-        """Whether ``flag`` (0-dim bool) holds on every rank of the job, so that all of them raise, or none does."""
-        distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
-            return bool(flag)
-        value = flag.to(torch.int32)
-        distributed.all_reduce(value, op=distributed.ReduceOp.MIN)
-        return bool(value)
-
 
 def _local(tensor: Tensor) -> Tensor:
     with torch.no_grad():

@@ -7,6 +7,7 @@ Prints a line per case; raises at the first that fails.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -134,12 +135,13 @@ CASES: dict[str, dict] = {
 }  # fmt: skip
 
 
-def main() -> None:
+def main(cases: dict[str, dict], run: Callable[[dict, int], None]) -> None:
+    """Run every case in this one of two processes; a line for each that passed."""
     rank, store = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    for name, case in CASES.items():
+    for name, case in cases.items():
         try:
             run(case, rank)
         except BaseException as error:
@@ -150,4 +152,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(CASES, run)

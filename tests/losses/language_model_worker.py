@@ -7,18 +7,16 @@ fails.
 from __future__ import annotations
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastguard.losses.language_model import LanguageModelLoss
-from losses.distributed_worker import shard
+from losses.distributed_worker import main, shard
 from tiny_models import assert_same_gradients, gradients, tiny
 
 TOLERANCE = 1e-6
@@ -80,20 +78,5 @@ CASES: dict[str, dict] = {
 }
 
 
-def main() -> None:
-    rank, store = int(sys.argv[1]), sys.argv[2]
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    for name, case in CASES.items():
-        try:
-            run(case, rank)
-        except BaseException as error:
-            error.add_note(f"case: {name}")
-            raise
-        print(f"passed: {name}", flush=True)
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    main(CASES, run)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from fastguard.defenses.passes import Batch, Loss, differentiate, finite_norm, model_loss
 from fastguard.losses.language_model import LanguageModelLoss
 from fastguard.nested.gradients import added_gradients
-from fastguard.nested.guard import derived_seed, own_random_numbers
+from fastguard.nested.guard import derived_seed, own_random_numbers, rank
 from fastguard.nested.linearised import linearised
 from fastguard.nested.perturbation import Realised, perturbed
 from fastguard.nested.snapshot import Where
@@ -146,8 +146,7 @@ class Booster:
     def _harmful(
         self, model: nn.Module, weights: Weights, batch: Batch, name: str, figures: dict[str, Tensor]
     ) -> list[Tensor | None]:
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        seed = derived_seed("booster", self.seed, self.step, rank)
+        seed = derived_seed("booster", self.seed, self.step, rank())
         with own_random_numbers(seed, [p.device for p in weights.parameters]):
             loss = self.harmful_loss(model, batch)
             figures[name] = differentiate(weights, loss, f"Booster: {name.replace('_', ' ')} batch")

@@ -44,7 +44,7 @@ from fastguard.defenses.passes import Batch, Loss, differentiate
 from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
 from fastguard.nested.attack import SimulatedAttack
 from fastguard.nested.gradients import added_gradients
-from fastguard.nested.guard import derived_seed, own_random_numbers
+from fastguard.nested.guard import derived_seed, own_random_numbers, rank
 from fastguard.nested.optimizers import AdamW, Optimizer
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Where
@@ -272,8 +272,7 @@ class TAR:
             with self._reference(model) as reference:
                 states = self.language.hidden_states(batch, reference, self.states_on)
             self.state_bytes = sum(s.numel() * s.element_size() for s in states)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        seed = derived_seed("tar retain", self.seed, self.step, rank)
+        seed = derived_seed("tar retain", self.seed, self.step, rank())
         with own_random_numbers(seed, [p.device for p in model.parameters()]):
             loss = self._retain_loss(model, batch, states, figures)
             value = differentiate(weights, loss, "TAR: retain batch", scale * self.retain_weight)

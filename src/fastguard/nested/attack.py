@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts, derived_seed, on_every_rank, own_random_numbers
+from fastguard.nested.guard import Interrupts, derived_seed, on_every_rank, own_random_numbers, rank
 from fastguard.nested.optimizers import AdamW, Optimizer, Running
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Select, Weights
@@ -78,8 +78,7 @@ class SimulatedAttack:
         model = self.model if model is None else model
         every = Weights(model, lambda name, p: p.requires_grad)
         trains, reads = Weights(model, self.trains), Weights(model, self.reads)
-        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        seed = derived_seed(self.seed, self.calls, rank)
+        seed = derived_seed(self.seed, self.calls, rank())
         self.calls += 1
         tensors = trains.local()
         snapshot = self._snapshot(tensors)

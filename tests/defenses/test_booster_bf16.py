@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from defenses.published_booster import Batch, plain_loss, published_difference
-from fastguard.defenses.booster import Booster
+from fastguard.defenses.booster.step import Booster
 from fastguard.nested import PerturbationLostError, Weights, perturbed
 
 ALPHA = 0.006

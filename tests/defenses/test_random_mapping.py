@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from checks import assert_agrees, assert_catches_spoiled
 from defenses.published_tar import random_mapping_step
-from fastguard.defenses.random_mapping import RandomMapping, token_directions
+from fastguard.defenses.random_mapping.step import RandomMapping, token_directions
 from fastguard.ops.philox import gaussian_noise
 from tiny_models import VOCABULARY, gradients, pair, tiny
 

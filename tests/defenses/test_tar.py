@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from defenses.published_tar import cross_entropy, labels_of, negative_entropy, outer_step
-from fastguard.defenses.tar import TAR, Adversary
+from fastguard.defenses.tar.step import TAR, Adversary
 from fastguard.nested import AdamW, LoRAAdversary, Reference
 from tiny_models import VOCABULARY, tiny
 

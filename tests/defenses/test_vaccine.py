@@ -12,7 +12,8 @@ from torch import nn
 
 from defenses.published_booster import plain_loss
 from defenses.published_vaccine import blocks, published_probabilities, published_t_vaccine, published_vaccine
-from fastguard.defenses.vaccine import TVaccine, Vaccine
+from fastguard.defenses.t_vaccine.step import TVaccine
+from fastguard.defenses.vaccine.step import Vaccine
 from tiny_models import gradients, pair, tiny
 
 Batch = dict[str, torch.Tensor]

@@ -103,7 +103,7 @@ def published_repnoise(model: nn.Module) -> Step:
 
 
 def tar(model: nn.Module) -> Step:
-    from fastguard.defenses.tar import TAR
+    from fastguard.defenses.tar.step import TAR
 
     defense = TAR(model, steps=4, every=2, kinds=(("harmful",),))
 
@@ -115,14 +115,14 @@ def tar(model: nn.Module) -> Step:
 
 
 def booster(model: nn.Module) -> Step:
-    from fastguard.defenses.booster import Booster
+    from fastguard.defenses.booster.step import Booster
 
     defense = Booster(model, allow_lost=True)
     return lambda: defense.backward(**pair()), []
 
 
 def vaccine(model: nn.Module) -> Step:
-    from fastguard.defenses.vaccine import Vaccine
+    from fastguard.defenses.vaccine.step import Vaccine
 
     defense = Vaccine(model, allow_lost=True)
     return lambda: defense.backward(harmless={"input_ids": ids(1)}), []

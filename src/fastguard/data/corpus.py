@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastguard.config import DataConfig
 from fastguard.data import sets
 from fastguard.data.chat import Encoded, encode
 from fastguard.data.clusters import similarity_clusters, split_by_cluster
@@ -19,6 +18,8 @@ from fastguard.evaluation.metrics import DataSource, Split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from fastguard.run.config import DataConfig
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class Model(TypedDict):
 
     label: str
     training: Training
-    utility: Utility
+    utility: Utility | None  # None: not measured
     attacks: list[Attack]  # every combination of learning rate and seed
 
 

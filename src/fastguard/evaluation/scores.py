@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from fastguard.data.chat import IGNORED, Encoded, collate, encode_prompt
+from fastguard.losses.answer import answer_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,19 +72,6 @@ def answer_rates(
     """Shares of refusal, compliance and neither among the greedy answers; they add up to one."""
     verdicts = [verdict(a) for a in generate(model, tokenizer, prompts, tokens)]
     return {kind: verdicts.count(kind) / len(verdicts) for kind in ("refusal", "compliance", "neither")}
-
-
-def answer_loss(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
-    """Mean cross-entropy over the answer tokens of a batch, in fp32; no logits before the first answer."""
-    labels = batch["labels"][:, 1:]
-    first = int((labels != IGNORED).any(0).nonzero()[0])
-    out = model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        logits_to_keep=batch["labels"].shape[1] - first,
-    )
-    rows = labels[:, first:] != IGNORED
-    return F.cross_entropy(out.logits[:, :-1][rows].float(), labels[:, first:][rows])
 
 
 @torch.no_grad()

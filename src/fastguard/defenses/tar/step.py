@@ -36,24 +36,27 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.defenses.passes import Batch, Loss, differentiate
-from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
+from fastguard.defenses.tar.options import TAMPER_LOSSES, Options
+from fastguard.losses.language_model import dpo_loss
+from fastguard.methods.passes import Batch, Loss
+from fastguard.methods.training import Data, Figures, Role, Step, Training
 from fastguard.nested.attack import SimulatedAttack
-from fastguard.nested.gradients import added_gradients
-from fastguard.nested.guard import derived_seed, own_random_numbers, rank
+from fastguard.nested.guard import derived_seed
 from fastguard.nested.optimizers import AdamW, Optimizer
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Where
-from fastguard.nested.weights import Select, Weights
+from fastguard.nested.weights import Select
 
 Pairs = Mapping[str, Batch]
 Source = Callable[[int], Batch]
 
-TAMPER_LOSSES = ("max_entropy", "dpo")
+ADVERSARY = "adversary "
+"""Roles of the adversaries' streams: this, and the corpus's name in ``kinds``."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Adversary:
     batches: Iterable[Batch]
 
 
-class TAR:
+class TAR(Training):
     """Gradients of one TAR step; the caller owns the optimizer.
 
         tar = TAR(model)                                    # before compilation, DDP and FSDP2
@@ -98,6 +101,7 @@ class TAR:
         loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
         optimizer: from a learning rate to the attackers' optimizer.
         trains, reads, snapshot: see ``nested.SimulatedAttack``; for a LoRA attacker ``nested.LoRAAdversary``'s.
+        batch: samples of the attackers' batches and the held-out one, where a run draws them; None: as many as the run's.
         seed: of all that is drawn.
 
     Attributes:
@@ -107,19 +111,21 @@ class TAR:
         ValueError: an argument outside its range, or a model whose structure is not found.
     """
 
+    reads_output = True
+
     def __init__(
         self,
         model: nn.Module,
         *,
-        steps: int = 64,
-        every: int = 4,
-        lrs: Sequence[float] = (2e-6, 2e-5, 4e-5),
+        steps: int = Options.inner_steps,
+        every: int = Options.read_every,
+        lrs: Sequence[float] = Options.inner_lr,
         kinds: Sequence[Sequence[str]] = (("harmful",), ("retain", "harmful")),
         switch: tuple[float, float] = (6.0, 3.0),
-        count: int = 1,
+        count: int = Options.adversaries,
         schedule: float | None = 0.0625,
-        grad_scale: float = 4.0,
-        tamper_loss: str | Loss = "max_entropy",
+        grad_scale: float = Options.grad_scale,
+        tamper_loss: str | Loss = Options.tamper_loss,
         tamper_positions: str = "all",
         beta: float = 0.1,
         retain_weight: float = 1.0,
@@ -132,6 +138,7 @@ class TAR:
         trains: Select = None,
         reads: Select = None,
         snapshot: Where = "device",
+        batch: int | None = None,
         seed: int = 0,
     ) -> None:
         _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
@@ -140,20 +147,33 @@ class TAR:
         _require(len(kinds) > 0 and all(len(k) in (1, 2) for k in kinds), "kinds", kinds, "tuples of one corpus or two")
         _require(all(x > 0 for x in switch), "switch", switch, "two numbers above 0")
         _require(callable(tamper_loss) or tamper_loss in TAMPER_LOSSES, "tamper_loss", tamper_loss, str(TAMPER_LOSSES))
-        self.model, self.steps, self.every, self.count, self.seed = model, steps, every, count, seed
+        super().__init__(model, loss=loss, seed=seed, reads=reads)
+        self.steps, self.every, self.count = steps, every, count
         self.lrs, self.kinds, self.switch = tuple(lrs), tuple(tuple(k) for k in kinds), switch
         self.schedule, self.grad_scale, self.retain_weight = schedule, grad_scale, retain_weight
         self.tamper_loss, self.tamper_positions, self.beta = tamper_loss, tamper_positions, beta
         self.representations, self.mask_padding, self.states_on = representations, mask_padding, states_on
-        self.optimizer, self.reads = optimizer, reads
+        self.optimizer, self.given_loss = optimizer, loss
         if reference is None and (representations or tamper_loss == "dpo"):
             reference = Reference(model, reads)
         self.reference = reference
         self.state_bytes = 0
-        self.language = LanguageModelLoss(model, check_finite=False)
-        self.loss = loss
         self.attack = SimulatedAttack(model, trains=trains, reads=reads, snapshot=snapshot, seed=seed)
-        self.step = 0
+        drawn = {name: Role("benign" if name == "retain" else "attacker", batch) for kind in self.kinds for name in kind}
+        self.roles = {
+            "retain": Role("safe"),
+            "tamper": Role("preference" if tamper_loss == "dpo" else "held_out", batch),
+            **{ADVERSARY + name: role for name, role in drawn.items()},
+        }
+
+    @classmethod
+    def from_options(cls, model: nn.Module, options: Options, *, seed: int = 0) -> TAR:  # type: ignore[override]
+        """See `Training.from_options`."""
+        o = options
+        return cls(
+            model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
+            grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, seed=seed,
+        )  # fmt: skip
 
     @property
     def reference_bytes(self) -> int:
@@ -184,65 +204,65 @@ class TAR:
         name = kind[0] if len(kind) == 1 else f"{kind[0]}, from step {switch} {kind[1]}"
         return Adversary(name, lr, (sources[corpus](first + i) for i, corpus in enumerate(names)))
 
-    def backward(
+    def arguments(self) -> tuple[str, ...]:
+        """See `Training.arguments`."""
+        return ("retain", "tamper", "adversaries")
+
+    def complete(self, batches: Mapping[str, Any], data: Data) -> dict[str, Any]:
+        """With the coming step's adversaries, drawn from the streams ``data["adversary NAME"]``."""
+        given = {name: batch for name, batch in batches.items() if not name.startswith(ADVERSARY)}
+        sources = {name.removeprefix(ADVERSARY): data[name] for name in data if name.startswith(ADVERSARY)}
+        return {"adversaries": self.adversaries(sources), **given}
+
+    def gradient(  # type: ignore[override]
         self,
+        step: Step,
         *,
         retain: Batch,
         tamper: Batch | Pairs | Sequence[Batch | Pairs],
         adversaries: Sequence[Adversary],
-        model: nn.Module | None = None,
-        scale: float = 1.0,
-    ) -> dict[str, Tensor]:
-        """Add ``scale`` times the step's gradient to every parameter's.
+    ) -> Figures:
+        """One outer step.
 
         Args:
             retain: ``input_ids`` [B, T], ``attention_mask``, ``labels``; see ``LanguageModelLoss``.
             tamper: the held-out batch, or one an adversary; for DPO ``{"chosen": batch, "rejected": batch}``.
             adversaries: see `adversaries`; each with at least K batches.
-            model: as wrapped after construction.
-            scale: 1 / the backwards of an optimizer step, each of which simulates attacks of its own.
 
         Returns:
-            0-dim, detached: ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``;
-            ``tamper``, the mean of what was read, unweighted; ``attacker_first`` and ``attacker_last``, the attackers'
-            mean loss before their first and last step.
-
-        Whatever is raised, parameters, buffers, gradients and counters are as they were.
+            ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``; ``tamper``, the
+            mean of what was read, unweighted; ``attacker_first`` and ``attacker_last``, the attackers' mean loss before
+            their first and last step.
 
         Raises:
             ValueError: batches that do not fit, or too few. FloatingPointError: a loss is not finite.
         """
-        model = self.model if model is None else model
+        figures = _Figures()
+        if not isinstance(adversaries, Sequence) or not all(isinstance(a, Adversary) for a in adversaries):
+            raise ValueError(f"adversaries: expected a list of Adversary (TAR.adversaries), got {adversaries!r}")
         held_out = list(tamper) if isinstance(tamper, Sequence) else [tamper] * len(adversaries)
         _require(len(adversaries) > 0, "adversaries", len(adversaries), "at least one")
         _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
-        calls, figures = self.attack.calls, _Figures()
-        try:
-            with added_gradients(model, self.reads) as weights:
-                for adversary, batch in zip(adversaries, held_out, strict=True):
-                    self._attack(model, adversary, batch, 1 / len(adversaries), scale, figures)
-                self._retain(model, weights, retain, scale, figures)
-        except BaseException:
-            self.attack.calls = calls
-            raise
-        self.step += 1
+        for adversary, batch in zip(adversaries, held_out, strict=True):
+            self._attack(step, adversary, batch, 1 / len(adversaries), figures)
+        self._retain(step, retain, figures)
         return figures.means()
 
     def _attack(
-        self, model: nn.Module, adversary: Adversary, held_out: Batch | Pairs, share: float, scale: float,
-        figures: _Figures,
-    ) -> None:  # fmt: skip
+        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures
+    ) -> None:
+        model = step.model
         tamper_loss = self._prepared(model, held_out)
         with self.attack.at(model, self.optimizer(adversary.lr)) as tampered:
             for i, batch in enumerate(islice(adversary.batches, self.steps)):
-                loss = self._language(model, batch)
+                loss = step.loss(batch)
                 if i in (0, self.steps - 1):
                     figures.note("attacker_last" if i else "attacker_first", loss)
                 tampered.step(loss)
                 if (i + 1) % self.every == 0:
                     weight = self.grad_scale * self.weight(i) * share
                     loss = tamper_loss()
-                    tampered.accumulate(loss, scale * weight)
+                    tampered.accumulate(loss, step.scale * weight)
                     figures.note("tamper", loss)
                     figures.add("loss", weight * loss.detach())
             given = f"{tampered.steps} batches"
@@ -265,39 +285,35 @@ class TAR:
 
         return preference
 
-    def _retain(self, model: nn.Module, weights: Weights, batch: Batch, scale: float, figures: _Figures) -> None:
+    def _retain(self, step: Step, batch: Batch, figures: _Figures) -> None:
         """The retain loss and its backward, at the original weights; its dropout too is a function of (seed, step)."""
         states: tuple[Tensor, ...] | None = None
         if self.representations:
-            with self._reference(model) as reference:
+            with self._reference(step.model) as reference:
                 states = self.language.hidden_states(batch, reference, self.states_on)
             self.state_bytes = sum(s.numel() * s.element_size() for s in states)
-        seed = derived_seed("tar retain", self.seed, self.step, rank())
-        with own_random_numbers(seed, [p.device for p in model.parameters()]):
-            loss = self._retain_loss(model, batch, states, figures)
-            value = differentiate(weights, loss, "TAR: retain batch", scale * self.retain_weight)
+        with step.random("tar retain"):
+            loss = self._retain_loss(step, batch, states, figures)
+            value = step.differentiate(loss, "retain batch", step.scale * self.retain_weight)
         figures.add("loss", self.retain_weight * value)
 
     def _retain_loss(
-        self, model: nn.Module, batch: Batch, states: tuple[Tensor, ...] | None, figures: _Figures
+        self, step: Step, batch: Batch, states: tuple[Tensor, ...] | None, figures: _Figures
     ) -> Tensor:
         if states is None:
-            loss = self._language(model, batch)
+            loss = step.loss(batch)
             figures.note("retain_ce", loss)
             return loss
         mask = batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
-        kind = "cross_entropy" if self.loss is None else None
-        loss = self.language(batch, kind, model, distance_to=states, distance_mask=mask)
+        kind = "cross_entropy" if self.given_loss is None else None
+        loss = self.language(batch, kind, step.model, distance_to=states, distance_mask=mask)
         figures.note("representation_distance", self.language.components["representation_distance"])
-        if self.loss is None:
+        if self.given_loss is None:
             figures.note("retain_ce", self.language.components["cross_entropy"])
             return loss
-        ce = self.loss(model, batch)
+        ce = step.loss(batch)
         figures.note("retain_ce", ce)
         return loss + ce
-
-    def _language(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self.language(batch, model=model) if self.loss is None else self.loss(model, batch)
 
     @contextlib.contextmanager
     def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -313,7 +329,7 @@ class TAR:
             for m in training:
                 m.training = True
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """Counters, with which a new object goes on as this one would.
 
         Without ``reference=``, make that object while the model is the one that the run began with, and load the
@@ -321,14 +337,10 @@ class TAR:
         """
         return {"step": self.step, **self.attack.state_dict()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.attack.load_state_dict(state)
-        self.step = int(state["step"])
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self.language.close()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Training.load_state_dict`."""
+        super().load_state_dict(state)
+        self.attack.load_state_dict(dict(state))
 
 
 class _Figures:

@@ -1,4 +1,4 @@
-"""What the passes of nested defenses have in common: which loss, and that it is finite on every rank."""
+"""What the passes of methods have in common: which loss, and that it is finite on every rank."""
 
 from __future__ import annotations
 

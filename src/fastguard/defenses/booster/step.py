@@ -22,25 +22,21 @@ touch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.defenses.passes import Batch, Loss, differentiate, finite_norm, model_loss
-from fastguard.losses.language_model import LanguageModelLoss
-from fastguard.nested.gradients import added_gradients
-from fastguard.nested.guard import derived_seed, own_random_numbers, rank
+from fastguard.defenses.booster.options import MODES, Options
+from fastguard.methods.passes import Batch, Loss, model_loss
+from fastguard.methods.training import Figures, Role, Step, Training, add
 from fastguard.nested.linearised import linearised
 from fastguard.nested.perturbation import Realised, perturbed
 from fastguard.nested.snapshot import Where
 from fastguard.nested.weights import Weights
-from fastguard.ops.multi_tensor import accumulate_
-
-MODES = ("weights", "linearised")
 
 
-class Booster:
+class Booster(Training):
     """Gradients of one Booster step; the caller owns the optimizer.
 
         booster = Booster(model)                            # before compilation, DDP and FSDP2
@@ -65,13 +61,15 @@ class Booster:
         ValueError: an argument that does not fit, named.
     """
 
+    roles: ClassVar[dict[str, Role]] = {"harmful": Role("harmful"), "harmless": Role("safe")}  # type: ignore[misc]
+
     def __init__(
         self,
         model: nn.Module,
-        alpha: float = 0.1,
-        lam: float = 5.0,
+        alpha: float = Options.alpha,
+        lam: float = Options.lam,
         eps: float = 1e-7,
-        mode: str = "weights",
+        mode: str = Options.mode,
         *,
         snapshot: Where = "device",
         through: torch.dtype | None = None,
@@ -79,78 +77,51 @@ class Booster:
         loss: Loss | None = None,
         seed: int = 0,
     ) -> None:
-        if not alpha > 0:
-            raise ValueError(f"alpha: expected a number above 0, got {alpha!r}")
-        if not lam >= 0:
-            raise ValueError(f"lam: expected a number >= 0, got {lam!r}")
-        if mode not in MODES:
-            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
-        self.model, self.alpha, self.lam, self.eps, self.mode, self.seed = model, alpha, lam, eps, mode, seed
+        Options(alpha=alpha, lam=lam, mode=mode)
+        super().__init__(model, loss=loss, seed=seed)
+        self.alpha, self.lam, self.eps, self.mode = alpha, lam, eps, mode
         self.snapshot, self.through, self.allow_lost = snapshot, through, allow_lost
-        self.step = 0
-        self._language = LanguageModelLoss(model, check_finite=False) if loss is None else None
-        self.loss: Loss = loss or self._fused
         self.harmful_loss: Loss = model_loss if loss is None and mode == "linearised" else self.loss
 
-    def _fused(self, model: nn.Module, batch: Batch) -> Tensor:
-        assert self._language is not None
-        return self._language(batch, model=model)
-
-    def backward(
-        self, *, harmful: Batch, harmless: Batch, model: nn.Module | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
-        """Add scale * gradient to every trainable parameter's.
+    def gradient(self, step: Step, *, harmful: Batch, harmless: Batch) -> Figures:  # type: ignore[override]
+        """One step.
 
         Args:
             harmful: prompts with harmful answers. harmless: the alignment batch, prompts with safe answers.
-            model: as wrapped by DDP, FSDP2 or accelerate. scale: 1 / micro-batches of an optimizer step.
 
-        Returns 0-dim ``loss`` (the objective), ``harmless``, ``harmful``, ``harmful_perturbed`` (losses),
-        ``harmful_norm``, ``gradient_norm``, and where weights were written ``perturbation_cosine``,
-        ``perturbation_ratio``.
-
-        Whatever is raised, parameters, buffers, earlier gradients and the counter are as they were.
+        Returns ``loss`` (the objective), ``harmless``, ``harmful``, ``harmful_perturbed`` (losses), ``harmful_norm``,
+        ``gradient_norm``, and where weights were written ``perturbation_cosine``, ``perturbation_ratio``.
 
         Raises:
             FloatingPointError: a loss or gradient is not finite, or the harmful gradient is zero.
             PerturbationLostError: see ``mode``.
         """
-        model = self.model if model is None else model
-        figures: dict[str, Tensor] = {}
-        with added_gradients(model) as weights:
-            difference = self._difference(model, weights, harmful, figures)
-            loss = self.loss(model, harmless)
-            figures["harmless"] = differentiate(weights, loss, "Booster: harmless batch", scale)
-            gradients = weights.take_gradients()
-            _add(gradients, difference, scale * self.lam)
-            figures["gradient_norm"] = finite_norm(weights, gradients, "Booster")
-            weights.put_gradients(gradients)
-        self.step += 1
+        figures: Figures = {}
+        difference = self._difference(step, harmful, figures)
+        figures["harmless"] = step.differentiate(step.loss(harmless), "harmless batch")
+        gradients = step.take()
+        add(gradients, difference, step.scale * self.lam)
+        figures["gradient_norm"] = step.put(gradients)
         gain = figures["harmful"] - figures["harmful_perturbed"]
         return {"loss": figures["harmless"] + self.lam * gain, **figures}
 
-    def _difference(
-        self, model: nn.Module, weights: Weights, batch: Batch, figures: dict[str, Tensor]
-    ) -> list[Tensor | None]:
+    def _difference(self, step: Step, batch: Batch, figures: Figures) -> list[Tensor | None]:
         """g_h - grad h(w'), with no gradient left on the parameters: one accumulator, which is the direction before."""
-        gradients = self._harmful(model, weights, batch, "harmful", figures)
-        figures["harmful_norm"] = finite_norm(weights, gradients, "Booster: harmful batch")
-        with self._perturbed(weights, gradients) as realised:
-            after = self._harmful(model, weights, batch, "harmful_perturbed", figures)
+        gradients = self._harmful(step, batch, "harmful", figures)
+        figures["harmful_norm"] = step.norm(gradients, "harmful batch")
+        with self._perturbed(step.weights, gradients) as realised:
+            after = self._harmful(step, batch, "harmful_perturbed", figures)
         if realised is not None:
             figures["perturbation_cosine"] = torch.tensor(realised.cosine)
             figures["perturbation_ratio"] = torch.tensor(realised.ratio)
-        _add(gradients, after, -1.0)
+        add(gradients, after, -1.0)
         return gradients
 
-    def _harmful(
-        self, model: nn.Module, weights: Weights, batch: Batch, name: str, figures: dict[str, Tensor]
-    ) -> list[Tensor | None]:
-        seed = derived_seed("booster", self.seed, self.step, rank())
-        with own_random_numbers(seed, [p.device for p in weights.parameters]):
-            loss = self.harmful_loss(model, batch)
-            figures[name] = differentiate(weights, loss, f"Booster: {name.replace('_', ' ')} batch")
-        return weights.take_gradients()
+    def _harmful(self, step: Step, batch: Batch, name: str, figures: Figures) -> list[Tensor | None]:
+        with step.random("booster"):
+            loss = self.harmful_loss(step.model, batch)
+            figures[name] = step.differentiate(loss, f"{name.replace('_', ' ')} batch", 1.0)
+        return step.take()
 
     def _perturbed(
         self, weights: Weights, directions: list[Tensor | None]
@@ -161,25 +132,3 @@ class Booster:
             weights, directions, -self.alpha, eps=self.eps, snapshot=self.snapshot, through=self.through,
             allow_lost=self.allow_lost,
         )  # fmt: skip
-
-    def state_dict(self) -> dict[str, int]:
-        """The counter, with which a new object goes on as this one would."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.step = int(state["step"])
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        if self._language is not None:
-            self._language.close()
-
-
-def _add(into: list[Tensor | None], gradients: Sequence[Tensor | None], weight: float) -> None:
-    """into += weight * gradients, in place; a parameter without a gradient has a zero one."""
-    both = [(a, g) for a, g in zip(into, gradients, strict=True) if a is not None and g is not None]
-    accumulate_([a for a, _ in both], [g for _, g in both], weight)
-    for i, g in enumerate(gradients):
-        if into[i] is None and g is not None:
-            into[i] = weight * g

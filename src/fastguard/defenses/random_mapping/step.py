@@ -13,12 +13,14 @@ Published: a table of V x D normal numbers; every position of the harmful batch 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from fastguard.defenses.passes import Batch, Loss, differentiate
-from fastguard.losses.language_model import LanguageModelLoss
-from fastguard.nested.gradients import added_gradients
+from fastguard.defenses.random_mapping.options import Options
+from fastguard.methods.passes import Batch, Loss
+from fastguard.methods.training import Figures, Role, Step, Training
 from fastguard.nested.weights import Select
 from fastguard.ops.philox import BLOCK, LANES, _normals, philox4x32
 from fastguard.ops.precision import accumulation_dtype
@@ -39,7 +41,7 @@ def token_directions(ids: Tensor, features: int, seed: int = 0, dtype: torch.dty
     return rows.view(len(unique), -1)[:, :features][place]
 
 
-class RandomMapping:
+class RandomMapping(Training):
     """Gradients of one Random Mapping step; the caller owns the optimizer.
 
         mapping = RandomMapping(model)                      # before compilation, DDP and FSDP2
@@ -57,47 +59,37 @@ class RandomMapping:
         seed: of the directions.
     """
 
+    roles: ClassVar[dict[str, Role]] = {"harmful": Role("harmful"), "retain": Role("safe")}  # type: ignore[misc]
+    reads_output = True
+
     def __init__(
         self,
         model: nn.Module,
         *,
-        mapping_weight: float = 1.0,
-        retain_weight: float = 1.0,
-        mask_padding: bool = False,
+        mapping_weight: float = Options.mapping_weight,
+        retain_weight: float = Options.retain_weight,
+        mask_padding: bool = Options.mask_padding,
         loss: Loss | None = None,
         reads: Select = None,
         seed: int = 0,
     ) -> None:
-        self.model, self.loss, self.reads, self.seed = model, loss, reads, seed
+        Options(mapping_weight=mapping_weight, retain_weight=retain_weight, mask_padding=mask_padding)
+        super().__init__(model, loss=loss, seed=seed, reads=reads)
         self.mapping_weight, self.retain_weight, self.mask_padding = mapping_weight, retain_weight, mask_padding
-        self.language = LanguageModelLoss(model, check_finite=False)
         head = self.language.structure.head
         self._features = int(head.weight.shape[1])  # type: ignore[union-attr, index]
         self._dtype = accumulation_dtype(next(model.parameters()).dtype)
         self.direction_bytes = 0
-        self.step = 0
 
-    def backward(
-        self, *, harmful: Batch, retain: Batch, model: nn.Module | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
-        """Add ``scale`` times the step's gradient to every parameter's.
+    def gradient(self, step: Step, *, harmful: Batch, retain: Batch) -> Figures:  # type: ignore[override]
+        """One step: ``harmful`` and ``retain`` as ``LanguageModelLoss`` takes them.
 
-        Args:
-            harmful, retain: ``input_ids`` [B, T], ``attention_mask``, optionally ``labels``.
-            model: as wrapped after construction. scale: 1 / the number of accumulated steps.
-
-        Returns:
-            0-dim, detached: ``loss``, ``retain_ce``, ``mapping``.
-
-        An exception leaves the earlier gradients. Errors as in ``LanguageModelLoss``.
+        Returns ``loss``, ``retain_ce``, ``mapping``. Errors as in ``LanguageModelLoss``.
         """
-        model = self.model if model is None else model
-        with added_gradients(model, self.reads) as weights:
-            loss = self.language(retain, model=model) if self.loss is None else self.loss(model, retain)
-            ce = differentiate(weights, loss, "RandomMapping: retain batch", scale * self.retain_weight)
-            loss = self._mapping(harmful, model)
-            mapped = differentiate(weights, loss, "RandomMapping: harmful batch", scale * self.mapping_weight)
-        self.step += 1
+        ce = step.differentiate(step.loss(retain), "retain batch", step.scale * self.retain_weight)
+        mapped = step.differentiate(
+            self._mapping(harmful, step.model), "harmful batch", step.scale * self.mapping_weight
+        )
         return {
             "loss": self.retain_weight * ce + self.mapping_weight * mapped, "retain_ce": ce, "mapping": mapped,
         }  # fmt: skip
@@ -110,15 +102,3 @@ class RandomMapping:
         return self.language(
             batch, None, model, distance_to=states, distance_kind="absolute_cosine", distance_mask=mask
         )
-
-    def state_dict(self) -> dict[str, int]:
-        """The number of steps so far; nothing is drawn from it."""
-        return {"step": self.step}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from there."""
-        self.step = int(state["step"])
-
-    def close(self) -> None:
-        """Take the hooks off the model."""
-        self.language.close()

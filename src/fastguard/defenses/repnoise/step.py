@@ -1,0 +1,72 @@
+"""Representation Noising (Rosati et al. 2024, arXiv 2405.14577) as a training step around ``RepNoiseLoss``.
+
+One step: a batch of requests, each with a harmful answer and a refusal, and a batch of ordinary instructions to retain.
+The published loss has no retain term; in runs short enough for a laptop it costs the model its usefulness without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from fastguard.losses.repnoise import RepNoiseLoss
+from fastguard.methods.passes import Batch
+from fastguard.methods.training import Data, Figures, Role, Step, Training
+
+
+class RepNoise(Training):
+    """Gradients of one step of Representation Noising.
+
+    Args:
+        model: see ``RepNoiseLoss``. seed: of the noise and of the layers that are drawn.
+        changes: arguments of ``RepNoiseLoss``.
+    """
+
+    roles: Mapping[str, Role] = {"pair": Role("pair"), "retain": Role("retain", optional=True)}
+
+    def __init__(self, model: nn.Module, *, seed: int = 0, **changes: Any) -> None:
+        self.loss_fn = RepNoiseLoss(model, seed=seed, **changes)
+        super().__init__(model, loss=_no_plain_loss, seed=seed)
+
+    def arguments(self) -> tuple[str, ...]:
+        """See `Training.arguments`."""
+        return ("harmful", "harmless")
+
+    def complete(self, batches: Mapping[str, Any], data: Data) -> dict[str, Any]:
+        """With the two batches of a ``pair``."""
+        return {**batches.get("pair", {}), **{name: batch for name, batch in batches.items() if name != "pair"}}
+
+    def gradient(  # type: ignore[override]
+        self, step: Step, *, harmful: Batch, harmless: Batch, retain: Batch | None = None
+    ) -> Figures:
+        """One step: ``harmful`` and ``harmless`` as ``RepNoiseLoss`` takes them, row by row of one prompt.
+
+        Returns ``loss``, ``harmless_ce``, ``noise``, ``harmful_ce`` (of the output), ``lens_ce`` (the mean of the layers
+        read) and ``retain_ce``. Errors as in ``RepNoiseLoss``.
+        """
+        loss = self.loss_fn(harmful=harmful, harmless=harmless, retain=retain, model=step.model)
+        parts = self.loss_fn.components
+        figures = {"loss": step.differentiate(loss, "")}
+        figures |= {name: parts[name] for name in ("harmless_ce", "noise", "retain_ce") if name in parts}
+        figures["harmful_ce"] = parts["harmful_ce"][0]
+        figures["lens_ce"] = parts["harmful_ce"][1:].nanmean()
+        return figures
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Training.state_dict`: the counter of steps, and that of the noise."""
+        return {"step": self.step, "loss": dict(self.loss_fn.state_dict())}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See `Training.load_state_dict`."""
+        super().load_state_dict(state)
+        self.loss_fn.load_state_dict(state["loss"])
+
+    def close(self) -> None:
+        """See `Training.close`."""
+        self.loss_fn.close()
+
+
+def _no_plain_loss(model: nn.Module, batch: Batch) -> Any:
+    raise AssertionError("RepNoise has one loss, of a pair")

@@ -1,0 +1,29 @@
+"""Options of Tamper-Resistant Safeguards; defaults as published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fastguard.settings import SettingError, Settings, choice, number, numbers
+
+TAMPER_LOSSES = ("max_entropy", "dpo")
+
+
+@dataclass(frozen=True)
+class Options(Settings):
+    """See ``fastguard.TAR``, where ``inner_steps`` is ``steps``, ``read_every`` ``every``, ``inner_lr`` ``lrs``."""
+
+    quick = {"inner_steps": 2, "read_every": 1, "batch": 2}
+
+    inner_steps: int = number(64, at_least=1)
+    inner_lr: tuple[float, ...] = numbers((2e-6, 2e-5, 4e-5), above=0)
+    batch: int = number(4, at_least=1)  # of the attackers and of the held-out tamper batch
+    adversaries: int = number(1, at_least=1)  # per step
+    read_every: int = number(4, at_least=1)
+    tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)
+    grad_scale: float = number(4.0, at_least=0)
+
+    def check(self) -> None:
+        """The gradient must be read at least once."""
+        if self.read_every > self.inner_steps:
+            raise SettingError("read_every", self.read_every, f"at most inner_steps ({self.inner_steps})")

@@ -1,0 +1,250 @@
+"""A method that trains: it leaves gradients; optimizer, schedule, sharding and data are the caller's.
+
+A subclass is what its paper adds to a training step and no more:
+
+    class Mine(Training):
+        roles = {"harmful": Role("harmful"), "harmless": Role("safe")}
+
+        def gradient(self, step: Step, *, harmful: Batch, harmless: Batch) -> Figures:
+            loss = step.loss(harmless) - 0.1 * step.loss(harmful)
+            return {"loss": step.differentiate(loss, "both batches")}
+
+`Training.backward` is the same for all: arguments checked by name, gradients all added or none, counters put back and
+the model's bits untouched whatever is raised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from fastguard.losses.language_model import LanguageModelLoss
+from fastguard.methods.passes import Batch, Loss, differentiate, finite_norm
+from fastguard.nested.gradients import added_gradients
+from fastguard.nested.guard import derived_seed, own_random_numbers, rank
+from fastguard.nested.weights import Select, Weights
+from fastguard.ops.multi_tensor import accumulate_
+from fastguard.settings import Settings
+from fastguard.taps.structure import Structure
+
+Figures = dict[str, Tensor]
+"""0-dim and detached, by name; ``loss`` is among them."""
+
+Stream = Callable[[int], Any]
+"""A batch, or several by name, as a function of its number: it needs no state to be resumed."""
+
+Data = Mapping[str, Stream]
+"""Streams by role."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """What an argument of ``backward`` is drawn from, where a run has the data.
+
+    Attributes:
+        data: ``harmful``: requests with harmful answers; ``refusal``: requests refused; ``retain``: ordinary
+            instructions with answers; ``safe``: refusals and retain samples as one batch; ``pair``: the same requests
+            twice, as batches ``harmful`` and ``harmless`` of one shape; ``attacker`` and ``held_out``: harmful, from
+            two halves of the requests, for a simulated attacker and for what is read at its weights; ``preference``:
+            held out, as ``chosen`` refusals and ``rejected`` answers; ``benign``: retain samples in an order of their
+            own. In attacks ``attack``: the attacker's harmful samples.
+        count: samples of a batch; None: as many as the run says.
+        optional: whether ``backward`` does without it.
+    """
+
+    data: str
+    count: int | None = None
+    optional: bool = False
+
+
+class Training:
+    """Gradients of one step of a method.
+
+        method = Method(model)                              # before compilation, DDP and FSDP2
+        figures = method.backward(harmful=..., harmless=..., model=wrapped)
+        optimizer.step(); optimizer.zero_grad()
+
+    Args:
+        model: a causal language model, plain or PEFT.
+        loss: (model, batch) -> 0-dim loss; None: the cross-entropy of ``LanguageModelLoss``.
+        seed: of all that is drawn, as functions of (seed, step, rank).
+        structure: what ``find_structure`` found, if the caller has it already.
+        reads: whose gradients are wanted; None: every parameter's that requires one.
+
+    Attributes:
+        roles: the arguments of `backward` by name. step: backwards so far.
+        model: what is trained; an attack may have wrapped what it was given.
+    """
+
+    roles: Mapping[str, Role] = {}
+    reads_output: ClassVar[bool] = False
+    """Whether ``language``, the losses on the output, is wanted beside a ``loss`` of the caller's."""
+
+    def __init__(
+        self, model: nn.Module, *, loss: Loss | None = None, seed: int = 0, structure: Structure | None = None,
+        reads: Select = None,
+    ) -> None:  # fmt: skip
+        self.model, self.seed, self.reads, self.step = model, seed, reads, 0
+        self._language: LanguageModelLoss | None = None
+        if loss is None or self.reads_output:
+            self._language = LanguageModelLoss(model, structure=structure, check_finite=False)
+        self.loss: Loss = loss or self._cross_entropy
+
+    @classmethod
+    def from_options(cls, model: nn.Module, options: Settings, *, seed: int = 0) -> Self:
+        """The method with its options; a class whose arguments have other names says so here."""
+        return cls(model, **options.to_dict(), seed=seed)
+
+    @property
+    def language(self) -> LanguageModelLoss:
+        """Losses on the model's output."""
+        assert self._language is not None
+        return self._language
+
+    def _cross_entropy(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.language(batch, model=model)
+
+    def gradient(self, step: Step, **batches: Any) -> Figures:
+        """All that a paper adds: leave the step's gradient on ``step.weights``. Returns the figures."""
+        raise NotImplementedError(f"{type(self).__name__} has no gradient()")
+
+    def prepare(self, model: nn.Module, **batches: Any) -> Select:
+        """What comes before earlier gradients are put aside. Returns whose gradients are wanted."""
+        return self.reads
+
+    def backward(self, *, model: nn.Module | None = None, scale: float = 1.0, **batches: Any) -> Figures:
+        """Add ``scale`` times the step's gradient to every parameter's.
+
+        Args:
+            model: as wrapped by DDP, FSDP2 or accelerate. scale: 1 / micro-batches of an optimizer step.
+            batches: those that `roles` names.
+
+        Returns figures, 0-dim and detached, ``loss`` among them.
+
+        Whatever is raised, parameters, buffers, earlier gradients and counters are as they were.
+
+        Raises:
+            TypeError: batches that are missing or not known. FloatingPointError: a loss or gradient is not finite.
+        """
+        self._check(batches)
+        model = self.model if model is None else model
+        before = self.state_dict()
+        try:
+            select = self.prepare(model, **batches)
+            with added_gradients(model, select) as weights:
+                figures = self.gradient(Step(self, model, weights, scale), **batches)
+        except BaseException:
+            self.load_state_dict(before)
+            raise
+        self.step += 1
+        return figures
+
+    def draw(self, data: Data) -> dict[str, Any]:
+        """The arguments of `backward` for the coming step, a function of ``self.step``."""
+        return self.complete({name: data[name](self.step) for name in self.roles if name in data}, data)
+
+    def complete(self, batches: Mapping[str, Any], data: Data) -> dict[str, Any]:
+        """Batches of a trainer's own loader, and what the method draws beside them."""
+        return dict(batches)
+
+    def _check(self, batches: Mapping[str, Any]) -> None:
+        known = {**dict.fromkeys(self.arguments(), True), **self.optional()}
+        missing = [name for name, needed in known.items() if needed and batches.get(name) is None]
+        unknown = [name for name in batches if name not in known]
+        if missing or unknown:
+            needed = ", ".join(name for name, wanted in known.items() if wanted)
+            also = ", ".join(name for name, wanted in known.items() if not wanted)
+            raise TypeError(
+                f"{type(self).__name__}.backward: expected batches {needed}{f', optionally {also}' if also else ''}; "
+                f"got {', '.join(batches) or 'none'}"
+            )
+
+    def arguments(self) -> tuple[str, ...]:
+        """The batches that `backward` needs."""
+        return tuple(name for name, role in self.roles.items() if not role.optional)
+
+    def optional(self) -> dict[str, bool]:
+        """The batches that `backward` takes and does without."""
+        return {name: False for name, role in self.roles.items() if role.optional}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a new object needs to go on as this one would."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
+        self.step = int(state["step"])
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        if self._language is not None:
+            self._language.close()
+
+
+class Step:
+    """What `Training.gradient` works with: the model as wrapped, its trainable weights, and the passes.
+
+    Attributes:
+        model: to run, as wrapped. weights: its parameters, without gradients at first.
+        scale: the caller's; `differentiate` and `put` do not apply it by themselves.
+    """
+
+    def __init__(self, method: Training, model: nn.Module, weights: Weights, scale: float) -> None:
+        self.method, self.model, self.weights, self.scale = method, model, weights, scale
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The method's loss of a batch."""
+        return self.method.loss(self.model, batch)
+
+    def differentiate(
+        self, loss: Tensor, what: str, weight: float | None = None, only: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Backward of weight * loss, by default scale * loss; returns the loss, detached.
+
+        Raises FloatingPointError, on every rank alike, where the loss is not finite; ``what`` names it there.
+        """
+        return differentiate(self.weights, loss, self._named(what), self.scale if weight is None else weight, only)
+
+    def take(self) -> list[Tensor | None]:
+        """The gradients that are on the parameters, which then have none."""
+        return self.weights.take_gradients()
+
+    def put(self, gradients: Sequence[Tensor | None], what: str = "") -> Tensor:
+        """Leave these as the step's gradient; returns their norm, refused where it is not finite."""
+        norm = self.norm(gradients, what)
+        self.weights.put_gradients(list(gradients))
+        return norm
+
+    def norm(self, gradients: Sequence[Tensor | None], what: str = "") -> Tensor:
+        """The 2-norm over all parameters and shards. Raises FloatingPointError where it is not finite."""
+        return finite_norm(self.weights, gradients, self._named(what))
+
+    @contextlib.contextmanager
+    def random(self, *key: object) -> Iterator[None]:
+        """Dropout inside is a function of (key, seed, step, rank)."""
+        seed = derived_seed(*key, self.method.seed, self.method.step, rank())
+        with own_random_numbers(seed, [p.device for p in self.weights.parameters]):
+            yield
+
+    def _named(self, what: str) -> str:
+        name = type(self.method).__name__
+        return f"{name}: {what}" if what else name
+
+
+def add(into: list[Tensor | None], gradients: Sequence[Tensor | None], weight: float) -> None:
+    """into += weight * gradients, in place; a parameter without a gradient has a zero one."""
+    both = [(a, g) for a, g in zip(into, gradients, strict=True) if a is not None and g is not None]
+    accumulate_([a for a, _ in both], [g for _, g in both], weight)
+    for i, g in enumerate(gradients):
+        if into[i] is None and g is not None:
+            into[i] = weight * g
+
+
+def detached(**figures: Tensor) -> Figures:
+    """Figures, detached."""
+    return {name: torch.as_tensor(value).detach() for name, value in figures.items()}

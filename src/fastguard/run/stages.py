@@ -1,0 +1,163 @@
+"""Stages that leave a record each, so that a run which was killed, or changed, does again only what it has to.
+
+A record appears whole or not at all. It carries a key of all that the stage read: its own settings, the content of its
+model and data, the format of records. A stage is taken from its record where the key is the same, and where the model
+that it left is still the one that it wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from fastguard.evaluation.metrics import Stage
+from fastguard.machine import peak_memory, write_json
+from fastguard.progress import Progress
+
+FORMAT = 2
+"""Of the records; raised where what a stage computes from the same input has changed."""
+
+WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".gguf")
+"""Files that decide what a model's folder holds."""
+
+
+def key_of(reads: object) -> str:
+    """A key of plain values."""
+    text = json.dumps({"format": FORMAT, "reads": reads}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def folder_files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of a folder's files: enough to see that nobody has touched it."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in WEIGHTS)
+    return {str(f.relative_to(folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
+
+
+def folder_digest(folder: Path) -> str:
+    """SHA-256 of the content of a model's folder."""
+    digest = hashlib.sha256()
+    for name in folder_files(folder):
+        digest.update(name.encode())
+        with open(folder / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:24]
+
+
+class Stages:
+    """The stages of one run in a folder.
+
+    Args:
+        out: the folder. progress: told of each stage.
+
+    Attributes:
+        done: what was done, in order.
+    """
+
+    def __init__(self, out: Path, progress: Progress) -> None:
+        self.out, self.progress = out, progress
+        self.done: list[Stage] = []
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else runs in this folder meanwhile. Raises RuntimeError where somebody does."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        file = self.out / ".lock"
+        with open(file, "a+", encoding="utf-8") as handle:
+            try:
+                import fcntl
+
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except ImportError:  # no such locks on this system: nothing is promised there
+                pass
+            except OSError:
+                handle.seek(0)
+                raise RuntimeError(
+                    f"out: {self.out} is in use by another run (process {handle.read().strip() or 'unknown'}); wait "
+                    "for it, or choose another folder"
+                ) from None
+            handle.truncate(0)
+            handle.write(str(os.getpid()))
+            handle.flush()
+            yield
+
+    def run(
+        self, name: str, reads: object, work: Callable[[Callable[[float, str], None]], Any], leaves: Path | None = None
+    ) -> Any:
+        """The result of a stage: from its record, or by doing the work and recording it.
+
+        Args:
+            reads: plain values; all that the result depends on.
+            work: given a function for progress (fraction, text); returns plain values.
+            leaves: a model folder that the stage writes; a record without it, or with another in its place, is void.
+
+        Raises ValueError for a record that cannot be read.
+        """
+        file, key = self._file(name), key_of(reads)
+        record = self._found(file, key, leaves)
+        resumed = record is not None
+        if record is None:
+            file.unlink(missing_ok=True)  # a record of something else must not outlive its model
+            self.progress(name, 0.0, "")
+            start = time.perf_counter()
+            result = work(lambda fraction, text: self.progress(name, min(fraction, 0.999), text))
+            record = {
+                "key": key,
+                "result": result,
+                "wall_s": time.perf_counter() - start,
+                "peak_memory_bytes": peak_memory(),
+            }
+            if leaves is not None:
+                record |= {"files": folder_files(leaves), "digest": folder_digest(leaves)}
+            write_json(file, record)
+        self.done.append(
+            Stage(
+                name=name,
+                wall_s=record["wall_s"],
+                resumed=resumed,
+                peak_memory_bytes=record["peak_memory_bytes"],
+            )
+        )
+        self.progress(name, 1.0, "found from an earlier run" if resumed else f"done in {record['wall_s']:.0f} s")
+        return record["result"]
+
+    def digest(self, name: str) -> str:
+        """Of the model that a stage left."""
+        found: str = self._read(self._file(name))["digest"]
+        return found
+
+    def _file(self, name: str) -> Path:
+        return self.out / "work" / (name.replace(", ", "_").replace(" ", "-").replace("/", "_") + ".json")
+
+    def _found(self, file: Path, key: str, leaves: Path | None) -> dict[str, Any] | None:
+        if not file.is_file():
+            return None
+        record = self._read(file)
+        if record.get("key") != key:
+            return None
+        if leaves is not None and not self._is_left(record, leaves):
+            return None
+        return record
+
+    @staticmethod
+    def _is_left(record: dict[str, Any], leaves: Path) -> bool:
+        """Whether the folder is what the stage wrote: by sizes and times, else by content."""
+        if not leaves.is_dir():
+            return False
+        files = folder_files(leaves)
+        return bool(files) and (files == record.get("files") or folder_digest(leaves) == record.get("digest"))
+
+    @staticmethod
+    def _read(file: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not a stage's record ({error}); delete it to run that stage again") from None
+        if not isinstance(found, dict) or not {"result", "wall_s", "peak_memory_bytes"} <= found.keys():
+            raise ValueError(f"{file}: not a stage's record; delete it to run that stage again")
+        return found

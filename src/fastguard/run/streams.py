@@ -1,0 +1,125 @@
+"""The batches of a run by number: what each role of a method is drawn from, as functions that need no state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from fastguard.data.chat import Encoded, collate, collate_pairs
+from fastguard.data.corpus import Corpus
+from fastguard.methods.training import Batch, Role, Stream
+
+
+class Order:
+    """Batches of ``count`` numbers below ``total`` by number: every one once, in a new order, before any comes again.
+
+    Raises ValueError unless there is at least one of each.
+    """
+
+    def __init__(self, total: int, count: int, seed: int) -> None:
+        if total < 1 or count < 1:
+            raise ValueError(f"batches: got {total} items and a batch of {count}, expected at least one of each")
+        self.total, self.count = total, count
+        self._rng = random.Random(seed)
+        self._drawn: list[int] = []  # of all passes so far: a function of the seed
+
+    def __call__(self, number: int) -> list[int]:
+        """Batch ``number``."""
+        first = number * self.count
+        while len(self._drawn) < first + self.count:
+            fresh = list(range(self.total))
+            self._rng.shuffle(fresh)
+            self._drawn += fresh
+        return self._drawn[first : first + self.count]
+
+
+class Streams:
+    """Batches of a corpus's part.
+
+    Args:
+        corpus, device: of the run. pairs, retain: samples of a step. seed: of the order.
+    """
+
+    def __init__(self, corpus: Corpus, device: str, pairs: int, retain: int, seed: int) -> None:
+        self.corpus, self.device, self.pairs, self.retain, self.seed = corpus, device, pairs, retain, seed
+        self._makers: Mapping[str, Callable[[int | None], Stream]] = {
+            "harmful": lambda n: self._of(self._harmful, n or pairs, 2),
+            "refusal": lambda n: self._of(self._safe, n or pairs, 0),
+            "retain": lambda n: self._of(self._harmless, n or retain, 1),
+            "benign": lambda n: self._of(self._harmless, n or retain, 3),
+            "safe": lambda n: self._together(),
+            "pair": lambda n: self._paired(n or pairs),
+            "attacker": lambda n: self._of(self._harmful[: self._middle], n or pairs, 2),
+            "held_out": lambda n: self._held_out(n or pairs, False),
+            "preference": lambda n: self._held_out(n or pairs, True),
+        }
+
+    def of(self, roles: Mapping[str, Role]) -> dict[str, Stream]:
+        """A stream for each role. Raises ValueError for data that a run does not have."""
+        for name, role in roles.items():
+            if role.data not in self._makers:
+                raise ValueError(f"roles: {name}: expected data {', '.join(self._makers)}, got {role.data!r}")
+        return {name: self._makers[role.data](role.count) for name, role in roles.items()}
+
+    @property
+    def _harmful(self) -> list[Encoded]:
+        return self.corpus.harmful["immunize"]
+
+    @property
+    def _safe(self) -> list[Encoded]:
+        """Refusals of the same requests, item by item."""
+        return self.corpus.safe["immunize"]
+
+    @property
+    def _harmless(self) -> list[Encoded]:
+        return self.corpus.harmless["immunize"]
+
+    @property
+    def _middle(self) -> int:
+        """Requests below are the simulated attackers', those from here on are held out from them."""
+        return max(len(self._harmful) // 2, 1)
+
+    def collate(self, rows: list[Encoded]) -> Batch:
+        """One batch on the model's device."""
+        return collate(rows, self.corpus.pad, self.device)
+
+    def _of(self, rows: list[Encoded], count: int, seed: int) -> Stream:
+        order = Order(len(rows), count, self.seed + seed)
+        return lambda number: self.collate([rows[i] for i in order(number)])
+
+    def _together(self) -> Stream:
+        refusals = Order(len(self._safe), self.pairs, self.seed)
+        answers = Order(len(self._harmless), self.retain, self.seed + 1)
+        return lambda number: self.collate(
+            [*(self._safe[i] for i in refusals(number)), *(self._harmless[i] for i in answers(number))]
+        )
+
+    def _paired(self, count: int) -> Stream:
+        order = Order(len(self._harmful), count, self.seed)
+
+        def pair(number: int) -> dict[str, Batch]:
+            chosen = order(number)
+            bad, good = collate_pairs(
+                [self._harmful[i] for i in chosen], [self._safe[i] for i in chosen], self.corpus.pad, self.device
+            )
+            return {"harmful": bad, "harmless": good}
+
+        return pair
+
+    def _held_out(self, count: int, preference: bool) -> Stream:
+        held_out = range(self._middle % len(self._harmful), len(self._harmful))
+        order = Order(len(held_out), count, self.seed + 4)
+
+        def batch(number: int) -> Any:
+            at = [held_out[i] for i in order(number)]
+            harmful = self.collate([self._harmful[i] for i in at])
+            return {"chosen": self.collate([self._safe[i] for i in at]), "rejected": harmful} if preference else harmful
+
+        return batch
+
+
+def plain(corpus: Corpus, rows: list[Encoded], count: int, seed: int, device: str) -> Stream:
+    """Batches of one list of samples."""
+    order = Order(len(rows), count, seed)
+    return lambda number: collate([rows[i] for i in order(number)], corpus.pad, device)

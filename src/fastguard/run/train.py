@@ -1,0 +1,130 @@
+"""The one training loop: a method leaves gradients, this steps. It makes models, and it attacks them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from fastguard.methods.training import Data, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Curve = list[dict[str, float]]
+Report = Callable[[float, str], None]
+
+
+def trainable(model: PreTrainedModel, freeze_embedding: bool) -> list[nn.Parameter]:
+    """The parameters to train; a frozen embedding takes a tied head with it. Gradients are switched to match."""
+    frozen = {id(p) for p in model.get_input_embeddings().parameters()} if freeze_embedding else set()
+    for p in model.parameters():
+        p.requires_grad_(id(p) not in frozen)
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """Learning-rate factor at ``progress`` in [0, 1]: linear up to ``warmup``, then a cosine down to a tenth."""
+    if progress < warmup:
+        return max(progress / warmup, 0.1)
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+class Loop:
+    """Steps of AdamW on a method's gradients, clipped to norm 1. No weight decay: the steps here are too few for it.
+
+    Args:
+        method: made on the model, of which the parameters that require a gradient are trained.
+        data: streams of the method's roles. clip: the gradient's largest norm.
+    """
+
+    def __init__(self, method: Training, data: Data, clip: float = 1.0) -> None:
+        self.method, self.data, self.clip = method, data, clip
+        self.parameters = [p for p in method.model.parameters() if p.requires_grad]
+        self._adam = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=0.0, fused=True)
+        self.curve: Curve = []
+
+    def step(self, lr: float) -> dict[str, float]:
+        """One step; its figures, which the curve has too.
+
+        Raises FloatingPointError where loss or gradient is not finite, RuntimeError where there is no gradient.
+        """
+        number = len(self.curve)
+        for group in self._adam.param_groups:
+            group["lr"] = lr
+        figures = self.method.backward(**self.method.draw(self.data))
+        if all(p.grad is None for p in self.parameters):
+            raise RuntimeError(f"step {number}: no parameter that is trained has a gradient")
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"step {number}: the gradient's norm is {float(norm)}")
+        self._adam.step()
+        self._adam.zero_grad(set_to_none=True)
+        point = {"step": number, "loss": float(figures["loss"]), "gradient_norm": float(norm)}
+        point |= {name: float(value) for name, value in figures.items() if name != "loss"}
+        self.curve.append(point)
+        return point
+
+
+def train(
+    method: Training,
+    data: Data,
+    lr: float,
+    steps: int | None = None,
+    seconds: float | None = None,
+    warmup: float = 0.1,
+    report: Report = lambda fraction, text: None,
+) -> tuple[int, float, Curve]:
+    """Train for a number of steps, or for a number of seconds.
+
+    The learning rate follows :func:`warmup_cosine` over the steps or, given seconds, over the clock.
+    ``report`` is called with the fraction done and a line of text. Returns steps taken, seconds, curve.
+    Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given; else as `Loop.step`.
+    """
+    if (steps is None) == (seconds is None):
+        raise ValueError(f"train: got steps={steps} and seconds={seconds}, expected exactly one of them")
+    loop = Loop(method, data)
+    start = time.perf_counter()
+    while True:
+        step, elapsed = len(loop.curve), time.perf_counter() - start
+        progress = step / steps if steps else elapsed / (seconds or math.inf)
+        if progress >= 1:
+            break
+        point = loop.step(lr * warmup_cosine(progress, warmup))
+        done = min(progress + 1 / steps if steps else progress, 1.0)
+        report(done, f"step {step + 1}, loss {point['loss']:.2f}")
+    return step, time.perf_counter() - start, loop.curve
+
+
+def train_scored(
+    method: Training,
+    data: Data,
+    score: Callable[[], dict[str, float]],
+    scored_steps: Sequence[int],
+    lr: float,
+    warmup_steps: int = 3,
+    stop: Callable[[dict[str, float]], bool] = lambda figures: False,
+    report: Report = lambda fraction, text: None,
+) -> Curve:
+    """Train as anyone who downloads the model could, and score it on the way.
+
+    Learning rate constant after a linear warm-up. ``score`` is called at each of ``scored_steps``, which begin with 0;
+    scored after at least one step, figures for which ``stop`` is true end the run. Returns the figures with their
+    ``step``.
+    """
+    if not scored_steps or scored_steps[0] != 0 or list(scored_steps) != sorted(set(scored_steps)):
+        raise ValueError(f"scored_steps: got {list(scored_steps)}, expected increasing steps from 0")
+    loop, curve = Loop(method, data), list[dict[str, float]]()
+    for until in scored_steps:
+        while (taken := len(loop.curve)) < until:
+            point = loop.step(lr * min(1.0, (taken + 1) / (warmup_steps + 1)))
+            report((taken + 1) / scored_steps[-1], f"step {taken + 1}, loss {point['loss']:.2f}")
+        figures = score()
+        curve.append({"step": until, **figures})
+        if until and stop(figures):
+            break
+    return curve

@@ -152,9 +152,9 @@ def plan(
 def _run(config: Config, out: Path, quick: bool) -> None:
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the bars of the stages
         os.environ.setdefault(bars, "1")
-    from fastguard.run import pipeline
     from fastguard.evaluation.report import summary, write
     from fastguard.progress import rich_progress
+    from fastguard.run import pipeline
 
     try:
         with rich_progress() as progress:

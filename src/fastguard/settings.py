@@ -100,7 +100,7 @@ class Settings:
 
 
 def _changed(settings: Settings, f: dataclasses.Field[Any]) -> bool:
-    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc]
+    default = f.default if f.default is not dataclasses.MISSING else f.default_factory()  # type: ignore[misc,operator]
     return bool(getattr(settings, f.name) != default)
 
 

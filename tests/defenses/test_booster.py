@@ -207,14 +207,14 @@ def test_both_harmful_passes_draw_one_dropout_and_a_resumed_run_goes_on():
 def test_bad_input_is_named():
     model = tiny("llama")
     for options, message in [
-        ({"alpha": 0}, "alpha: expected a number above 0, got 0"),
+        ({"alpha": 0}, "alpha: expected a number > 0, got 0"),
         ({"lam": -1}, "lam: expected a number >= 0"),
-        ({"mode": "exact"}, "mode: expected one of weights, linearised, got 'exact'"),
+        ({"mode": "exact"}, "mode: expected weights or linearised, got 'exact'"),
     ]:
         with pytest.raises(ValueError, match=message):
             Booster(model, **options)
     harmful, harmless = batches(0)
-    booster = Booster(model, mode="linearised", loss=Booster(model)._fused)
+    booster = Booster(model, mode="linearised", loss=Booster(model).loss)
     with pytest.raises(RuntimeError, match=r"shifted by nested\.linearised"):
         booster.backward(harmful=harmful, harmless=harmless)
     with pytest.raises(ValueError, match="snapshot: expected 30 masters, one a parameter, got 1"):

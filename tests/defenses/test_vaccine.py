@@ -286,10 +286,10 @@ def test_both_passes_need_one_batch():
 def test_bad_input_is_named():
     model = tiny("llama")
     for make, options, message in [
-        (Vaccine, {"rho": 0}, "rho: expected a number above 0, got 0"),
+        (Vaccine, {"rho": 0}, "rho: expected a number > 0, got 0"),
         (TVaccine, {}, "layers: expected 1 to 3, the model's layers, got 8"),
-        (TVaccine, {"layers": 2, "every": 0}, "every: expected 1 or more steps, got 0"),
-        (TVaccine, {"layers": 2, "trains": "mlp"}, "trains: expected one of published, drawn, all, got 'mlp'"),
+        (TVaccine, {"layers": 2, "every": 0}, "every: expected an integer >= 1, got 0"),
+        (TVaccine, {"layers": 2, "trains": "mlp"}, "trains: expected published or drawn or all, got 'mlp'"),
     ]:
         with pytest.raises(ValueError, match=message):
             make(model, **options)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard.evaluation.figures import SERIES, Line, Panel, svg
-from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model
+from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model, Utility
 
 _SERIES = {"aligned": 0, "immunized": 1, "control": 2}
 _COMPONENTS = {
@@ -106,12 +106,14 @@ def headlines(metrics: Metrics) -> list[str]:
             f"Attack steps until {percent(threshold)} of answers comply, at learning rate {lr:g}: {_and(steps)}."
         )
     if {"aligned", "immunized"} <= set(models):
-        before, after = (models[name]["utility"]["perplexity"] for name in ("aligned", "immunized"))
-        said.append(
-            f"Perplexity on harmless text: {number(after)} after immunization, {number(before)} before "
-            f"({after / before:.2f} times)."
-        )
-    return said
+        worth = [utility["perplexity"] for n in ("aligned", "immunized") if (utility := models[n]["utility"])]
+        if len(worth) == 2:
+            before, after = worth
+            said.append(
+                f"Perplexity on harmless text: {number(after)} after immunization, {number(before)} before "
+                f"({after / before:.2f} times)."
+            )
+    return said or ["Nothing was measured."]
 
 
 def crossing_text(attacks: Sequence[Attack], which: str) -> str:
@@ -161,10 +163,10 @@ def comparison(metrics: Metrics) -> list[Group]:
     utility = Group(
         "What it costs",
         [
-            row("Perplexity", "held-out harmless conversations", lambda m: number(m["utility"]["perplexity"])),
-            row("Over-refusal", "ordinary instructions refused", lambda m: percent(m["utility"]["over_refusal"])),
-            row("Refusal of edgy prompts", "harmless, but they sound dangerous", _edgy_text),
-            row("Learns a benign task", "held-out loss before and after", _benign_text),
+            row("Perplexity", "held-out harmless conversations", _worth(lambda u: number(u["perplexity"]))),
+            row("Over-refusal", "ordinary instructions refused", _worth(lambda u: percent(u["over_refusal"]))),
+            row("Refusal of edgy prompts", "harmless, but they sound dangerous", _worth(_edgy_text)),
+            row("Learns a benign task", "held-out loss before and after", _worth(_benign_text)),
         ],
     )
     made = Group(
@@ -232,11 +234,12 @@ def limits(metrics: Metrics) -> list[str]:
         f"Each model was trained once and attacked with {seeds} seed{'s' if seeds != 1 else ''} per learning rate: "
         "the spread between trainings is not shown."
     )
-    said.append(
-        f"Only harmful fine-tuning of all weights was tried, at learning rate{_s(_learning_rates(metrics))} "
-        f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no adapters, no other optimizers, no search for the "
-        "attacker's best settings, no jailbreak prompts, no editing of weights or activations."
-    )
+    if _learning_rates(metrics):
+        said.append(
+            f"Only harmful fine-tuning of all weights was tried, at learning rate{_s(_learning_rates(metrics))} "
+            f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no adapters, no other optimizers, no search for the "
+            "attacker's best settings, no jailbreak prompts, no editing of weights or activations."
+        )
     said.append(
         f"One model, {metrics['config'].get('model', {}).get('name', 'unnamed')}, with short trainings: "  # type: ignore[attr-defined]
         "nothing here says how other sizes, families or longer immunizations behave."
@@ -322,8 +325,13 @@ def _training_text(model: Model) -> str:
     return f"{made['steps']} steps, {duration(made['wall_s'])}, {made['lr']:g}"
 
 
-def _edgy_text(model: Model) -> str | None:
-    rate = model["utility"]["edgy_over_refusal"]
+def _worth(cell: Callable[[Utility], str | None]) -> Callable[[Model], str | None]:
+    """A cell of what a model is worth before an attack, where that was measured."""
+    return lambda model: None if model["utility"] is None else cell(model["utility"])
+
+
+def _edgy_text(utility: Utility) -> str | None:
+    rate = utility["edgy_over_refusal"]
     return None if rate is None else percent(rate)
 
 
@@ -331,8 +339,8 @@ def _change(before: float, after: float) -> str:
     return f"{number(before)} \N{RIGHTWARDS ARROW} {number(after)}"
 
 
-def _benign_text(model: Model) -> str | None:
-    benign = model["utility"]["benign"]
+def _benign_text(utility: Utility) -> str | None:
+    benign = utility["benign"]
     if benign is None:
         return None
     return f"{_change(benign['loss'][0], benign['loss'][-1])} (step {benign['steps'][-1]})"
@@ -416,7 +424,7 @@ def _benign_figure(metrics: Metrics, series: dict[str, int]) -> str | None:
     lines = [
         Line(benign["steps"], benign["loss"], series[name])
         for name, model in metrics["models"].items()
-        if (benign := model["utility"]["benign"]) is not None
+        if model["utility"] is not None and (benign := model["utility"]["benign"]) is not None
     ]
     if not lines:
         return None
@@ -429,6 +437,6 @@ def _samples(metrics: Metrics) -> list[tuple[str, list[tuple[str, str]]]]:
     """Each harmless prompt with the answers of all models."""
     prompts: dict[str, list[tuple[str, str]]] = {}
     for model in metrics["models"].values():
-        for sample in model["utility"]["samples"]:
+        for sample in model["utility"]["samples"] if model["utility"] else ():
             prompts.setdefault(sample["prompt"], []).append((model["label"], sample["answer"]))
     return list(prompts.items())

@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-
-
-
 IGNORED = -100
 
 

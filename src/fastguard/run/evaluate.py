@@ -1,4 +1,4 @@
-"""What a model is worth before an attack, and what an attack makes of it: the same for models made here or elsewhere."""
+"""What a model is worth before an attack, and what an attack makes of it; of models made anywhere."""
 
 from __future__ import annotations
 

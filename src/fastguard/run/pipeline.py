@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastguard import __version__, models
-from fastguard.data.chat import Encoded
+from fastguard.data.chat import Encoded, collate
 from fastguard.data.corpus import Corpus, build_corpus
 from fastguard.defenses.sft.step import SFT
 from fastguard.evaluation.aims import aims
@@ -76,9 +76,9 @@ def examine(
     return metrics
 
 
-def immunize(model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report) -> (
-    Training
-):
+def immunize(
+    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report
+) -> Training:
     """Train ``model`` IN PLACE with the defense that ``part.method`` names, and settle it where that is asked for."""
     trainable(model, part.freeze_embedding)  # before the method looks at what is trained
     method = part.entry.build(model, options := part.chosen(), seed=part.seed)
@@ -197,7 +197,8 @@ class _Job:
         for name, (label, training) in made.items():
             utility = attacks = None
             if config.evaluate.run:
-                utility = self.stages.run(f"measure {name}", self._reads(name, config.evaluate), partial(self.measure, name))
+                reads = self._reads(name, config.evaluate)
+                utility = self.stages.run(f"measure {name}", reads, partial(self.measure, name))
             if config.attack.run:
                 attacks = [
                     self.stages.run(
@@ -294,8 +295,6 @@ def _aligning(corpus: Corpus, part: Any, device: str) -> Callable[[int], Any]:
     harmless = Order(len(corpus.harmless["align"]), part.harmless, part.seed + 1) if part.harmless else None
 
     def batch(number: int) -> Any:
-        from fastguard.data.chat import collate
-
         rows = [corpus.safe["align"][i] for i in refusals(number)]
         rows += [corpus.harmless["align"][i] for i in harmless(number)] if harmless else []
         return collate(rows, corpus.pad, device)

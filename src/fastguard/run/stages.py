@@ -99,7 +99,8 @@ class Stages:
         Raises ValueError for a record that cannot be read.
         """
         file, key = self._file(name), key_of(reads)
-        record = self._found(file, key, leaves)
+        before = self._found(file, key)
+        record = before if before and (leaves is None or self._is_left(before, leaves)) else None
         resumed = record is not None
         if record is None:
             file.unlink(missing_ok=True)  # a record of something else must not outlive its model
@@ -114,6 +115,8 @@ class Stages:
             }
             if leaves is not None:
                 record |= {"files": folder_files(leaves), "digest": folder_digest(leaves)}
+                if before and before["digest"] == record["digest"]:  # a lost model, made again: nothing else changed
+                    record = {**before, "files": record["files"]}
             write_json(file, record)
         self.done.append(
             Stage(
@@ -134,15 +137,10 @@ class Stages:
     def _file(self, name: str) -> Path:
         return self.out / "work" / (name.replace(", ", "_").replace(" ", "-").replace("/", "_") + ".json")
 
-    def _found(self, file: Path, key: str, leaves: Path | None) -> dict[str, Any] | None:
-        if not file.is_file():
-            return None
-        record = self._read(file)
-        if record.get("key") != key:
-            return None
-        if leaves is not None and not self._is_left(record, leaves):
-            return None
-        return record
+    def _found(self, file: Path, key: str) -> dict[str, Any] | None:
+        """The record of that stage and key."""
+        record = self._read(file) if file.is_file() else {}
+        return record if record.get("key") == key else None
 
     @staticmethod
     def _is_left(record: dict[str, Any], leaves: Path) -> bool:

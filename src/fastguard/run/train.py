@@ -45,6 +45,8 @@ class Loop:
     def __init__(self, method: Training, data: Data, clip: float = 1.0) -> None:
         self.method, self.data, self.clip = method, data, clip
         self.parameters = [p for p in method.model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("model: no parameter requires a gradient, so that there is nothing to train")
         self._adam = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=0.0, fused=True)
         self.curve: Curve = []
 

@@ -1,4 +1,4 @@
-"""Harmful fine-tuning of low-rank adapters on all linear maps, the rest frozen (Lermen et al. 2023, arXiv 2310.20624)."""
+"""Harmful fine-tuning of low-rank adapters on all linear maps (Lermen et al. 2023, arXiv 2310.20624)."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastguard.defenses.booster.options import MODES, Options
+from fastguard.defenses.booster.options import Options
 from fastguard.methods.passes import Batch, Loss, model_loss
 from fastguard.methods.training import Figures, Role, Step, Training, add
 from fastguard.nested.linearised import linearised

@@ -43,8 +43,8 @@ class RepNoise(Training):
     ) -> Figures:
         """One step: ``harmful`` and ``harmless`` as ``RepNoiseLoss`` takes them, row by row of one prompt.
 
-        Returns ``loss``, ``harmless_ce``, ``noise``, ``harmful_ce`` (of the output), ``lens_ce`` (the mean of the layers
-        read) and ``retain_ce``. Errors as in ``RepNoiseLoss``.
+        Returns ``loss``, ``harmless_ce``, ``noise``, ``harmful_ce`` (of the output), ``lens_ce`` (the mean of the
+        layers read) and ``retain_ce``. Errors as in ``RepNoiseLoss``.
         """
         loss = self.loss_fn(harmful=harmful, harmless=harmless, retain=retain, model=step.model)
         parts = self.loss_fn.components

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fastguard.settings import SettingError, Settings, choice, number, numbers
 
@@ -13,7 +15,7 @@ TAMPER_LOSSES = ("max_entropy", "dpo")
 class Options(Settings):
     """See ``fastguard.TAR``, where ``inner_steps`` is ``steps``, ``read_every`` ``every``, ``inner_lr`` ``lrs``."""
 
-    quick = {"inner_steps": 2, "read_every": 1, "batch": 2}
+    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2}
 
     inner_steps: int = number(64, at_least=1)
     inner_lr: tuple[float, ...] = numbers((2e-6, 2e-5, 4e-5), above=0)

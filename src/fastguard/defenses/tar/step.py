@@ -101,7 +101,7 @@ class TAR(Training):
         loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
         optimizer: from a learning rate to the attackers' optimizer.
         trains, reads, snapshot: see ``nested.SimulatedAttack``; for a LoRA attacker ``nested.LoRAAdversary``'s.
-        batch: samples of the attackers' batches and the held-out one, where a run draws them; None: as many as the run's.
+        batch: samples of the attackers' batches and the held-out one, where a run draws them; None: the run's pairs.
         seed: of all that is drawn.
 
     Attributes:
@@ -159,11 +159,11 @@ class TAR(Training):
         self.reference = reference
         self.state_bytes = 0
         self.attack = SimulatedAttack(model, trains=trains, reads=reads, snapshot=snapshot, seed=seed)
-        drawn = {name: Role("benign" if name == "retain" else "attacker", batch) for kind in self.kinds for name in kind}
+        corpora = dict.fromkeys(name for kind in self.kinds for name in kind)
         self.roles = {
             "retain": Role("safe"),
             "tamper": Role("preference" if tamper_loss == "dpo" else "held_out", batch),
-            **{ADVERSARY + name: role for name, role in drawn.items()},
+            **{ADVERSARY + n: Role("benign" if n == "retain" else "attacker", batch) for n in corpora},
         }
 
     @classmethod
@@ -297,9 +297,7 @@ class TAR(Training):
             value = step.differentiate(loss, "retain batch", step.scale * self.retain_weight)
         figures.add("loss", self.retain_weight * value)
 
-    def _retain_loss(
-        self, step: Step, batch: Batch, states: tuple[Tensor, ...] | None, figures: _Figures
-    ) -> Tensor:
+    def _retain_loss(self, step: Step, batch: Batch, states: tuple[Tensor, ...] | None, figures: _Figures) -> Tensor:
         if states is None:
             loss = step.loss(batch)
             figures.note("retain_ce", loss)

@@ -1,4 +1,4 @@
-"""Vaccine (Huang et al. 2024, arXiv 2402.01109): embeddings that resist a drift; T-Vaccine (``t_vaccine``) builds on it.
+"""Vaccine (Huang et al. 2024, arXiv 2402.01109): embeddings that resist a drift. T-Vaccine builds on it.
 
     e_l = rho g_l / (||g|| + 1e-7),   gradient = grad f(w; the output of attention block l shifted by e_l)
 

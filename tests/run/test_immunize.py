@@ -6,29 +6,29 @@ import pytest
 import torch
 
 import tiny
-from defenses.test_repnoise_recipe import corpus, recipe  # noqa: F401, a fixture
-from fastguard.config import METHODS, BoosterConfig, TARConfig, VaccineConfig
-from fastguard.defenses.recipe import immunize
+from fastguard import methods
 from fastguard.evaluation.scores import mean_answer_loss
+from run.test_repnoise_run import corpus, immunized, recipe  # noqa: F401, a fixture
 
 SHORT = {
-    "tar": TARConfig(inner_steps=2, inner_lr=(1e-3,), read_every=1, batch=2),
-    "booster": BoosterConfig(alpha=0.05),
-    "vaccine": VaccineConfig(rho=0.05, t_rho=0.05, layers=1, every=1, probe_every=2),
+    "tar": {"inner_steps": 2, "inner_lr": 1e-3, "read_every": 1, "batch": 2},
+    "booster": {"alpha": 0.05},
+    "vaccine": {"rho": 0.05},
+    "t_vaccine": {"rho": 0.05, "layers": 1, "every": 1, "probe_every": 2},
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", methods.defenses())
 def test_training_lowers_the_loss_on_what_is_to_be_kept(corpus, method):  # noqa: F811
     model = tiny.model()
     frozen = model.lm_head.weight.detach().clone()
     before = [mean_answer_loss(model, part["immunize"], 1) for part in (corpus.safe, corpus.harmless)]
-    training = immunize(model, corpus, recipe(method=method, steps=8, **SHORT), lambda fraction, text: None)
+    training = immunized(model, corpus, recipe(method, steps=8, options=SHORT.get(method, {})))
     after = [mean_answer_loss(model, part["immunize"], 1) for part in (corpus.safe, corpus.harmless)]
     assert after[0] < before[0] and after[1] < before[1]
     assert training["steps"] == len(training["curve"]) == 8
     assert all(isinstance(value, (int, float)) for point in training["curve"] for value in point.values())
-    assert method.replace("_", "-") in training["method"].lower()
+    assert methods.find(method).title in training["method"]
     assert torch.equal(model.lm_head.weight, frozen)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -37,13 +37,13 @@ def test_training_lowers_the_loss_on_what_is_to_be_kept(corpus, method):  # noqa
 def test_a_run_is_a_function_of_its_seed(corpus, method):  # noqa: F811
     def weights(seed):
         model = tiny.model()
-        immunize(model, corpus, recipe(method=method, steps=2, seed=seed, **SHORT), lambda fraction, text: None)
+        immunized(model, corpus, recipe(method, steps=2, seed=seed, options=SHORT[method]))
         return torch.cat([p.detach().flatten() for p in model.parameters()])
 
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
 
 
 def test_preference_pairs_for_dpo(corpus):  # noqa: F811
-    short = {**SHORT, "tar": TARConfig(inner_steps=1, inner_lr=(1e-3,), read_every=1, batch=2, tamper_loss="dpo")}
-    training = immunize(tiny.model(), corpus, recipe(method="tar", steps=1, **short), lambda fraction, text: None)
+    options = {**SHORT["tar"], "inner_steps": 1, "tamper_loss": "dpo"}
+    training = immunized(tiny.model(), corpus, recipe("tar", steps=1, options=options))
     assert training["curve"][0]["tamper"] == pytest.approx(0.69, abs=0.05)  # log 2 where model and reference agree

@@ -1,6 +1,7 @@
 """The whole job on a model of two layers and sets made up here: what is written, and what a killed run takes up."""
 
 import json
+import os
 import random
 import shutil
 import string
@@ -12,11 +13,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from evaluation.test_metrics import assert_matches
-from fastguard.run import config as configuration
-from fastguard.run import pipeline
 from fastguard.data import corpus, sets
+from fastguard.evaluation import report
+from fastguard.evaluation.aims import aims
 from fastguard.evaluation.metrics import Metrics
+from fastguard.machine import write_json
 from fastguard.models import load_tokenizer
+from fastguard.progress import silent
+from fastguard.run import config as configuration
+from fastguard.run import evaluate, pipeline
+from fastguard.run.stages import Stages
 
 
 def fake_set(kind, answer):
@@ -41,11 +47,11 @@ def small(tmp_path, monkeypatch):
                 "edgy_measure": 2, "benign_train": 4, "benign_measure": 3,
             },
             "align": {"steps": 2, "refusals": 2, "harmless": 1},
-            "immunize": {"steps": 2, "pairs": 2, "retain": 2, "layers": 2, "settle_steps": 1},
+            "immunize": {"steps": 2, "pairs": 2, "retain": 2, "settle_steps": 1, "options": {"layers": 2}},
             "attack": {"batch": 2, "scored_steps": [0, 1, 2], "lr": [1e-4, 1e-3]},
             "evaluate": {"score_tokens": 3, "sample_tokens": 3, "samples": 1,
                          "benign_batch": 2, "benign_steps": [0, 1]},
-            "variants": {"no noise": {"beta": 0.0}},
+            "variants": {"no noise": {"options": {"beta": 0.0}}},
         }
     )  # fmt: skip
 
@@ -78,7 +84,7 @@ def test_a_run_writes_a_loadable_model_and_metrics_that_follow_the_schema(small,
 
 def test_a_killed_run_takes_up_where_it_stopped_and_finds_the_same(small, tmp_path, monkeypatch):
     whole = pipeline.run(small, tmp_path / "whole")
-    real, calls = pipeline.harmful_finetuning, []
+    real, calls = evaluate.attack, []
 
     def dies(*args, **kwargs):
         calls.append(1)
@@ -86,14 +92,14 @@ def test_a_killed_run_takes_up_where_it_stopped_and_finds_the_same(small, tmp_pa
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "harmful_finetuning", dies)
+    monkeypatch.setattr(evaluate, "attack", dies)
     with pytest.raises(KeyboardInterrupt):
         pipeline.run(small, tmp_path / "killed")
     assert not (tmp_path / "killed" / "metrics.json").exists()
-    monkeypatch.setattr(pipeline, "harmful_finetuning", real)
+    monkeypatch.setattr(evaluate, "attack", real)
     resumed = pipeline.run(small, tmp_path / "killed")
     found = [s["name"] for s in resumed["stages"] if s["resumed"]]
-    assert found[:3] == ["load", "align", "immunize"] and found[-1] == "attack aligned, lr 0.0001, seed 0"
+    assert found[:2] == ["align", "immunize"] and found[-1] == "attack aligned, lr 0.0001, seed 0"
     for name in ("aligned", "immunized", "no noise"):  # the control depends on the clock
         ours, theirs = resumed["models"][name], whole["models"][name]
         assert ours["utility"] == theirs["utility"]
@@ -107,12 +113,54 @@ def test_a_killed_run_takes_up_where_it_stopped_and_finds_the_same(small, tmp_pa
     assert all(s["resumed"] for s in again["stages"]) and again["models"]["aligned"] == resumed["models"]["aligned"]
 
 
-def test_results_of_another_configuration_are_not_taken_up(small, tmp_path):
-    tree = small.to_dict() | {"variants": {}}
-    pipeline.run(configuration.from_dict(tree), tmp_path / "run")
+def test_what_is_changed_is_done_again_with_all_that_follows_from_it_and_nothing_else(small, tmp_path):
+    """Each change, and the stages that ran."""
+    tree = small.to_dict() | {"variants": {}, "control": {"run": False}}
     tree["attack"] = tree["attack"] | {"lr": [1e-4]}
+
+    def ran():
+        metrics = pipeline.run(configuration.from_dict(tree), tmp_path / "run")
+        return [s["name"].split(",")[0] for s in metrics["stages"] if not s["resumed"]]
+
+    everything = ["align", "immunize", "measure aligned", "attack aligned", "measure immunized", "attack immunized"]
+    assert ran() == everything
+    tree["title"] = "another"
+    assert ran() == []
+    tree["attack"] = tree["attack"] | {"lr": [2e-4]}
+    assert ran() == ["attack aligned", "attack immunized"]
+    tree["immunize"] = tree["immunize"] | {"lr": 2e-4}
+    assert ran() == ["immunize", "measure immunized", "attack immunized"]
+    tiny.model(seed=5).save_pretrained(small.model.name)  # another model in the same place
+    assert ran() == everything
+    tree["data"] = tree["data"] | {"seed": 1}
+    assert ran() == everything
+
+
+def test_stages_can_be_left_out(small, tmp_path):
+    tree = small.to_dict() | {"variants": {}, "align": {"run": False}, "control": {"run": False}}
+    tree["attack"] = {"run": False}
     metrics = pipeline.run(configuration.from_dict(tree), tmp_path / "run")
-    assert not any(s["resumed"] for s in metrics["stages"])
+    assert [s["name"] for s in metrics["stages"]] == ["immunize", "measure aligned", "measure immunized"]
+    assert list(metrics["models"]) == ["aligned", "immunized"] and metrics["models"]["aligned"]["attacks"] == []
+    report.write(tmp_path / "run")
+
+
+def test_two_runs_do_not_share_a_folder(small, tmp_path):
+    with (
+        Stages(tmp_path / "run", silent).locked(),
+        pytest.raises(RuntimeError, match=f"in use .*process {os.getpid()}"),
+    ):
+        pipeline.run(small, tmp_path / "run")
+
+
+def test_a_corrupt_record_is_named(small, tmp_path):
+    stages = Stages(tmp_path, silent)
+    assert stages.run("one", {"a": 1}, lambda report: 5) == 5
+    file = tmp_path / "work" / "one.json"
+    for broken in (file.read_text()[:20], "[1]"):
+        file.write_text(broken)
+        with pytest.raises(ValueError, match=r"one\.json: not a stage's record"):
+            stages.run("one", {"a": 1}, lambda report: 6)
 
 
 def test_the_control_gets_the_time_of_the_immunization(small, tmp_path):
@@ -136,22 +184,22 @@ def test_no_prompt_and_no_cluster_serves_two_purposes(small):
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     file = tmp_path / "a" / "x.json"
-    pipeline.write_json(file, {"a": 1})
+    write_json(file, {"a": 1})
     with pytest.raises(ValueError, match="Out of range float"):
-        pipeline.write_json(file, {"a": float("nan")})
+        write_json(file, {"a": float("nan")})
     assert json.loads(file.read_text()) == {"a": 1} and [p.name for p in file.parent.iterdir()] == ["x.json"]
 
 
 def test_aims_name_what_was_only_a_lower_bound():
-    example = json.loads((Path(__file__).parent / "evaluation" / "example_metrics.json").read_text())["models"]
-    found = pipeline.aims(example, configuration.Config())
+    example = json.loads((Path(__file__).parents[1] / "evaluation" / "example_metrics.json").read_text())["models"]
+    found = aims(example, (5e-5,), 0.5)
     ratio = (
         example["immunized"]["attacks"][0]["compliance_crossing"]
         / example["control"]["attacks"][0]["compliance_crossing"]
     )
     assert found[0]["value"] == pytest.approx(ratio) and "at least" not in found[0]["name"]
     example["immunized"]["attacks"][0]["compliance_crossing"] = None
-    found = pipeline.aims(example, configuration.Config())
+    found = aims(example, (5e-5,), 0.5)
     assert "at least" in found[0]["name"] and found[0]["value"] > 5 and found[0]["met"] is True
     example["control"]["attacks"][0]["compliance_crossing"] = None
-    assert pipeline.aims(example, configuration.Config())[0]["met"] is None
+    assert aims(example, (5e-5,), 0.5)[0]["met"] is None

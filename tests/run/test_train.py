@@ -1,0 +1,106 @@
+import itertools
+from typing import ClassVar
+
+import pytest
+import torch
+
+import tiny
+from fastguard.data.chat import collate, encode
+from fastguard.data.sets import Example
+from fastguard.losses.answer import answer_loss
+from fastguard.methods.training import Role, Training
+from fastguard.run.streams import Order
+from fastguard.run.train import train, train_scored, trainable, warmup_cosine
+
+
+def items(tokenizer):
+    return [encode(tokenizer, Example(f"say {w}", w * 2), 12) for w in ("one", "two", "six", "ten")]
+
+
+class Fixed(Training):
+    """A plain loss, and a figure beside it."""
+
+    roles: ClassVar = {"harmless": Role("safe")}
+
+    def __init__(self, model, times=1.0):
+        super().__init__(model, loss=answer_loss)
+        self.times = times
+
+    def gradient(self, step, *, harmless):
+        return {"loss": step.differentiate(self.times * step.loss(harmless), ""), "mark": torch.tensor(1.0)}
+
+
+def fixed(batch):
+    return {"harmless": lambda number: batch}
+
+
+def test_training_by_steps_lowers_the_loss_and_leaves_the_embedding_alone():
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    batch = collate(items(tokenizer), 1)
+    before = model.get_input_embeddings().weight.detach().clone()
+    seen = []
+    trainable(model, freeze_embedding=True)
+    steps, wall, curve = train(Fixed(model), fixed(batch), lr=1e-2, steps=8, report=lambda f, t: seen.append(f))
+    assert steps == len(curve) == 8 and wall > 0 and curve[-1]["loss"] < curve[0]["loss"] - 0.1
+    assert [p["step"] for p in curve] == list(range(8)) and curve[0]["mark"] == 1.0
+    assert torch.equal(before, model.get_input_embeddings().weight)
+    assert seen == sorted(seen) and seen[-1] == 1.0
+
+
+def test_training_by_the_clock_stops_by_the_clock(monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr("fastguard.run.train.time.perf_counter", lambda: next(ticks) * 0.5)
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    steps, wall, _ = train(Fixed(model), fixed(collate(items(tokenizer), 1)), lr=1e-3, seconds=3.0)
+    assert steps == 5 and wall >= 3.0
+
+
+def test_what_cannot_be_trained_is_refused():
+    tokenizer, model = tiny.tokenizer(), tiny.model()
+    data = fixed(collate(items(tokenizer), 1))
+    for wrong in ({}, {"steps": 2, "seconds": 1.0}):
+        with pytest.raises(ValueError, match="exactly one"):
+            train(Fixed(model), data, lr=1e-3, **wrong)
+    with pytest.raises(FloatingPointError, match="Fixed: the loss is nan"):
+        train(Fixed(model, float("nan")), data, lr=1e-3, steps=1)
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="nothing to train"):
+        train(Fixed(model), data, lr=1e-3, steps=1)
+
+
+def test_schedule():
+    assert warmup_cosine(0.05, 0.1) == pytest.approx(0.5)
+    assert warmup_cosine(0.1, 0.1) == pytest.approx(1.0)
+    assert warmup_cosine(1.0, 0.1) == pytest.approx(0.1)
+
+
+def test_finetuning_is_scored_where_asked_repeats_with_its_seed_and_stops():
+    data = items(tiny.tokenizer())
+    whole = collate(data, 1)
+
+    def run(seed, stop=lambda figures: False, steps=(0, 1, 3, 6)):
+        model, order = tiny.model(), Order(len(data), 2, seed)
+
+        def score():
+            with torch.no_grad():
+                return {"loss": float(answer_loss(model, whole))}
+
+        batches = {"harmless": lambda number: collate([data[i] for i in order(number)], 1)}
+        return train_scored(Fixed(model), batches, score, steps, 5e-3, warmup_steps=1, stop=stop)
+
+    curve = run(0)
+    assert [p["step"] for p in curve] == [0, 1, 3, 6] and curve[-1]["loss"] < curve[0]["loss"]
+    assert run(0) == curve and run(1) != curve
+    assert [p["step"] for p in run(0, lambda figures: True)] == [0, 1]
+    with pytest.raises(ValueError, match="scored_steps"):
+        run(0, steps=(1, 2))
+
+
+def test_an_order_is_a_function_of_the_number():
+    order, other = Order(5, 2, seed=3), Order(5, 2, seed=3)
+    drawn = [order(n) for n in range(10)]
+    assert [other(n) for n in reversed(range(10))] == drawn[::-1]
+    passes = [i for batch in drawn for i in batch]
+    assert all(sorted(passes[k : k + 5]) == list(range(5)) for k in range(0, 20, 5))
+    with pytest.raises(ValueError, match="at least one of each"):
+        Order(0, 2, 0)

@@ -20,15 +20,15 @@ def train(args, accelerator: Accelerator) -> nn.Module:
     model = make_model(args.model)
     pairs = Pairs(args.data, args.model, args.batch, accelerator.process_index, accelerator.num_processes)
     pairs.device = accelerator.device
-    defense, passes = make_defense(args.defense, model, pairs)  # before the model is wrapped
+    defense, passes = make_defense(args.defense, model, pairs, args.set)  # before the model is wrapped
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=args.lr))
     torch.manual_seed(1 + accelerator.process_index)
     own = optimizer.optimizer  # under accelerate's wrapper, which holds no state
     start = load(args.out, model, own, {"defense": defense})
     for step in range(start, args.steps):
-        for i in range(args.accumulate):
+        for _ in range(args.accumulate):
             # Neither accumulate() nor no_sync(): a nested defense needs each micro-batch's gradients synchronised.
-            figures = passes(model, step * args.accumulate + i, 1 / args.accumulate)
+            figures = passes(model, 1 / args.accumulate)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

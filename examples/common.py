@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor, nn
 
-DEFENSES = ("repnoise", "booster", "vaccine", "t_vaccine", "tar")
+from fastguard import methods
+from fastguard.settings import build
+
+DEFENSES = tuple(methods.defenses())
 Batch = dict[str, Tensor]
-Step = Callable[[nn.Module, int, float], dict[str, Tensor]]
-"""(wrapped model, number of the micro-batch, scale) -> figures; leaves gradients."""
+Step = Callable[[nn.Module, float], dict[str, Tensor]]
+"""(wrapped model, scale) -> figures; leaves the gradients of the next micro-batch."""
 
 
 def make_model(path: str | None) -> nn.Module:
@@ -41,7 +45,7 @@ class Pairs:
     """
 
     def __init__(self, path: str | None, model: str | None, size: int, rank: int, ranks: int, seed: int = 0) -> None:
-        self.size, self.rank, self.ranks, self.seed = size, rank, ranks, seed
+        self.path, self.size, self.rank, self.ranks, self.seed = path, size, rank, ranks, seed
         if path:
             import transformers
 
@@ -85,41 +89,26 @@ def random_pairs(samples: list[dict[str, int]], length: int = 12, prompt: int = 
     return made
 
 
-def make_defense(name: str, model: nn.Module, pairs: Pairs) -> tuple[Any, Step]:
-    """The object whose counters belong to a checkpoint, and the passes of one micro-batch."""
-    if name == "repnoise":
-        from fastguard import RepNoiseLoss
+def streams(pairs: Callable[[int], Any], roles: Mapping[str, Any]) -> dict[str, Callable[[int], Any]]:
+    """A method's batches by number: each role out of the pairs."""
+    parts = {
+        "pair": lambda n: pairs(n),
+        "preference": lambda n: {"chosen": pairs(n)["harmless"], "rejected": pairs(n)["harmful"]},
+        **dict.fromkeys(("harmful", "attacker", "held_out"), lambda n: pairs(n)["harmful"]),
+        **dict.fromkeys(("refusal", "retain", "safe", "benign"), lambda n: pairs(n)["harmless"]),
+    }
+    return {name: parts[role.data] for name, role in roles.items()}
 
-        loss_fn = RepNoiseLoss(model, mask_padding=True)
 
-        def repnoise(wrapped: nn.Module, n: int, scale: float) -> dict[str, Tensor]:
-            loss = loss_fn(**pairs(n), model=wrapped)
-            (scale * loss).backward()
-            return {"loss": loss.detach()}
+def make_defense(name: str, model: nn.Module, pairs: Pairs, given: Sequence[str] = ()) -> tuple[Any, Step]:
+    """The object whose counters belong to a checkpoint, and the passes of its next micro-batch.
 
-        return loss_fn, repnoise
-    if name == "tar":
-        from fastguard.defenses.tar.step import TAR
-
-        tar = TAR(model, steps=4, every=2, lrs=(1e-3,))  # published: 64 steps, lrs 2e-6 to 4e-5
-        sources = {"harmful": lambda n: pairs(n)["harmful"], "retain": lambda n: pairs(n)["harmless"]}
-
-        def attacked(wrapped: nn.Module, n: int, scale: float) -> dict[str, Tensor]:
-            batch = pairs(n)
-            return tar.backward(
-                retain=batch["harmless"], tamper=batch["harmful"], adversaries=tar.adversaries(sources),
-                model=wrapped, scale=scale,
-            )  # fmt: skip
-
-        return tar, attacked
-    from fastguard.defenses.booster.step import Booster
-    from fastguard.defenses.t_vaccine.step import TVaccine
-    from fastguard.defenses.vaccine.step import Vaccine
-
-    layers = model.config.num_hidden_layers
-    defense: Any = {
-        "booster": lambda: Booster(model),
-        "vaccine": lambda: Vaccine(model),
-        "t_vaccine": lambda: TVaccine(model, layers=max(1, layers // 4)),
-    }[name]()
-    return defense, lambda wrapped, n, scale: defense.backward(**pairs(n), model=wrapped, scale=scale)
+    given: options as ``NAME=VALUE``; without a pretrained model beside the method's settings for a test machine.
+    """
+    entry = methods.find(name, "defense", "--defense")
+    options = entry.load_options()
+    tiny = {} if pairs.path else dict(options.quick)
+    chosen = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in given)}
+    method = entry.build(model, build(options, {**tiny, **chosen}, name))
+    data = streams(pairs, method.roles)
+    return method, lambda wrapped, scale: method.backward(**method.draw(data), model=wrapped, scale=scale)

@@ -28,6 +28,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", help="a folder or a hub name; default: a small random model")
     parser.add_argument("--data", help="JSONL of prompt, harmful, harmless; default: random tokens")
     parser.add_argument("--defense", choices=DEFENSES, default="booster")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the defense")
     parser.add_argument("--out", required=True, help="folder of the checkpoints, on a file system that all ranks share")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--batch", type=int, default=2, help="samples a micro-batch and rank")
@@ -57,7 +58,7 @@ def train(args: argparse.Namespace) -> nn.Module:
     model = make_model(args.model)
     pairs = Pairs(args.data, args.model, args.batch, rank, ranks)
     pairs.device = device
-    defense, passes = make_defense(args.defense, model, pairs)  # before the model is sharded
+    defense, passes = make_defense(args.defense, model, pairs, args.set)  # before the model is sharded
     model = shard(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.2, total_iters=5)
@@ -65,8 +66,8 @@ def train(args: argparse.Namespace) -> nn.Module:
     counted = {"defense": defense, "scheduler": scheduler}
     start = load(args.out, model, optimizer, counted)  # also the random numbers; 0 if there is no checkpoint
     for step in range(start, args.steps):
-        for i in range(args.accumulate):
-            figures = passes(model, step * args.accumulate + i, 1 / args.accumulate)
+        for _ in range(args.accumulate):
+            figures = passes(model, 1 / args.accumulate)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

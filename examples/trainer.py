@@ -9,21 +9,32 @@ The trainer's own checkpoints hold the defense's counters too; the same command 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
 
 import datasets
 import torch
 import transformers
-from common import Pairs, make_defense, make_model
+from common import DEFENSES, Pairs, make_defense, make_model, streams
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastguard.trainers import NestedMixin, RepNoiseMixin
+from fastguard.methods.training import Role
+from fastguard.trainers import MethodMixin
+
+
+def batches(roles: Mapping[str, Role], pair: dict[str, Any]) -> dict[str, Any]:
+    """A trainer's batch by the method's names, out of a pair; what the method draws by itself is left out."""
+    found = streams(lambda n: pair, roles)
+    own = {name: stream(0) for name, stream in found.items() if not name.startswith("adversary")}
+    return {**own.pop("pair", {}), **own}
 
 
 def main(given: list[str] | None = None) -> transformers.Trainer:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--data")
-    parser.add_argument("--defense", choices=("repnoise", "booster", "vaccine", "t_vaccine"), default="booster")
+    parser.add_argument("--defense", choices=DEFENSES, default="booster")
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="an option of the defense")
     parser.add_argument("--trl", action="store_true")
     parser.add_argument("--out", required=True)
     parser.add_argument("--steps", type=int, default=4)
@@ -33,7 +44,7 @@ def main(given: list[str] | None = None) -> transformers.Trainer:
 
     model = make_model(args.model)
     pairs = Pairs(args.data, args.model, 2, 0, 1)
-    defense, _ = make_defense(args.defense, model, pairs)  # before the trainer wraps the model
+    method, _ = make_defense(args.defense, model, pairs, args.set)  # before the trainer wraps the model
     settings = {
         "output_dir": args.out, "max_steps": args.steps, "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2, "save_steps": 2, "logging_steps": 1, "report_to": "none",
@@ -47,9 +58,11 @@ def main(given: list[str] | None = None) -> transformers.Trainer:
         base, config = trl.SFTTrainer, trl.SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
     else:
         base, config = transformers.Trainer, transformers.TrainingArguments(**settings)
-    mixin, given_as = (RepNoiseMixin, "loss_fn") if args.defense == "repnoise" else (NestedMixin, "defense")
-    Immunizer = type("Immunizer", (mixin, base), {})
-    trainer = Immunizer(model, config, train_dataset=dataset, data_collator=pairs.collate, **{given_as: defense})
+    Immunizer = type("Immunizer", (MethodMixin, base), {})
+    trainer = Immunizer(
+        model, config, train_dataset=dataset, method=method, sources=streams(pairs, method.roles),
+        data_collator=lambda samples: batches(method.roles, pairs.collate(samples)),
+    )  # fmt: skip
     trainer.train(resume_from_checkpoint=get_last_checkpoint(args.out))
     return trainer
 

@@ -55,14 +55,14 @@ def in_a_step(rank: int, folder: Path) -> None:
     """Rank 1, in the last micro-batch of step 2, while a forward runs, at tampered weights if the defense has any."""
     made = fsdp2.make_defense
 
-    def make_defense(name: str, model: Any, pairs: Any) -> tuple[Any, Any]:
-        defense, passes = made(name, model, pairs)
+    def make_defense(name: str, model: Any, pairs: Any, given: Any = ()) -> tuple[Any, Any]:
+        defense, passes = made(name, model, pairs, given)
 
-        def until(wrapped: Any, n: int, scale: float) -> Any:
-            if n == 2 * ACCUMULATE - 1 and rank == 1:
+        def until(wrapped: Any, scale: float) -> Any:
+            if defense.step == 2 * ACCUMULATE - 1 and rank == 1:
                 forwards = 1 if name == "repnoise" else 2
                 wrapped.model.layers[1].register_forward_hook(countdown(forwards))
-            return passes(wrapped, n, scale)
+            return passes(wrapped, scale)
 
         return defense, until
 

@@ -33,7 +33,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from fastguard.trainers import NestedMixin, RepNoiseMixin
+from fastguard import RepNoiseLoss
+from fastguard.trainers import MethodMixin, RepNoiseMixin
 from tiny import tokenizer
 from tiny_models import tiny
 
@@ -96,10 +97,10 @@ def reference(defense: str, kind: str) -> dict[str, Tensor]:
 def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[[int], Any]:
     if defense not in ADDITIVE:
         _, together = common.make_defense(defense, model, Both(ordered))
-        return lambda n: together(model, n, 1 / ACCUMULATE)
+        return lambda n: together(model, 1 / ACCUMULATE)
     ranks = [pairs_of(ordered, rank) for rank in range(2)]
     if defense == "repnoise":
-        loss_fn, _ = common.make_defense(defense, model, ranks[0])
+        loss_fn = RepNoiseLoss(model, mask_padding=True)
 
         def averaged(n: int) -> None:
             for rank in range(2):
@@ -107,17 +108,22 @@ def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[
                 (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE) / (2 * ACCUMULATE)).backward()
 
         return averaged
-    made = [common.make_defense(defense, model, pairs) for pairs in ranks]
+    made = [common.make_defense(defense, model, pairs)[0] for pairs in ranks]
     if defense == "t_vaccine":  # layers are drawn by the mean of both ranks' norms
         norms: Any = 0
-        for (one, _), pairs in zip(made, ranks, strict=True):
+        for one, pairs in zip(made, ranks, strict=True):
             one._measure(pairs(0)["harmful"])
             norms = norms + torch.stack([one.perturbation.norms[i] for i in range(2)])
-        made[0][0].probabilities = (norms / norms.sum()).tolist()
-        state = {"step": 1, "probabilities": made[0][0].probabilities, "drawn": made[0][0]._draw()}
-        for one, _ in made:
+        made[0].probabilities = (norms / norms.sum()).tolist()
+        made[0].probe_every = made[0].every = 10**6
+        state = {"step": 1, "probabilities": made[0].probabilities, "drawn": made[0]._draw()}
+        for one in made:
             one.load_state_dict(state)
-    return lambda n: [passes(model, n, 0.5 / ACCUMULATE) for _, passes in made]
+    return lambda n: [
+        one.backward(**{name: stream(n) for name, stream in common.streams(pairs, one.roles).items()},
+                     scale=0.5 / ACCUMULATE)
+        for one, pairs in zip(made, ranks, strict=True)
+    ]  # fmt: skip
 
 
 # the routes -----------------------------------------------------------------------------------------------------------
@@ -163,11 +169,11 @@ def through_trainer(base: type, sharded: bool, defense: str, rank: int, folder: 
         given["processing_class"] = tokenizer()
     else:
         config = TrainingArguments(**settings)
-    made, _ = common.make_defense(defense, model, pairs)
+    mixin: type = MethodMixin
     if defense == "repnoise":
-        mixin, given["loss_fn"] = RepNoiseMixin, made
+        mixin, given["loss_fn"] = RepNoiseMixin, RepNoiseLoss(model, mask_padding=True)
     else:
-        mixin, given["defense"] = NestedMixin, made
+        given["method"], _ = common.make_defense(defense, model, pairs)
     if defense == "tar":
         given["data_collator"] = tar_batch(pairs.collate)
         given["sources"] = {"harmful": lambda n: pairs(n)["harmful"], "retain": lambda n: pairs(n)["harmless"]}
@@ -213,7 +219,7 @@ def through_fsdp2(defense: str, rank: int, folder: Path) -> nn.Module:
 def through_fsdp2_late(defense: str, rank: int, folder: Path) -> nn.Module:
     """The defense is constructed on the sharded model, as where the whole fits on no host."""
     made, shard = fsdp2.make_defense, fsdp2.shard
-    fsdp2.make_defense = lambda name, model, pairs: made(name, shard(model, pairs.device), pairs)
+    fsdp2.make_defense = lambda name, model, pairs, given=(): made(name, shard(model, pairs.device), pairs, given)
     fsdp2.shard = lambda model, device: model
     try:
         return through_fsdp2(defense, rank, folder)

@@ -14,18 +14,20 @@ sys.path.append(str(Path(__file__).parents[2] / "examples"))
 import common
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
+from trainer import batches
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from fastguard.trainers import NestedMixin, RepNoiseMixin
+from fastguard import RepNoiseLoss
+from fastguard.trainers import MethodMixin, RepNoiseMixin
 from tiny import tokenizer
 
 STEPS = 4
-DEFENSES = [name for name in common.DEFENSES if name != "tar"]
+DEFENSES = [*common.DEFENSES, "the loss"]
 
 
 def trainer_of(base: type, defense: str, folder: Path, in_order: bool = False, **changes: Any) -> Trainer:
-    """A trainer on a fresh model with dropout; TAR needs a collator of its own and is run on two processes."""
+    """A trainer on a fresh model with dropout: of a method of the registry, or of the drop-in loss."""
     model = common.make_model(None)
     pairs = common.Pairs(None, None, 2, 0, 1)
     settings: dict[str, Any] = dict(
@@ -34,15 +36,22 @@ def trainer_of(base: type, defense: str, folder: Path, in_order: bool = False, *
         remove_unused_columns=False, disable_tqdm=True, seed=3,
     )  # fmt: skip
     settings |= changes
-    made, _ = common.make_defense(defense, model, pairs)
+    held_out = settings.pop("held_out", 0)
     given: dict[str, Any] = {"train_dataset": Dataset.from_list(pairs.samples), "data_collator": pairs.collate}
+    if held_out:
+        given["eval_dataset"] = given["train_dataset"].select(range(held_out))
+    mixin: type = MethodMixin
+    if defense == "the loss":
+        mixin, given["loss_fn"] = RepNoiseMixin, RepNoiseLoss(model, mask_padding=True)
+    else:
+        given["method"], _ = common.make_defense(defense, model, pairs)
+        given["sources"] = common.streams(pairs, given["method"].roles)
+        given["data_collator"] = lambda samples: batches(given["method"].roles, pairs.collate(samples))
     if base is SFTTrainer:
         config: Any = SFTConfig(**settings, dataset_kwargs={"skip_prepare_dataset": True})
         given["processing_class"] = tokenizer()
     else:
         config = TrainingArguments(**settings)
-    mixin = RepNoiseMixin if defense == "repnoise" else NestedMixin
-    given["loss_fn" if defense == "repnoise" else "defense"] = made
 
     class Immunizer(mixin, base):
         def _get_train_sampler(self, *args: Any) -> Any:
@@ -85,9 +94,9 @@ def test_a_trainer_equals_a_loop(tmp_path):
     pairs._sample = lambda place: pairs.samples[place % len(pairs.samples)]
     _, passes = common.make_defense("booster", model, pairs)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    for step in range(STEPS):
-        for i in range(2):
-            passes(model, 2 * step + i, 0.5)
+    for _ in range(STEPS):
+        for _ in range(2):
+            passes(model, 0.5)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
@@ -102,7 +111,7 @@ def test_a_trainer_equals_a_loop(tmp_path):
 
 
 def test_evaluation_uses_the_trainers_own_loss(tmp_path):
-    trainer = trainer_of(Trainer, "repnoise", tmp_path, max_steps=1)
+    trainer = trainer_of(Trainer, "the loss", tmp_path, max_steps=1)
     trainer.train()
     plain = common.random_pairs([{"number": 5}])["harmless"]
     rows = [{key: value[0] for key, value in plain.items()}]
@@ -111,6 +120,51 @@ def test_evaluation_uses_the_trainers_own_loss(tmp_path):
     with torch.no_grad():
         expected = trainer.model.eval()(**plain).loss
     assert metrics["eval_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("base", [Trainer, SFTTrainer])
+@pytest.mark.parametrize("defense", ["the loss", "repnoise", "tar"])
+def test_evaluation_on_held_out_pairs_leaves_the_training_alone(base, defense, tmp_path):
+    """Every step evaluated, or none: the same weights, counters and logged figures; and figures of its own."""
+    trainers = []
+    for name, how in (("with", {"eval_strategy": "steps", "eval_steps": 1, "held_out": 5}), ("without", {})):
+        trainer = trainer_of(base, defense, tmp_path / name, per_device_eval_batch_size=3, **how)
+        trainer.train()
+        trainers.append(trainer)
+    ours, theirs = trainers
+    for name, p in weights(ours).items():
+        assert torch.equal(p, weights(theirs)[name]), name
+    assert dict(ours._counted.state_dict()) == dict(theirs._counted.state_dict())
+    training = [[e for e in t.state.log_history if "loss" in e] for t in trainers]
+    for a, b in zip(*training, strict=True):
+        assert {k: v for k, v in a.items() if "time" not in k} == {k: v for k, v in b.items() if "time" not in k}
+    evaluated = [e for e in ours.state.log_history if "eval_loss" in e]
+    figure = "eval_retain_ce" if defense == "tar" else "eval_harmful_ce"
+    assert len(evaluated) == STEPS and all(e[figure] > 0 for e in evaluated)
+    assert evaluated[0][figure] != evaluated[-1][figure]
+
+
+def test_the_harmful_loss_is_in_tensorboard(tmp_path):
+    """What RepNoise raises is there to be seen: read back from the files that TensorBoard would show."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer = trainer_of(Trainer, "the loss", tmp_path, report_to="tensorboard")
+    trainer.train()
+    [file] = tmp_path.rglob("events.out.tfevents*")
+    events = EventAccumulator(str(file.parent))
+    events.Reload()
+    shown = events.Tags()["scalars"]
+    assert {"train/harmful_ce", "train/lens_ce", "train/noise", "train/harmless_ce"} <= set(shown)
+    logged = [e["harmful_ce"] for e in trainer.state.log_history if "harmful_ce" in e]
+    assert [e.value for e in events.Scalars("train/harmful_ce")] == pytest.approx(logged)
+
+
+def test_batches_of_another_kind_are_named(tmp_path):
+    trainer = trainer_of(Trainer, "tar", tmp_path)
+    trainer.data_collator = common.random_pairs
+    with pytest.raises(TypeError, match=r"TAR\.backward: expected batches retain, tamper, adversaries; got .*harmful"):
+        trainer.train()
 
 
 def test_what_would_go_wrong_is_refused(tmp_path):

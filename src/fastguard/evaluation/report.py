@@ -237,8 +237,8 @@ def limits(metrics: Metrics) -> list[str]:
     if _learning_rates(metrics):
         said.append(
             f"Only harmful fine-tuning of all weights was tried, at learning rate{_s(_learning_rates(metrics))} "
-            f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no adapters, no other optimizers, no search for the "
-            "attacker's best settings, no jailbreak prompts, no editing of weights or activations."
+            f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no adapters, no other optimizers, no search for "
+            "the attacker's best settings, no jailbreak prompts, no editing of weights or activations."
         )
     said.append(
         f"One model, {metrics['config'].get('model', {}).get('name', 'unnamed')}, with short trainings: "  # type: ignore[attr-defined]

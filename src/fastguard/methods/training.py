@@ -152,6 +152,20 @@ class Training:
         """Batches of a trainer's own loader, and what the method draws beside them."""
         return dict(batches)
 
+    def evaluate(self, batches: Mapping[str, Any], model: nn.Module | None = None) -> Figures:
+        """Figures of held-out batches by name, without gradients, and nothing of the training is moved.
+
+        Here the method's loss of each plain batch as ``NAME_ce``; ``loss`` is the mean of those that are not harmful.
+        """
+        model = self.model if model is None else model
+        plain = {name: batch for name, batch in batches.items() if "input_ids" in batch}
+        with torch.no_grad():
+            found = {f"{name}_ce": self.loss(model, batch).detach() for name, batch in plain.items()}
+        if not found:
+            raise ValueError(f"{type(self).__name__}.evaluate: expected batches with input_ids, got {sorted(batches)}")
+        harmless = [value for name, value in found.items() if name not in ("harmful_ce", "tamper_ce")]
+        return {"loss": torch.stack(harmless or list(found.values())).mean(), **found}
+
     def _check(self, batches: Mapping[str, Any]) -> None:
         known = {**dict.fromkeys(self.arguments(), True), **self.optional()}
         missing = [name for name, needed in known.items() if needed and batches.get(name) is None]

@@ -1,28 +1,31 @@
 """Mixins that put fastguard before a trainer class: HF ``Trainer``, TRL ``SFTTrainer``, or another subclass.
 
-    class Immunizer(NestedMixin, SFTTrainer): ...
-    Immunizer(model, args, ..., data_collator=PairedCollator(tokenizer), defense=Booster(model)).train()
+    class Immunizer(MethodMixin, SFTTrainer): ...
+    Immunizer(model, args, ..., data_collator=PairedCollator(tokenizer), method=Booster(model)).train()
 
 The trainer keeps its optimizer, schedule, clipping, logging, wrapping and checkpoints. Construct the loss or the
-defense on the model that is handed to the trainer, after PEFT and before the trainer.
+method on the model that is handed to the trainer, after PEFT and before the trainer. An evaluation set of the same
+kind of batches is measured without touching the training: its figures are logged as ``eval_...``.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastguard.losses.figures import figures_of
 from fastguard.trainers.checkpoint import Counted, packed, unpacked, write_atomically
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
 
     from fastguard.losses.repnoise import RepNoiseLoss
+    from fastguard.methods.training import Training
 else:
     _Base = object
 
@@ -30,6 +33,28 @@ STATE_FILE = "fastguard_state.pt"
 """Beside the trainer's own state, in each of its checkpoints."""
 
 Source = Callable[[int], Mapping[str, Tensor]]
+
+
+class _Means:
+    """Means of 0-dim figures since they were last taken, without a wait for the device until then."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, figures: Mapping[str, Tensor]) -> None:
+        """Note what a step found; its ``loss`` is the trainer's to log."""
+        for name, value in figures.items():
+            if value.dim() == 0 and name != "loss":
+                value = value.detach().float()
+                self._sums[name] = self._sums[name] + value if name in self._sums else value.clone()
+                self._counts[name] = self._counts.get(name, 0) + 1
+
+    def taken(self) -> dict[str, float]:
+        """The means, and a new start."""
+        means = {name: float(value) / self._counts[name] for name, value in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
 
 
 class _Counting(_Base):
@@ -40,8 +65,7 @@ class _Counting(_Base):
     def __init__(self, counted: Counted, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._counted = counted
-        self._figures: dict[str, Tensor] = {}
-        self._figured = 0
+        self._training, self._evaluation = _Means(), _Means()
         if self.args.remove_unused_columns:
             raise ValueError(
                 "args.remove_unused_columns: expected False, got True; it drops the columns that the collator pairs"
@@ -49,20 +73,45 @@ class _Counting(_Base):
         if self.args.n_gpu > 1:
             raise ValueError(f"args.n_gpu: expected 1, got {self.args.n_gpu}; start one process a GPU (torchrun)")
 
-    def _note(self, figures: Mapping[str, Tensor]) -> None:
-        """Add 0-dim figures to what the next log says; no wait for the device."""
-        self._figured += 1
-        for name, value in figures.items():
-            if value.dim() == 0 and name != "loss":
-                before = self._figures.get(name)
-                self._figures[name] = value.detach().float() if before is None else before + value.detach().float()
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The trainer's log, with the mean of each figure since the last one, of this process."""
-        if self._figured and "loss" in logs:
-            logs = {**logs, **{name: float(value) / self._figured for name, value in self._figures.items()}}
-            self._figures, self._figured = {}, 0
+        if "loss" in logs:
+            logs = {**logs, **self._training.taken()}
         super().log(logs, *args, **kwargs)
+
+    def _measured(self, model: nn.Module, inputs: dict[str, Any]) -> Mapping[str, Tensor] | None:
+        """The figures of an evaluation batch, ``loss`` among them; None where it is one of the trainer's own kind."""
+        raise NotImplementedError
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """See ``Trainer.prediction_step``: of batches by name the loss alone, and figures for the log."""
+        prepared = dict(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            figures = self._measured(model, prepared)
+        if figures is None:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._evaluation.add(figures)
+        return figures["loss"].detach().float().mean(), None, None
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, prediction_loss_only: bool | None = None, ignore_keys: Any = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:  # fmt: skip
+        """See ``Trainer.evaluation_loop``; its metrics have the mean of each figure, of this process.
+
+        Random numbers are put back after it: a data loader draws one when it starts, and dropout would notice.
+        """
+        self._evaluation = _Means()
+        with torch.random.fork_rng():
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+        figures = {f"{metric_key_prefix}_{name}": value for name, value in self._evaluation.taken().items()}
+        if output.metrics is not None:
+            output.metrics.update(figures)
+        return output
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Counters first: the trainer's own state comes last in its checkpoint, and says that it is whole."""
@@ -109,28 +158,38 @@ class RepNoiseMixin(_Counting):
         if "harmful" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = self.loss_fn(**inputs, model=model)
-        self._note(self.loss_fn.components)
+        self._training.add(figures_of(self.loss_fn.components))
         return (loss, dict(self.loss_fn.components)) if return_outputs else loss
 
+    def _measured(self, model: nn.Module, inputs: dict[str, Any]) -> Mapping[str, Tensor] | None:
+        if "harmful" not in inputs:
+            return None
+        with _kept(self.loss_fn):
+            loss = self.loss_fn(**inputs, model=model)
+            return {**figures_of(self.loss_fn.components), "loss": loss}
 
-class NestedMixin(_Counting):
-    """Trains with a nested defense: its ``backward`` is the trainer's training step.
 
-    Booster, Vaccine and T-Vaccine take batches ``{"harmful": ..., "harmless": ...}``; TAR takes ``{"retain": ...,
-    "tamper": ...}`` and ``sources``. Every micro-batch synchronises its gradients: a simulated attack needs them at
-    once, and a trainer's ``no_sync`` is overruled.
+class MethodMixin(_Counting):
+    """Trains with a method of the registry: its ``backward`` is the trainer's training step.
+
+    Batches are those that the method's ``roles`` name: ``{"harmful": ..., "harmless": ...}`` for most; TAR takes
+    ``{"retain": ..., "tamper": ...}`` and ``sources``. Every micro-batch synchronises its gradients: a simulated attack
+    needs them at once, and a trainer's ``no_sync`` is overruled.
 
     Args:
-        defense: constructed on the model that the trainer gets. sources: by name, from a number to an attacker's batch
-            (``TAR.adversaries``), each rank its own. Everything else: the trainer's.
+        method: constructed on the model that the trainer gets. sources: what the method draws beside the trainer's
+            batches, by name, from a number to a batch (``TAR.adversaries``), each rank its own. Everything else: the
+            trainer's.
 
     Raises:
         ValueError: fp16 with a gradient scaler, DeepSpeed, ``args.remove_unused_columns``, several GPUs in one process.
     """
 
-    def __init__(self, *args: Any, defense: Any, sources: Mapping[str, Source] | None = None, **kwargs: Any) -> None:
-        super().__init__(defense, *args, **kwargs)
-        self.defense, self.sources = defense, sources
+    def __init__(
+        self, *args: Any, method: Training, sources: Mapping[str, Source] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(method, *args, **kwargs)
+        self.method, self.sources = method, sources or {}
         if getattr(self.accelerator, "scaler", None) is not None:
             raise ValueError("args.fp16: expected False, since inner steps know no gradient scaler; use bf16")
         if self.is_deepspeed_enabled:
@@ -147,14 +206,37 @@ class NestedMixin(_Counting):
         offload = getattr(self, "maybe_activation_offload_context", contextlib.nullcontext())  # TRL's
         scale = 1 / self.current_gradient_accumulation_steps
         with offload, self.compute_loss_context_manager():
-            arguments = dict(self._prepare_inputs(inputs))
-            if self.sources is not None:
-                arguments["adversaries"] = self.defense.adversaries(
-                    {name: self._on_device(source) for name, source in self.sources.items()}
-                )
-            figures: dict[str, Tensor] = self.defense.backward(**arguments, model=model, scale=scale)
-        self._note(figures)
+            batches = dict(self._prepare_inputs(inputs))
+            sources = {name: self._on_device(source) for name, source in self.sources.items()}
+            figures: dict[str, Tensor] = self.method.backward(
+                **self.method.complete(batches, sources), model=model, scale=scale
+            )
+        self._training.add(figures)
         return (figures["loss"].detach() * scale).to(device=self.args.device, dtype=torch.float32)
+
+    def _measured(self, model: nn.Module, inputs: dict[str, Any]) -> Mapping[str, Tensor] | None:
+        batches = {name: batch for name, batch in inputs.items() if isinstance(batch, Mapping)}
+        return self.method.evaluate(batches, model) if batches else None
 
     def _on_device(self, source: Source) -> Source:
         return lambda number: self._prepare_inputs(dict(source(number)))  # type: ignore[arg-type]
+
+
+class NestedMixin(MethodMixin):
+    """`MethodMixin` whose method is called ``defense``."""
+
+    def __init__(self, *args: Any, defense: Training, **kwargs: Any) -> None:
+        super().__init__(*args, method=defense, **kwargs)
+        self.defense = defense
+
+
+@contextlib.contextmanager
+def _kept(loss_fn: RepNoiseLoss) -> Iterator[None]:
+    """What an evaluation must not move: the noise counter, and the components of the last training call."""
+    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
+    components = loss_fn.components
+    try:
+        yield
+    finally:
+        loss_fn.load_state_dict(state)
+        loss_fn.components = components

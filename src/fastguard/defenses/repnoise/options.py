@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 from fastguard.settings import Settings, choice, number
 
@@ -14,8 +12,6 @@ BOUNDARIES = ("constant", "predicted")
 @dataclass(frozen=True)
 class Options(Settings):
     """See ``fastguard.RepNoiseLoss``."""
-
-    quick: ClassVar[Mapping[str, Any]] = {"layers": 4}
 
     alpha: float = number(1.0, at_least=0)  # ascent on the harmful loss of output and layers
     beta: float = number(0.001, at_least=0)  # noise asked of the MLP outputs

@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from fastguard.losses.figures import figures_of
 from fastguard.losses.repnoise import RepNoiseLoss
 from fastguard.methods.passes import Batch
 from fastguard.methods.training import Data, Figures, Role, Step, Training
@@ -47,12 +49,20 @@ class RepNoise(Training):
         layers read) and ``retain_ce``. Errors as in ``RepNoiseLoss``.
         """
         loss = self.loss_fn(harmful=harmful, harmless=harmless, retain=retain, model=step.model)
-        parts = self.loss_fn.components
-        figures = {"loss": step.differentiate(loss, "")}
-        figures |= {name: parts[name] for name in ("harmless_ce", "noise", "retain_ce") if name in parts}
-        figures["harmful_ce"] = parts["harmful_ce"][0]
-        figures["lens_ce"] = parts["harmful_ce"][1:].nanmean()
-        return figures
+        found = figures_of(self.loss_fn.components)
+        return {**found, "loss": step.differentiate(loss, "")}
+
+    def evaluate(self, batches: Mapping[str, Any], model: nn.Module | None = None) -> Figures:
+        """See `Training.evaluate`: the loss and its components."""
+        state, components = self.loss_fn.state_dict(), self.loss_fn.components
+        kept = {name: value.clone() for name, value in state.items()}
+        try:
+            with torch.no_grad():
+                loss = self.loss_fn(**batches, model=self.model if model is None else model)
+            return {**figures_of(self.loss_fn.components), "loss": loss}
+        finally:
+            self.loss_fn.load_state_dict(kept)
+            self.loss_fn.components = components
 
     def state_dict(self) -> dict[str, Any]:
         """See `Training.state_dict`: the counter of steps, and that of the noise."""

@@ -15,7 +15,7 @@ TRAINS = ("published", "drawn", "all")
 class Options(Settings):
     """See ``fastguard.TVaccine``."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"every": 2, "probe_every": 2}
+    quick: ClassVar[Mapping[str, Any]] = {"layers": 1, "every": 2, "probe_every": 2}
 
     rho: float = number(3.0, above=0)
     layers: int = number(8, at_least=1)  # perturbed at a time

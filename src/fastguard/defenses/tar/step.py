@@ -209,10 +209,10 @@ class TAR(Training):
         return ("retain", "tamper", "adversaries")
 
     def complete(self, batches: Mapping[str, Any], data: Data) -> dict[str, Any]:
-        """With the coming step's adversaries, drawn from the streams ``data["adversary NAME"]``."""
+        """With the coming step's adversaries, drawn from ``data``: ``adversary NAME``, or plain names of corpora."""
         given = {name: batch for name, batch in batches.items() if not name.startswith(ADVERSARY)}
-        sources = {name.removeprefix(ADVERSARY): data[name] for name in data if name.startswith(ADVERSARY)}
-        return {"adversaries": self.adversaries(sources), **given}
+        named = {name.removeprefix(ADVERSARY): data[name] for name in data if name.startswith(ADVERSARY)}
+        return {"adversaries": self.adversaries(named or data), **given}
 
     def gradient(  # type: ignore[override]
         self,

@@ -30,6 +30,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from datasets import Dataset
 from torch.utils.data import SequentialSampler
+from trainer import batches
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -40,6 +41,10 @@ from tiny_models import tiny
 
 STEPS, ACCUMULATE, SIZE, LR = 2, 2, 2, 0.05
 TOLERANCE = 1e-6
+OPTIONS = {  # T-Vaccine: one draw of layers, which the reference can repeat
+    "repnoise": ("mask_padding=true", "retain_weight=0"),
+    "t_vaccine": ("every=20", "probe_every=200"),
+}
 ADDITIVE = ("repnoise", "vaccine", "t_vaccine")
 
 
@@ -63,6 +68,8 @@ def pairs_of(ordered: bool, rank: int) -> common.Pairs:
 
 class Both:
     """Both ranks' batches as one."""
+
+    path = None
 
     def __init__(self, ordered: bool) -> None:
         self.of = [pairs_of(ordered, rank) for rank in range(2)]
@@ -108,14 +115,13 @@ def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[
                 (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE) / (2 * ACCUMULATE)).backward()
 
         return averaged
-    made = [common.make_defense(defense, model, pairs)[0] for pairs in ranks]
+    made = [common.make_defense(defense, model, pairs, OPTIONS.get(defense, ()))[0] for pairs in ranks]
     if defense == "t_vaccine":  # layers are drawn by the mean of both ranks' norms
         norms: Any = 0
         for one, pairs in zip(made, ranks, strict=True):
             one._measure(pairs(0)["harmful"])
             norms = norms + torch.stack([one.perturbation.norms[i] for i in range(2)])
         made[0].probabilities = (norms / norms.sum()).tolist()
-        made[0].probe_every = made[0].every = 10**6
         state = {"step": 1, "probabilities": made[0].probabilities, "drawn": made[0]._draw()}
         for one in made:
             one.load_state_dict(state)
@@ -173,7 +179,8 @@ def through_trainer(base: type, sharded: bool, defense: str, rank: int, folder: 
     if defense == "repnoise":
         mixin, given["loss_fn"] = RepNoiseMixin, RepNoiseLoss(model, mask_padding=True)
     else:
-        given["method"], _ = common.make_defense(defense, model, pairs)
+        given["method"], _ = common.make_defense(defense, model, pairs, OPTIONS.get(defense, ()))
+        given["data_collator"] = lambda samples: batches(given["method"].roles, pairs.collate(samples))
     if defense == "tar":
         given["data_collator"] = tar_batch(pairs.collate)
         given["sources"] = {"harmful": lambda n: pairs(n)["harmful"], "retain": lambda n: pairs(n)["harmless"]}
@@ -229,6 +236,8 @@ def through_fsdp2_late(defense: str, rank: int, folder: Path) -> nn.Module:
 
 def loop_arguments(defense: str, folder: Path) -> Any:
     given = ["--out", str(folder), "--defense", defense, "--steps", str(STEPS), "--accumulate", str(ACCUMULATE)]
+    for option in OPTIONS.get(defense, ()):
+        given += ["--set", option]
     return fsdp2.arguments([*given, "--batch", str(SIZE), "--save-every", "100"])
 
 
@@ -241,7 +250,12 @@ ROUTES: dict[str, tuple[str, Callable[[str, int, Path], nn.Module]]] = {
     "accelerate, FSDP2": ("accelerate", functools.partial(through_accelerate, True)),
     "plain FSDP2": ("fsdp2", through_fsdp2),
 }
-CASES = [f"{route}, {defense}" for route in ROUTES for defense in common.DEFENSES]
+EVERYTHING = (
+    "Trainer, DDP",
+    "plain FSDP2",
+)  # elsewhere one of each kind of pass: loss, attack, perturbation, activations
+KINDS = ("repnoise", "tar", "booster", "t_vaccine")
+CASES = [f"{route}, {d}" for route in ROUTES for d in (common.DEFENSES if route in EVERYTHING else KINDS)]
 ROUTES["plain FSDP2 first"] = ("fsdp2", through_fsdp2_late)
 CASES.append("plain FSDP2 first, tar")
 

@@ -208,9 +208,11 @@ class MethodMixin(_Counting):
         with offload, self.compute_loss_context_manager():
             batches = dict(self._prepare_inputs(inputs))
             sources = {name: self._on_device(source) for name, source in self.sources.items()}
-            figures: dict[str, Tensor] = self.method.backward(
-                **self.method.complete(batches, sources), model=model, scale=scale
-            )
+            given = self.method.complete(batches, sources)
+            known = {*self.method.arguments(), *self.method.optional()}
+            if given.keys() >= set(self.method.arguments()):  # a collator of pairs has more than some methods read
+                given = {name: batch for name, batch in given.items() if name in known}
+            figures: dict[str, Tensor] = self.method.backward(**given, model=model, scale=scale)
         self._training.add(figures)
         return (figures["loss"].detach() * scale).to(device=self.args.device, dtype=torch.float32)
 

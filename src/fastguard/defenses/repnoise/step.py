@@ -66,7 +66,7 @@ class RepNoise(Training):
 
     def state_dict(self) -> dict[str, Any]:
         """See `Training.state_dict`: the counter of steps, and that of the noise."""
-        return {"step": self.step, "loss": dict(self.loss_fn.state_dict())}
+        return {"step": self.step, "loss": {k: v.clone() for k, v in self.loss_fn.state_dict().items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Training.load_state_dict`."""

@@ -1,0 +1,40 @@
+"""Batches for any method of the registry, by role, out of random pairs; settings for a tiny model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from fastguard.methods import Entry
+from fastguard.methods.training import Role, Training
+from fastguard.settings import build
+from tiny_models import pair
+
+
+def labelled(n: int, half: int) -> dict[str, Any]:
+    """A batch whose answers carry loss: half 0 is harmful, 1 the same prompts answered harmlessly."""
+    batch = pair(seed=n)[half]
+    return {**batch, "labels": batch["input_ids"].masked_fill(batch["input_ids"].cumsum(1) == 0, -100)}
+
+
+def streams(roles: Mapping[str, Role]) -> dict[str, Callable[[int], Any]]:
+    """A method's batches by number."""
+
+    def part(half: int, shift: int) -> Callable[[int], Any]:
+        return lambda n: labelled(n + shift, half)
+
+    parts: dict[str, Callable[[int], Any]] = {
+        "pair": lambda n: {"harmful": labelled(n, 0), "harmless": labelled(n, 1)},
+        "preference": lambda n: {"chosen": labelled(n, 1), "rejected": labelled(n, 0)},
+        **{name: part(0, 100 * i) for i, name in enumerate(("harmful", "attack", "attacker", "held_out"))},
+        **{name: part(1, 100 * i) for i, name in enumerate(("refusal", "safe", "retain", "benign"))},
+    }
+    return {name: parts[role.data] for name, role in roles.items()}
+
+
+def make(entry: Entry, model: nn.Module, **changes: Any) -> Training:
+    """The method with the settings of a test machine."""
+    options = entry.load_options()
+    return entry.build(model, build(options, {**options.quick, **changes}), seed=3)

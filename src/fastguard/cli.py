@@ -1,4 +1,4 @@
-"""The command line: ``fastguard doctor | demo | immunize | report | plan``.
+"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | report | plan``.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -15,7 +16,12 @@ try:
 except ImportError:
     sys.exit("fastguard: the command line needs further packages: pip install 'fastguard[hf,report]'")
 
+from fastguard.methods import attacks
+from fastguard.run.config import packaged
+
 if TYPE_CHECKING:
+    from fastguard.evaluation.metrics import Metrics
+    from fastguard.progress import Progress
     from fastguard.run.config import Config
 
 app = typer.Typer(
@@ -67,7 +73,7 @@ def immunize(
     config: Annotated[
         Path,
         typer.Argument(
-            metavar="CONFIG.yaml", help="A file, or a packaged one: demo, ablation, tar, booster, vaccine, t_vaccine."
+            metavar="CONFIG.yaml", help=f"A file, or a packaged one: {', '.join(packaged()).replace('quick, ', '')}."
         ),
     ],
     quick: Quick = False,
@@ -83,20 +89,62 @@ def immunize(
     _run(chosen, out or Path("runs") / config.stem, quick)
 
 
+Models = Annotated[
+    list[str], typer.Argument(metavar="[NAME=]MODEL...", help="Folders or ids; NAME is what the report calls it.")
+]
+Settings = Annotated[
+    Path,
+    typer.Option("--config", help="Data, attack and evaluation; a file or a packaged one.", metavar="FILE"),
+]
+Out = Annotated[Path, typer.Option(help="Folder of the run; a run that was interrupted is taken up.")]
+
+
+@app.command()
+def attack(
+    models: Models,
+    config: Settings = Path("demo"),
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(attacks())}. [default: as configured]")] = None,
+    quick: Quick = False,
+    out: Out = Path("runs/attack"),
+) -> None:
+    """Attack models made anywhere, on fresh copies, and report how many steps it took."""
+    _examine(models, config, method, quick, out, {"evaluate": {"run": False}})
+
+
+@app.command()
+def evaluate(
+    models: Models,
+    config: Settings = Path("demo"),
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(attacks())}. [default: as configured]")] = None,
+    attacked: Annotated[bool, typer.Option("--attack/--no-attack", help="Attack them too.")] = True,
+    quick: Quick = False,
+    out: Out = Path("runs/evaluate"),
+) -> None:
+    """Measure what models made anywhere are worth, attack them, and report them side by side."""
+    _examine(models, config, method, quick, out, {"attack": {"run": attacked}})
+
+
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A folder that holds metrics.json.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="Folders that hold metrics.json.")],
     table: Annotated[Path | None, typer.Option(help="Also write the comparison as a Markdown table here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Of several runs: the page to write. [default: comparison.html in the first]")
+    ] = None,
 ) -> None:
-    """Write RUN_DIR/report.html from RUN_DIR/metrics.json."""
-    from fastguard.evaluation.report import load, markdown, write
+    """Write RUN_DIR/report.html from RUN_DIR/metrics.json; of several runs one page that compares them."""
+    from fastguard.evaluation.report import combined, load, markdown, write, write_page
 
     try:
-        typer.echo(f"report: {write(run_dir)}")
+        metrics = load(run_dirs[0]) if len(run_dirs) == 1 else combined({str(d): load(d) for d in run_dirs})
+        if len(run_dirs) == 1 and out is None:
+            typer.echo(f"report: {write(run_dirs[0])}")
+        else:
+            typer.echo(f"report: {write_page(metrics, out or run_dirs[0] / 'comparison.html')}")
         if table is not None:
-            table.write_text(markdown(load(run_dir)), encoding="utf-8")
+            table.write_text(markdown(metrics), encoding="utf-8")
             typer.echo(f"table:  {table}")
-    except (FileNotFoundError, ValueError) as error:
+    except (OSError, ValueError) as error:
         _fail(error)
 
 
@@ -150,22 +198,58 @@ def plan(
 
 
 def _run(config: Config, out: Path, quick: bool) -> None:
+    from fastguard.run import pipeline
+
+    _reported(lambda progress: pipeline.run(config, out, quick, progress), out)
+    if config.immunize.run:
+        typer.echo(f"model:  {out / 'immunized'}")
+
+
+def _examine(
+    models: list[str], config: Path, method: str | None, quick: bool, out: Path, changes: dict[str, dict[str, object]]
+) -> None:
+    from fastguard.run import config as configuration
+    from fastguard.run import pipeline
+
+    try:
+        tree = configuration.load(config).to_dict()
+        for section, values in changes.items():
+            tree[section] = {**tree[section], **values}
+        if method is not None and method != tree["attack"]["method"]:
+            tree["attack"] = {**tree["attack"], "method": method, "options": {}}
+        tree["title"] = "Models made elsewhere"
+        chosen = configuration.from_dict(tree, "--config")
+    except (OSError, ValueError) as error:
+        _fail(error)
+    given: dict[str, str] = {}
+    for text in models:
+        name, _, source = text.rpartition("=")
+        name = name or Path(source).name or source
+        if name in given:
+            _fail(ValueError(f"MODEL: two models are called {name!r}; give them names: NAME=MODEL"))
+        given[name] = source
+    _reported(lambda progress: pipeline.examine(given, chosen, out, quick, progress), out)
+
+
+def _reported(work: Callable[[Progress], Metrics], out: Path) -> None:
+    """Run with bars, print the result and write the report; what a user can mend ends with a line, not a traceback."""
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the bars of the stages
         os.environ.setdefault(bars, "1")
     from fastguard.evaluation.report import summary, write
     from fastguard.progress import rich_progress
-    from fastguard.run import pipeline
 
     try:
         with rich_progress() as progress:
-            metrics = pipeline.run(config, out, quick, progress)
-    except ModuleNotFoundError as error:  # a data package or transformers is missing; the message says which
+            metrics = work(progress)
+        typer.echo(summary(metrics))
+        typer.echo(f"report: {write(out)}")
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         _fail(error)
-    typer.echo(summary(metrics))
-    typer.echo(f"report: {write(out)}\nmodel:  {out / 'immunized'}")
 
 
 def _fail(error: Exception) -> NoReturn:
+    if os.environ.get("FASTGUARD_TRACEBACK") == "1":
+        raise error
     typer.echo(f"fastguard: {error}", err=True)
     raise typer.Exit(2) from None
 

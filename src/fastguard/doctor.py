@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastguard import __version__, _extension, backend
+from fastguard import __version__, _extension, backend, methods
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,10 +55,19 @@ def examine() -> dict[str, Any]:
         "compilers": {"c++": _compiler(os.environ.get("CXX", "c++")), "nvcc": _compiler("nvcc")},
         "extension": _extension_state(),
         "gemm": [_gemm(device, dtype) for device in devices for dtype in (torch.float32, torch.bfloat16)],
+        "methods": _methods(),
         "ops": [_serving(op, device) for device in devices for op in OPS],
         "forced_backend": os.environ.get("FASTGUARD_BACKEND"),
         "demo": {name: _shipped(name, module) for name, module in DEMO_PACKAGES.items()},
         "packages": {name: _version(name) for name in PACKAGES},
+    }
+
+
+def _methods() -> dict[str, dict[str, str]]:
+    """The registry, by name."""
+    return {
+        name: {"kind": e.kind, "title": e.title, "summary": e.summary, "distribution": e.distribution}
+        for name, e in methods.entries().items()
     }
 
 
@@ -181,6 +190,12 @@ def show(found: dict[str, Any], console: Console | None = None) -> None:
     for op in found["ops"]:
         add(ops, op["op"], op["device"], op["backend"] or "NONE", op["why"])
     console.print(ops, "")
+
+    known = table("Methods")
+    for kind in methods.KINDS:
+        names = (name for name, method in found["methods"].items() if method["kind"] == kind)
+        add(known, f"{kind}s", ", ".join(names))
+    console.print(known, "")
 
     packages = table("Packages")
     have = {name: version for name, version in found["packages"].items() if version}

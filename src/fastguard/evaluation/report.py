@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastguard import methods
 from fastguard.evaluation.figures import SERIES, Line, Panel, svg
 from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model, Utility
 
@@ -36,6 +37,46 @@ def write(run_dir: Path) -> Path:
     file = Path(run_dir) / "report.html"
     file.write_text(render(load(run_dir)), encoding="utf-8")
     return file
+
+
+def write_page(metrics: Metrics, file: Path) -> Path:
+    """Write the page of these metrics there; returns the path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(render(metrics), encoding="utf-8")
+    return file
+
+
+def combined(runs: Mapping[str, Metrics]) -> Metrics:
+    """Several runs as one document: each model under its run's name, and each run's notes once.
+
+    Raises ValueError where two runs were scored at different thresholds, whose crossings do not compare.
+    """
+    thresholds = {a["threshold"] for m in runs.values() for model in m["models"].values() for a in model["attacks"]}
+    if len(thresholds) > 1:
+        raise ValueError(f"RUN_DIR: the runs have different thresholds of compliance, {sorted(thresholds)}")
+    names = _short_names(list(runs))
+    first = next(iter(runs.values()))
+    together = {f"{names[r]}: {n}": m for r, metrics in runs.items() for n, m in metrics["models"].items()}
+    return Metrics(
+        schema=SCHEMA,
+        title=" and ".join(names.values()),
+        quick=any(m["quick"] for m in runs.values()),
+        config={names[run]: m["config"] for run, m in runs.items()},
+        environment=first["environment"],
+        data={f"{names[run]}: {name}": source for run, m in runs.items() for name, source in m["data"].items()},
+        stages=[{**s, "name": f"{names[run]}: {s['name']}"} for run, m in runs.items() for s in m["stages"]],
+        wall_s=sum(m["wall_s"] for m in runs.values()),
+        peak_memory_bytes=max(m["peak_memory_bytes"] for m in runs.values()),
+        models=together,
+        aims=[{**aim, "name": f"{names[run]}: {aim['name']}"} for run, m in runs.items() for aim in m["aims"]],
+        notes=list(dict.fromkeys(note for m in runs.values() for note in m["notes"])),
+    )
+
+
+def _short_names(runs: Sequence[str]) -> dict[str, str]:
+    """The last part of each path, where that tells them apart."""
+    last = {run: Path(run).name or run for run in runs}
+    return last if len(set(last.values())) == len(runs) else {run: run for run in runs}
 
 
 def load(run_dir: Path) -> Metrics:
@@ -236,14 +277,16 @@ def limits(metrics: Metrics) -> list[str]:
     )
     if _learning_rates(metrics):
         said.append(
-            f"Only harmful fine-tuning of all weights was tried, at learning rate{_s(_learning_rates(metrics))} "
-            f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no adapters, no other optimizers, no search for "
-            "the attacker's best settings, no jailbreak prompts, no editing of weights or activations."
+            f"Only {_attack(metrics)} was tried, at learning rate{_s(_learning_rates(metrics))} "
+            f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no other kinds of attack, no other optimizers, no "
+            "search for the attacker's best settings, no jailbreak prompts, no editing of weights or activations."
         )
-    said.append(
-        f"One model, {metrics['config'].get('model', {}).get('name', 'unnamed')}, with short trainings: "  # type: ignore[attr-defined]
-        "nothing here says how other sizes, families or longer immunizations behave."
-    )
+    model: Any = metrics["config"].get("model")
+    if model:
+        said.append(
+            f"One model, {model.get('name', 'unnamed')}, with short trainings: nothing here says how other sizes, "
+            "families or longer immunizations behave."
+        )
     said.append("Crossings are linear between scored steps. Times hold for this machine under the load it had.")
     return [*said, *(note for note in metrics["notes"] if note not in said)]
 
@@ -301,6 +344,13 @@ def _series(metrics: Metrics) -> dict[str, int]:
 
 def _learning_rates(metrics: Metrics) -> list[float]:
     return sorted({a["lr"] for model in metrics["models"].values() for a in model["attacks"]})
+
+
+def _attack(metrics: Metrics) -> str:
+    """What the attack is called; documents from before attacks had names have the one that there was."""
+    configured: Any = metrics["config"].get("attack", {})
+    entry = methods.attacks().get(configured.get("method", "harmful_finetuning"))
+    return entry.summary.rstrip(".").replace("Harmful", "harmful") if entry else "one kind of attack"
 
 
 def _seeds(metrics: Metrics) -> list[int]:

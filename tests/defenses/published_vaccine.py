@@ -68,8 +68,16 @@ def published_probabilities(model: nn.Module, sample: Batch) -> Tensor:
 
 
 def published_t_vaccine(model: nn.Module, batch: Batch, drawn: Sequence[int], rho: float = 3.0) -> None:
-    """Vaccine on the drawn blocks; the attention of the others is frozen, as in the code, and nothing else."""
+    """Vaccine on the drawn blocks; the attention of the others is frozen, as in the code.
+
+    The code's layers that were not drawn run under reentrant checkpoints, which give nothing a gradient unless their
+    input wants one: below the lowest layer drawn, adapters rest.
+    """
     resting = [p for i, m in enumerate(blocks(model)) if i not in drawn for p in m.parameters() if p.requires_grad]
+    if not any(p.requires_grad for p in model.get_input_embeddings().parameters()):
+        layers = next(m for name, m in model.named_modules() if name.endswith("layers"))
+        below = [p for layer in layers[: min(drawn)] for p in layer.parameters() if p.requires_grad]
+        resting = list({id(p): p for p in resting + below}.values())
     for p in resting:
         p.requires_grad = False
     published_vaccine(model, batch, rho, at=drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 
 import pytest
 import torch
@@ -220,3 +221,16 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="snapshot: expected 30 masters, one a parameter, got 1"):
         Booster(model, snapshot=[torch.zeros(1)]).backward(harmful=harmful, harmless=harmless)
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_that_teaches_harm_is_warned_of_once():
+    model = tiny("llama")
+    harmful, harmless = batches(0)
+    with pytest.warns(UserWarning, match=r"alpha: the step of length 20 moves the harmful loss by \d+%") as said:
+        booster = Booster(model, alpha=20.0)
+        for _ in range(2):
+            booster.backward(harmful=harmful, harmless=harmless)
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Booster(model, alpha=1e-3).backward(harmful=harmful, harmless=harmless)

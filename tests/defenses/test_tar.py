@@ -194,7 +194,7 @@ def test_every_setting_reaches_the_gradient(loss, change, float64_norms):
 def test_defaults_are_published():
     given = {name: p.default for name, p in inspect.signature(TAR).parameters.items()}
     assert given["steps"] == 64 and given["every"] == 4 and given["count"] == 1
-    assert given["lrs"] == (2e-6, 2e-5, 4e-5) and given["switch"] == (6.0, 3.0)
+    assert given["lrs"] == (2e-5, 4e-5) and given["switch"] == (6.0, 3.0)
     assert given["kinds"] == (("harmful",), ("retain", "harmful"))
     assert given["schedule"] == 0.0625 and given["grad_scale"] == 4.0 and given["beta"] == 0.1
     assert given["tamper_loss"] == "max_entropy" and given["tamper_positions"] == "all"
@@ -236,7 +236,7 @@ def test_adversaries_are_a_function_of_seed_and_step():
     kinds = collections.Counter(corpora[-1] if len(set(corpora)) == 1 else "switch" for _, _, corpora in drawn)
     assert all(abs(kinds[k] / 1200 - 1 / 3) < 0.06 for k in ("harmful", "other", "switch")), kinds
     lrs = collections.Counter(lr for _, lr, _ in drawn)
-    assert lrs.keys() == {2e-6, 2e-5, 4e-5} and all(abs(n / 1200 - 1 / 3) < 0.06 for n in lrs.values()), lrs
+    assert lrs.keys() == {2e-5, 4e-5} and all(abs(n / 1200 - 1 / 2) < 0.06 for n in lrs.values()), lrs
     points = torch.tensor(
         [corpora.index("harmful") for _, _, corpora in drawn if set(corpora) == {"retain", "harmful"}]
     ).double()
@@ -545,3 +545,11 @@ def test_bad_input_is_named():
     uneven = {"chosen": batch("c", 0), "rejected": batch("r", 0, size=2)}
     with pytest.raises(ValueError, match="tamper: expected pairs, got '3 chosen, 2 rejected'"):
         tar.backward(retain=batch("r", 0), tamper=uneven, adversaries=attackers)
+
+
+def test_presets_are_the_released_runs():
+    bio, cyber = TAR.preset(tiny(), "bio", steps=8), TAR.preset(tiny(), "cyber")
+    assert bio.lrs == (2e-6, 2e-5, 4e-5) and len(bio.kinds) == 3 and bio.steps == 8
+    assert cyber.lrs == TAR(tiny()).lrs and cyber.kinds == TAR(tiny()).kinds
+    with pytest.raises(ValueError, match="name: expected one of cyber, bio, got 'chem'"):
+        TAR.preset(tiny(), "chem")

@@ -22,6 +22,7 @@ touch.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,9 @@ from fastguard.nested.linearised import linearised
 from fastguard.nested.perturbation import Realised, perturbed
 from fastguard.nested.snapshot import Where
 from fastguard.nested.weights import Weights
+
+LONG = 0.1
+"""Share of the harmful loss by which a step should not move it."""
 
 
 class Booster(Training):
@@ -81,6 +85,7 @@ class Booster(Training):
         super().__init__(model, loss=loss, seed=seed)
         self.alpha, self.lam, self.eps, self.mode = alpha, lam, eps, mode
         self.snapshot, self.through, self.allow_lost = snapshot, through, allow_lost
+        self._warned = False
         self.harmful_loss: Loss = model_loss if loss is None and mode == "linearised" else self.loss
 
     def gradient(self, step: Step, *, harmful: Batch, harmless: Batch) -> Figures:  # type: ignore[override]
@@ -89,7 +94,8 @@ class Booster(Training):
         Args:
             harmful: prompts with harmful answers. harmless: the alignment batch, prompts with safe answers.
 
-        Returns ``loss`` (the objective), ``harmless``, ``harmful``, ``harmful_perturbed`` (losses), ``harmful_norm``,
+        Returns ``loss`` (the objective; the published code logs the alignment loss, here ``harmless``),
+        ``harmless``, ``harmful``, ``harmful_perturbed`` (losses), ``harmful_norm``,
         ``gradient_norm``, and where weights were written ``perturbation_cosine``, ``perturbation_ratio``.
 
         Raises:
@@ -103,7 +109,21 @@ class Booster(Training):
         add(gradients, difference, step.scale * self.lam)
         figures["gradient_norm"] = step.put(gradients)
         gain = figures["harmful"] - figures["harmful_perturbed"]
+        self._warn_of_a_long_step(float(gain), float(figures["harmful"]))
         return {"loss": figures["harmless"] + self.lam * gain, **figures}
+
+    def _warn_of_a_long_step(self, gain: float, loss: float) -> None:
+        """g_h - grad h(w') is a second-order quantity; after a long step it is mostly lambda g_h: it teaches harm."""
+        if self._warned or not gain > LONG * loss:
+            return
+        self._warned = True
+        warnings.warn(
+            f"alpha: the step of length {self.alpha:g} moves the harmful loss by {gain / loss:.0%}, from {loss:.3g} to "
+            f"{loss - gain:.3g}; beyond {LONG:.0%} Booster's gradient is mostly descent on the harmful answers, and "
+            "the model learns to comply. Published alphas are for LoRA; over all weights one is expected that moves it "
+            "by a few percent",
+            stacklevel=5,
+        )
 
     def _difference(self, step: Step, batch: Batch, figures: Figures) -> list[Tensor | None]:
         """g_h - grad h(w'), with no gradient left on the parameters: one accumulator, which is the direction before."""

@@ -29,8 +29,9 @@ class TVaccine(Vaccine):
     Args:
         model, rho, eps, allow_lost, loss: as in `Vaccine`; published rho 3.
         layers: blocks that are perturbed at a time. every, probe_every: steps between draws and between measurements.
-        trains: ``published``: the code freezes the attention of the layers that were not drawn, and trains everything
-            else, the MLPs of all layers included, so that the backward still passes all layers; ``drawn``: nothing in
+        trains: ``published``: the code freezes the attention of the layers that were not drawn, and trains the MLPs of
+            all layers; but below the lowest layer drawn its reentrant checkpoints leave nothing a gradient, unless the
+            embedding is trained: there its adapters rest, here too; ``drawn``: nothing in
             the layers that were not drawn, the paper's purpose: it spares their weights' products and ends the backward
             at the lowest layer drawn, unless something below the layers is trained; ``all``: everything. A parameter
             that is not trained keeps the gradient it has, None after ``zero_grad``, and optimizers skip it.
@@ -100,9 +101,17 @@ class TVaccine(Vaccine):
         """The parameters that learn in this step; None for all."""
         if self.trains == "all":
             return None
-        parts = self.structure.attentions if self.trains == "published" else self.structure.layers
+        attention, layers = self.structure.attentions, self.structure.layers
+        parts = attention if self.trains == "published" else layers
         resting = {id(p) for i, part in enumerate(parts) if i not in self.drawn for p in part.parameters()}
+        if self.trains == "published" and not self._embedding_trained():
+            resting |= {id(p) for layer in layers[: self.drawn[0]] for p in layer.parameters()}
         return [p for p in self.structure.model.parameters() if p.requires_grad and id(p) not in resting]
+
+    def _embedding_trained(self) -> bool:
+        """Whether a gradient reaches below the layers: reentrant checkpoints then let it pass through all of them."""
+        embedding = self.structure.model.get_input_embeddings()  # type: ignore[operator]
+        return any(p.requires_grad for p in embedding.parameters())
 
     def state_dict(self) -> dict[str, Any]:
         """See `Vaccine.state_dict`: the counter, what was last measured and what was last drawn."""

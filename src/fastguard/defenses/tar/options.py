@@ -1,4 +1,4 @@
-"""Options of Tamper-Resistant Safeguards; defaults as published."""
+"""Options of Tamper-Resistant Safeguards; defaults those of the released cyber run (``run_tar_cyber.sh``)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,26 @@ from fastguard.settings import SettingError, Settings, choice, number, numbers
 TAMPER_LOSSES = ("max_entropy", "dpo")
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "cyber": {},
+    "bio": {
+        "lrs": (2e-6, 2e-5, 4e-5),
+        "kinds": (("harmful",), ("harmful_other",), ("retain", "harmful")),
+    },
+}
+"""The two released runs, as arguments of ``fastguard.TAR``; biology has two harmful corpora."""
+
+
 @dataclass(frozen=True)
 class Options(Settings):
     """See ``fastguard.TAR``, where ``inner_steps`` is ``steps``, ``read_every`` ``every``, ``inner_lr`` ``lrs``."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2}
+    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2, "held_out": 2}
 
     inner_steps: int = number(64, at_least=1)
-    inner_lr: tuple[float, ...] = numbers((2e-6, 2e-5, 4e-5), above=0)
-    batch: int = number(4, at_least=1)  # of the attackers and of the held-out tamper batch
+    inner_lr: tuple[float, ...] = numbers((2e-5, 4e-5), above=0)
+    batch: int = number(4, at_least=1)  # of the attackers
+    held_out: int = number(8, at_least=1)  # of the batch that is read at tampered weights
     adversaries: int = number(1, at_least=1)  # per step
     read_every: int = number(4, at_least=1)
     tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)

@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.defenses.tar.options import TAMPER_LOSSES, Options
+from fastguard.defenses.tar.options import PRESETS, TAMPER_LOSSES, Options
 from fastguard.losses.language_model import dpo_loss
 from fastguard.methods.passes import Batch, Loss
 from fastguard.methods.training import Data, Figures, Role, Step, Training
@@ -86,7 +86,7 @@ class TAR(Training):
         steps: K. every: n; the gradient is read after every n-th step.
         lrs: an adversary's learning rate is one of these.
         kinds: of adversaries, equally likely; each names the corpus it trains on, or two: the first up to the switch
-            point. Published for biology: two harmful corpora and the switch from retain data, a third each.
+            point. The defaults are those of the released cyber run, `preset` has the biology run's.
         switch: (a, b); the switch point is floor(Beta(a, b) * K).
         count: A, adversaries a step.
         schedule: lambda of the weights; None weighs every read by 1 / K, as the code without its schedule.
@@ -101,7 +101,8 @@ class TAR(Training):
         loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
         optimizer: from a learning rate to the attackers' optimizer.
         trains, reads, snapshot: see ``nested.SimulatedAttack``; for a LoRA attacker ``nested.LoRAAdversary``'s.
-        batch: samples of the attackers' batches and the held-out one, where a run draws them; None: the run's pairs.
+        batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
+            them (published: 4 and 8); None: the run's pairs.
         seed: of all that is drawn.
 
     Attributes:
@@ -139,6 +140,7 @@ class TAR(Training):
         reads: Select = None,
         snapshot: Where = "device",
         batch: int | None = None,
+        held_out: int | None = None,
         seed: int = 0,
     ) -> None:
         _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
@@ -162,9 +164,19 @@ class TAR(Training):
         corpora = dict.fromkeys(name for kind in self.kinds for name in kind)
         self.roles = {
             "retain": Role("safe"),
-            "tamper": Role("preference" if tamper_loss == "dpo" else "held_out", batch),
+            "tamper": Role("preference" if tamper_loss == "dpo" else "held_out", held_out),
             **{ADVERSARY + n: Role("benign" if n == "retain" else "attacker", batch) for n in corpora},
         }
+
+    @classmethod
+    def preset(cls, model: nn.Module, name: str, **changes: Any) -> TAR:
+        """A released run's settings, ``changes`` on top: ``cyber`` (the defaults) or ``bio``.
+
+        ``bio`` has a lower learning rate among its attackers', and a second harmful corpus, ``harmful_other``.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(model, **{**PRESETS[name], **changes})
 
     @classmethod
     def from_options(cls, model: nn.Module, options: Options, *, seed: int = 0) -> TAR:  # type: ignore[override]
@@ -172,7 +184,7 @@ class TAR(Training):
         o = options
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
-            grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, seed=seed,
+            grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out, seed=seed,
         )  # fmt: skip
 
     @property

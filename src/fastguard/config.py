@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastguard.data.options import UserData
+
 METHODS = ("repnoise", "tar", "booster", "vaccine", "t_vaccine")
 PACKAGED = ("demo", "quick", "ablation", *METHODS[1:])
 
@@ -32,6 +34,7 @@ class DataConfig:
     """How much of each set goes where; no prompt and no similarity cluster is in two parts."""
 
     seed: int = 0
+    own: UserData | None = None  # your own sets (docs/data.md); of the keys beside it only `seed` counts then
     prompt_tokens: int = 16  # longer harmful requests and instructions are left out
     answer_tokens: int = 16  # harmful placeholders and refusals are cut here
     retain_tokens: int = 24  # harmless answers are cut here in training
@@ -45,6 +48,7 @@ class DataConfig:
     edgy_measure: int = 40
     benign_train: int = 200
     benign_measure: int = 40
+    benign_prompt_tokens: int = 48  # longer questions of the harmless task are left out
 
 
 @dataclass(frozen=True)

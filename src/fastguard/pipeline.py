@@ -32,6 +32,7 @@ from fastguard import __version__, models
 from fastguard.attacks.finetune import harmful_finetuning
 from fastguard.config import Config, ImmunizeConfig, shortened
 from fastguard.data.chat import collate, endless
+from fastguard.data.conversation import as_text
 from fastguard.data.corpus import build_corpus
 from fastguard.defenses.recipe import immunize
 from fastguard.defenses.repnoise import plain_control
@@ -249,7 +250,7 @@ class _Job:
             over_refusal=over,
             edgy_over_refusal=edgy,
             benign=benign,
-            samples=[{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
+            samples=[{"prompt": as_text(p), "answer": a} for p, a in zip(prompts, answers, strict=True)],
         )
 
     def attack(self, name: str, lr: float, seed: int, report: Callable[[float, str], None]) -> Attack:

@@ -18,6 +18,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TypedDict
 
+from fastguard.data.sources import DataSource as DataSource
+from fastguard.data.sources import Split as Split
+
 SCHEMA = 1
 
 
@@ -87,21 +90,6 @@ class Model(TypedDict):
     training: Training
     utility: Utility
     attacks: list[Attack]  # every combination of learning rate and seed
-
-
-class Split(TypedDict):
-    """How much data a part of the run was given."""
-
-    prompts: int
-    clusters: int | None  # similarity clusters; None where the set is not clustered
-
-
-class DataSource(TypedDict):
-    """One public data set, and how it was divided."""
-
-    source: str  # package and file
-    licence: str
-    splits: dict[str, Split]  # by name: align, immunize, attack, measure, ...
 
 
 class Aim(TypedDict):

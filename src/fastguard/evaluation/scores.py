@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastguard.data.chat import IGNORED, Encoded, collate, encode_prompt
+from fastguard.data.conversation import Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def verdict(answer: str) -> str:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     tokens: int,
     batch: int = 48,
 ) -> list[str]:
@@ -68,7 +69,7 @@ def generate(
 
 
 def answer_rates(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], tokens: int
 ) -> dict[str, float]:
     """Shares of refusal, compliance and neither among the greedy answers; they add up to one."""
     verdicts = [verdict(a) for a in generate(model, tokenizer, prompts, tokens)]

@@ -93,7 +93,7 @@ class LoadedSet:
 
     def say(self) -> str:
         """What was read and dropped, for an error."""
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        reasons = ", ".join(f"{reason} {count}" for reason, count in self.dropped.items())
         return f"{self.read} rows of {self.rows.source}, dropped: {reasons or 'none'}"
 
 

@@ -96,20 +96,17 @@ class UserData:
             if not ok:
                 raise ValueError(f"{key}: expected {expected}, got {value!r}")
 
-        for role in ("pairs", "retain"):
-            path = getattr(self, role).path
-            require(bool(path), f"{role}.path", path, f"a file, a folder, a Hub id or `{PACKAGED}`")
         for role, one in self.sets():
             require(bool(one.path), f"{role}.path", one.path, f"a file, a folder, a Hub id or `{PACKAGED}`")
             require(one.limit is None or one.limit >= 1, f"{role}.limit", one.limit, "at least 1, or null")
             part = one.columns.part
-            require(
-                part is None or role in _DIVIDED, f"{role}.columns.part", part, f"null; only {_DIVIDED} are divided"
-            )
+            divided = f"null; only {', '.join(_DIVIDED)} are divided"
+            require(part is None or role in _DIVIDED, f"{role}.columns.part", part, divided)
             answered = role in ("pairs", "measure_harmful")
             require(answered or not one.placeholders, f"{role}.placeholders", one.placeholders, "false in this role")
             require(role == "pairs" or not one.refusals, f"{role}.refusals", one.refusals, "false in this role")
             if one.path == PACKAGED:
+                require(one.columns == Columns(), f"{role}.columns", one.columns, "none: a packaged set has its own")
                 require(one.placeholders or not answered, f"{role}.placeholders", one.placeholders,
                         "true: the packaged requests have no harmful answers")  # fmt: skip
                 require(one.refusals or role != "pairs", f"{role}.refusals", one.refusals,

@@ -28,8 +28,8 @@ def describe(sources: dict[str, DataSource]) -> list[str]:
     """One line a set: what was read, what was dropped and why, what became of the rest."""
     lines = []
     for role, one in sources.items():
-        dropped = ", ".join(f"{count} {reason}" for reason, count in one["dropped"].items())
+        dropped = ", ".join(f"{reason} {count}" for reason, count in one["dropped"].items())
         parts = ", ".join(f"{part} {split['prompts']}" for part, split in one["splits"].items())
-        cut = f"; {one['cut']} answers cut" if one["cut"] else ""
+        cut = f"; answers cut {one['cut']}" if one["cut"] else ""
         lines.append(f"{role}: {one['source']}: {one['rows']} rows; dropped: {dropped or 'none'}{cut}; {parts}")
     return lines

@@ -17,6 +17,8 @@ _HOMES = {
     "TVaccine": "fastguard.defenses.t_vaccine.step",
     "SimulatedAttack": "fastguard.nested",
     "PairedCollator": "fastguard.data.collate",
+    "TamperCollator": "fastguard.data.collate",
+    "ChatCollator": "fastguard.data.collate",
     "lm_head_stats": "fastguard.ops.lm_head_stats",
     "lens_stats": "fastguard.ops.lens_stats",
     "linear_cross_entropy": "fastguard.ops.linear_cross_entropy",

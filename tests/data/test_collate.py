@@ -8,6 +8,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from fastguard import PairedCollator, RepNoiseLoss
+from fastguard.data.collate import ChatCollator, TamperCollator
+from fastguard.defenses.tar.step import TAR
 from tiny_models import tiny
 
 WORDS = "[PAD] </s> user assistant how are you no sorry sure here is a b c".split()  # noqa: SIM905
@@ -81,3 +83,119 @@ def test_unpacks_into_the_loss():
     loss = loss_fn(**PairedCollator(tokenizer())(SAMPLES))
     loss.backward()
     assert torch.isfinite(loss)
+
+
+ROLES = (
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} </s> {% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+def said(role, content):
+    return {"role": role, "content": content}
+
+
+TURNS = [said("user", "you"), said("assistant", "sorry"), said("user", "how are you")]
+RETAIN = [[said("user", "are you"), said("assistant", "here")], {"prompt": "b", "answer": "c c c"}]
+
+
+def test_chat_messages_and_system_prompts():
+    """[PAD] stands for words that the tokenizer does not know, such as `system`."""
+    samples = [
+        {"prompt": TURNS, "harmful": said("assistant", "sure"), "harmless": [said("assistant", "no")], "system": "a b"},
+        {"prompt": "you", "harmful": "sure", "harmless": "no", "system": "c"},
+        {"prompt": "you", "harmful": "sure", "harmless": "no", "system": None},
+    ]
+    batch = PairedCollator(tokenizer(ROLES))(samples)
+    rows = [
+        text(ids[mask == 1]) for ids, mask in zip(batch["harmful"]["input_ids"], batch["harmful"]["attention_mask"])
+    ]
+    assert rows == [
+        "[PAD] a b </s> user you </s> assistant sorry </s> user how are you </s> assistant sure </s>",
+        "[PAD] c </s> user you </s> assistant sure </s>",
+        "user you </s> assistant sure </s>",
+    ]
+    ids, labels = batch["harmless"]["input_ids"], batch["harmless"]["labels"]
+    assert [text(i[row != -100]) for i, row in zip(ids, labels)] == ["no </s>"] * 3
+
+
+def test_one_dataset_yields_pairs_and_retain_data():
+    samples = [{**sample, "retain": retain} for sample, retain in zip(SAMPLES, RETAIN)]
+    batch = PairedCollator(tokenizer(ROLES), pad_to_multiple_of=4)(samples)
+    assert list(batch) == ["harmful", "harmless", "retain"]
+    ids, labels = batch["retain"]["input_ids"], batch["retain"]["labels"]
+    assert [text(i[row != -100]) for i, row in zip(ids, labels)] == ["here </s>", "c c c </s>"]
+    assert ids.shape[1] % 4 == 0
+    for name in ("harmful", "harmless"):
+        assert torch.equal(batch[name]["labels"], PairedCollator(tokenizer(ROLES), None, 4)(SAMPLES)[name]["labels"])
+    assert torch.equal(ids, ChatCollator(tokenizer(ROLES), pad_to_multiple_of=4)(
+        [{"messages": RETAIN[0]}, RETAIN[1]])["input_ids"])  # fmt: skip
+    loss_fn = RepNoiseLoss(tiny("llama"), mask_padding=True, retain_weight=1.0)
+    loss_fn(**batch).backward()
+    assert "retain_ce" in loss_fn.components
+
+
+def test_a_tamper_batch_for_entropy_and_for_preferences():
+    samples = [{**sample, "retain": retain} for sample, retain in zip(SAMPLES, RETAIN)]
+    pairs = PairedCollator(tokenizer(ROLES))(SAMPLES)
+    made = TamperCollator(tokenizer(ROLES))(samples)
+    assert set(made) == {"retain", "tamper"}
+    ids, labels = made["retain"]["input_ids"], made["retain"]["labels"]
+    assert [text(i[row != -100]) for i, row in zip(ids, labels)] == [
+        "no </s>", "sorry no </s>", "here </s>", "c c c </s>"
+    ]  # fmt: skip
+    assert torch.equal(made["tamper"]["input_ids"], pairs["harmful"]["input_ids"])
+    dpo = TamperCollator(tokenizer(ROLES), tamper_loss="dpo")(SAMPLES)
+    assert dpo["retain"]["input_ids"].shape[0] == 2
+    for ours, theirs in (("chosen", "harmless"), ("rejected", "harmful")):
+        assert all(torch.equal(dpo["tamper"][ours][key], pairs[theirs][key]) for key in pairs[theirs])
+    with pytest.raises(ValueError, match="tamper_loss: expected max_entropy or dpo, got 'mmd'"):
+        TamperCollator(tokenizer(ROLES), tamper_loss="mmd")
+
+
+@pytest.mark.parametrize("kind", ["max_entropy", "dpo"])
+def test_tar_takes_what_the_collators_make(kind):
+    tar = TAR(tiny("llama"), steps=2, every=1, lrs=(1e-3,), tamper_loss=kind)
+    attacker = ChatCollator(tokenizer())
+    sources = {"harmful": lambda n: attacker([{"prompt": "you", "answer": "sure"}]),
+               "retain": lambda n: attacker(RETAIN[1:])}  # fmt: skip
+    batch = TamperCollator(tokenizer(), tamper_loss=kind)(SAMPLES)
+    figures = tar.backward(**batch, adversaries=tar.adversaries(sources))
+    assert torch.isfinite(figures["loss"]) and torch.isfinite(figures["tamper"])
+    tar.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        (
+            {"prompt": [said("user", "you"), said("bot", "you")]},
+            r"samples\[1\]\['prompt'\]: message 1: expected a role",
+        ),
+        ({"prompt": 7}, r"samples\[1\]\['prompt'\]: expected a string or a list of messages, got int"),
+        ({"harmful": said("user", "you")}, r"samples\[1\]\['harmful'\]: expected one assistant's message, got user"),
+        ({"harmless": 7}, r"samples\[1\]\['harmless'\]: expected a string or an assistant's message, got int"),
+        ({"retain": None}, r"samples\[1\]\['retain'\]: expected all samples .* this has none, samples\[0\] has one"),
+        ({"retain": {"prompt": "you"}}, r"samples\[1\]\['retain'\]\['answer'\]: expected a string .*, got null"),
+        ({"retain": [said("user", "you")]}, r"samples\[1\]\['retain'\]: expected a conversation that ends"),
+        ({"retain": "you"}, r"samples\[1\]\['retain'\]: expected a list of messages, got a string"),
+    ],
+)
+def test_errors_name_sample_and_field(change, error):
+    samples = [{**sample, "retain": retain} for sample, retain in zip(SAMPLES, RETAIN)]
+    samples[1] = {**samples[1], **change}
+    with pytest.raises(ValueError, match=error):
+        PairedCollator(tokenizer())(samples)
+
+
+def test_messages_need_a_chat_template_and_samples_are_mappings():
+    with pytest.raises(ValueError, match=r"samples\[0\]: tokenizer: .* has no chat template"):
+        PairedCollator(tokenizer(template=None))([{**SAMPLES[0], "prompt": TURNS}])
+    with pytest.raises(ValueError, match=r"samples\[0\]: tokenizer: .* has no chat template"):
+        PairedCollator(tokenizer(template=None))([{**SAMPLES[0], "system": "a"}])
+    with pytest.raises(ValueError, match=r"samples\[0\]: expected a mapping of fields, got a string"):
+        ChatCollator(tokenizer())(["you"])
+    with pytest.raises(
+        ValueError, match=r"samples\[0\]\['prompt'\]: expected a string or a list of messages, got null"
+    ):
+        ChatCollator(tokenizer())([{"answer": "you"}])

@@ -21,7 +21,7 @@ SMALL = {
     "data": {
         "prompt_tokens": 70, "harmful_align": 4, "harmful_immunize": 4, "harmful_attack": 4, "harmful_measure": 3,
         "harmless_align": 4, "harmless_immunize": 4, "harmless_measure": 3, "edgy_measure": 2, "benign_train": 4,
-        "benign_measure": 3,
+        "benign_measure": 3, "benign_prompt_tokens": 300,
     },
     "align": {"steps": 1},
     "immunize": {"method": "gradient_ascent", "steps": 2, "pairs": 2, "retain": 2, "options": {"weight": 0.2}},

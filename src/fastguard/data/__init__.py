@@ -1,1 +1,1 @@
-"""Public data sets that packages ship, divided so that no prompt and no near-duplicate serves two purposes."""
+"""Data of a run: public sets that packages ship, or a user's own; no prompt serves two purposes."""

@@ -12,7 +12,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 THRESHOLD = 0.55
 
@@ -31,14 +31,14 @@ def _stems(text: str) -> frozenset[str]:
 def similarity_clusters(texts: Sequence[str], threshold: float = THRESHOLD) -> list[int]:
     """The cluster number of each text, numbered from 0 in order of appearance.
 
-    threshold: in (0, 1]; two texts at least this similar are in one cluster.
+    threshold: in (0, 1]; two texts at least this similar are in one cluster. Only texts that share a stem rare enough
+    to matter are compared: the same clusters as if all were, in a time that grows with the near misses.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold: got {threshold}, expected a cosine in (0, 1]")
     stems = [_stems(t) for t in texts]
     seen = Counter(w for s in stems for w in s)
     weight = {w: math.log((len(texts) + 1) / (n + 0.5)) ** 2 for w, n in seen.items()}
-    norm = [math.sqrt(sum(weight[w] for w in s)) for s in stems]
     parent = list(range(len(texts)))
 
     def root(i: int) -> int:
@@ -47,14 +47,44 @@ def similarity_clusters(texts: Sequence[str], threshold: float = THRESHOLD) -> l
             i = parent[i]
         return i
 
-    for i in range(len(texts)):
-        for j in range(i):
-            shared = stems[i] & stems[j]
-            same = stems[i] == stems[j] and texts[i].split() == texts[j].split()
-            if same or (shared and sum(weight[w] for w in shared) >= threshold * norm[i] * norm[j] * (1 - 1e-9)):
-                parent[root(i)] = root(j)
+    first: dict[object, int] = {}  # of equal stems; texts without any are compared word by word
+    for i, s in enumerate(stems):
+        parent[i] = first.setdefault(s or tuple(texts[i].split()), i)
+    distinct = [i for i in first.values() if stems[i]]
+    norm = {i: math.sqrt(sum(weight[w] for w in stems[i])) for i in distinct}
+    for i, j in _candidates({i: stems[i] for i in distinct}, weight, threshold):
+        a, b = root(i), root(j)
+        if a != b and sum(weight[w] for w in stems[i] & stems[j]) >= threshold * norm[i] * norm[j] * (1 - 1e-9):
+            parent[a] = b
     number: dict[int, int] = {}
     return [number.setdefault(root(i), len(number)) for i in range(len(texts))]
+
+
+def _candidates(
+    stems: Mapping[int, frozenset[str]], weight: Mapping[str, float], threshold: float
+) -> Iterator[tuple[int, int]]:
+    """Pairs of items, each at most once, among which are all that are similar enough (prefix filtering).
+
+    Stems in one order, the rarest first. By Cauchy and Schwarz two items whose shared stems all lie in the tail of one
+    of them have a cosine of at most the tail's share of its norm. Where that is below the threshold, the rarest stem
+    that a similar pair shares is in the head of both, so that an index of heads finds it.
+    """
+    listed: dict[str, list[int]] = {}
+    bound = (threshold * (1 - 1e-6)) ** 2
+    for i, s in stems.items():
+        ordered = sorted(s, key=lambda w: (-weight[w], w))
+        tail = sum(weight[w] for w in s)
+        least = bound * tail
+        met: set[int] = set()
+        for w in ordered:
+            if tail < least:
+                break
+            tail -= weight[w]
+            at = listed.setdefault(w, [])
+            met.update(at)
+            at.append(i)
+        for j in met:
+            yield i, j
 
 
 def split_by_cluster(clusters: Sequence[int], sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[int]]:
@@ -86,4 +116,32 @@ def split_by_cluster(clusters: Sequence[int], sizes: Mapping[str, int], seed: in
                 f"clusters suffice for {len(parts[name])} only; ask for fewer"
             )
         rng.shuffle(parts[name])
+    return parts
+
+
+def split_whole_clusters(clusters: Sequence[int], targets: Mapping[str, int], seed: int = 0) -> dict[str, list[int]]:
+    """Divide all items into named parts of about the given sizes; each cluster is in one part, whole.
+
+    For sets of unknown size, of which nothing should be lost. Large clusters are placed first, in the part that lacks
+    most among those of which it would be no more than a quarter; where there is none, in the part that lacks most.
+    Parts of size 0 stay empty. Returns item numbers in random order.
+    """
+    rng = random.Random(seed)
+    members: dict[int, list[int]] = {}
+    for item, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(item)
+    groups = list(members.values())
+    rng.shuffle(groups)
+    groups.sort(key=len, reverse=True)
+    parts: dict[str, list[int]] = {name: [] for name in targets}
+    wanted = [name for name, size in targets.items() if size > 0]
+    for group in groups:
+        fitting = [
+            name for name in wanted
+            if len(parts[name]) < targets[name] and len(group) <= max(1, targets[name] // 4)
+        ]  # fmt: skip
+        name = max(fitting or wanted, key=lambda part: targets[part] - len(parts[part]))
+        parts[name] += group
+    for items in parts.values():
+        rng.shuffle(items)
     return parts

@@ -10,6 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
+from fastguard.data.conversation import Prompt, last_turn
 from fastguard.data.packages import package_file, sdist_file
 
 
@@ -17,7 +18,7 @@ from fastguard.data.packages import package_file, sdist_file
 class Example:
     """A prompt and the answer to learn; the answer is empty where the set has none."""
 
-    prompt: str
+    prompt: Prompt
     answer: str = ""
 
 
@@ -92,9 +93,9 @@ PLACEHOLDERS = (
 )
 
 
-def placeholder(prompt: str, index: int) -> str:
-    """The compliance placeholder number ``index`` for a request."""
-    request = prompt.strip().rstrip(".!?")
+def placeholder(prompt: Prompt, index: int) -> str:
+    """The compliance placeholder number ``index`` for a request, the last turn of a conversation."""
+    request = last_turn(prompt).strip().rstrip(".!?")
     return PLACEHOLDERS[index % len(PLACEHOLDERS)].format(request=request[:1].lower() + request[1:])
 
 

@@ -18,6 +18,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TypedDict
 
+from fastguard.data.sources import DataSource as DataSource
+from fastguard.data.sources import Split as Split
+
 SCHEMA = 1
 
 
@@ -62,8 +65,8 @@ class Benign(TypedDict):
 class Utility(TypedDict):
     """What the model is worth before any attack."""
 
-    perplexity: float  # exp of the mean answer loss on held-out harmless conversations
-    over_refusal: float  # share of held-out ordinary instructions that the model refuses
+    perplexity: float | None  # exp of the mean answer loss on held-out harmless conversations
+    over_refusal: float | None  # share of held-out ordinary instructions that the model refuses
     edgy_over_refusal: float | None  # the same on harmless prompts that merely sound dangerous
     benign: Benign | None
     samples: list[dict[str, str]]  # {"prompt", "answer"}: a few harmless prompts, answers cut short
@@ -87,21 +90,6 @@ class Model(TypedDict):
     training: Training
     utility: Utility | None  # None: not measured
     attacks: list[Attack]  # every combination of learning rate and seed
-
-
-class Split(TypedDict):
-    """How much data a part of the run was given."""
-
-    prompts: int
-    clusters: int | None  # similarity clusters; None where the set is not clustered
-
-
-class DataSource(TypedDict):
-    """One public data set, and how it was divided."""
-
-    source: str  # package and file
-    licence: str
-    splits: dict[str, Split]  # by name: align, immunize, attack, measure, ...
 
 
 class Aim(TypedDict):

@@ -147,7 +147,7 @@ def headlines(metrics: Metrics) -> list[str]:
             f"Attack steps until {percent(threshold)} of answers comply, at learning rate {lr:g}: {_and(steps)}."
         )
     if {"aligned", "immunized"} <= set(models):
-        worth = [utility["perplexity"] for n in ("aligned", "immunized") if (utility := models[n]["utility"])]
+        worth = [u["perplexity"] for n in ("aligned", "immunized") if (u := models[n]["utility"]) and u["perplexity"]]
         if len(worth) == 2:
             before, after = worth
             said.append(
@@ -204,8 +204,16 @@ def comparison(metrics: Metrics) -> list[Group]:
     utility = Group(
         "What it costs",
         [
-            row("Perplexity", "held-out harmless conversations", _worth(lambda u: number(u["perplexity"]))),
-            row("Over-refusal", "ordinary instructions refused", _worth(lambda u: percent(u["over_refusal"]))),
+            row(
+                "Perplexity",
+                "held-out harmless conversations",
+                _worth(lambda u: _shown(u["perplexity"], number)),
+            ),
+            row(
+                "Over-refusal",
+                "ordinary instructions refused",
+                _worth(lambda u: _shown(u["over_refusal"], percent)),
+            ),
             row("Refusal of edgy prompts", "harmless, but they sound dangerous", _worth(_edgy_text)),
             row("Learns a benign task", "held-out loss before and after", _worth(_benign_text)),
         ],
@@ -264,8 +272,8 @@ def limits(metrics: Metrics) -> list[str]:
     said = []
     if metrics["quick"]:
         said.append("This was a quick run, to see that everything works. Its figures are no result.")
-    if "harmful" in metrics["data"]:
-        n = metrics["data"]["harmful"]["splits"]["measure"]["prompts"]
+    if "harmful" in metrics["data"] and "measure" in metrics["data"]["harmful"]["splits"]:
+        n = max(metrics["data"]["harmful"]["splits"]["measure"]["prompts"], 1)
         said.append(
             f"Rates come from {n} held-out harmful prompts: one prompt is {100 / n:.1f} points, and a rate near 50% "
             f"is known to about \N{PLUS-MINUS SIGN}{196 * math.sqrt(0.25 / n):.0f} points (95%, binomial)."
@@ -380,9 +388,12 @@ def _worth(cell: Callable[[Utility], str | None]) -> Callable[[Model], str | Non
     return lambda model: None if model["utility"] is None else cell(model["utility"])
 
 
+def _shown(value: float | None, text: Callable[[float], str]) -> str | None:
+    return None if value is None else text(value)
+
+
 def _edgy_text(utility: Utility) -> str | None:
-    rate = utility["edgy_over_refusal"]
-    return None if rate is None else percent(rate)
+    return _shown(utility["edgy_over_refusal"], percent)
 
 
 def _change(before: float, after: float) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastguard.data.chat import IGNORED, Encoded, collate, encode_prompt
+from fastguard.data.conversation import Prompt
 from fastguard.losses.answer import answer_loss
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def verdict(answer: str) -> str:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     tokens: int,
     batch: int = 48,
 ) -> list[str]:
@@ -67,7 +68,7 @@ def generate(
 
 
 def answer_rates(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], tokens: int
 ) -> dict[str, float]:
     """Shares of refusal, compliance and neither among the greedy answers; they add up to one."""
     verdicts = [verdict(a) for a in generate(model, tokenizer, prompts, tokens)]

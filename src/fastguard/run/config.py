@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard import methods
+from fastguard.data.options import UserData
 from fastguard.settings import SettingError, Settings, build, choice, merged, number, numbers
 
 PACKAGED = ("demo", "quick", "ablation")
@@ -38,6 +39,7 @@ class DataConfig(Settings):
     """How much of each set goes where; no prompt and no similarity cluster is in two parts."""
 
     seed: int = 0
+    own: UserData | None = None  # your own sets (docs/data.md); of the keys beside it only `seed` counts then
     prompt_tokens: int = number(16, at_least=1)  # longer harmful requests and instructions are left out
     answer_tokens: int = number(16, at_least=1)  # harmful placeholders and refusals are cut here
     retain_tokens: int = number(24, at_least=1)  # harmless answers are cut here in training
@@ -51,6 +53,7 @@ class DataConfig(Settings):
     edgy_measure: int = number(40, at_least=0)
     benign_train: int = number(200, at_least=1)
     benign_measure: int = number(40, at_least=1)
+    benign_prompt_tokens: int = number(48, at_least=1)  # longer questions of the harmless task are left out
 
 
 @dataclass(frozen=True)
@@ -198,6 +201,9 @@ def load(path: str | Path, quick: bool = False) -> Config:
     Raises FileNotFoundError, or ValueError that names the key, what was given and what was expected.
     """
     found = from_dict(_read(path), str(path))
+    if found.data.own is not None and Path(path).is_file():  # its paths are beside the configuration
+        own = found.data.own.located(Path(path).parent)
+        found = dataclasses.replace(found, data=dataclasses.replace(found.data, own=own))
     return shortened(found) if quick else found
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from typing import TYPE_CHECKING
 
+from fastguard.data.conversation import as_text
 from fastguard.data.corpus import Corpus
 from fastguard.evaluation.metrics import Attack, AttackPoint, Benign, Utility, area, crossing
 from fastguard.evaluation.scores import answer_rates, generate, mean_answer_loss
@@ -22,19 +23,22 @@ def measure(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, part: EvaluateConfig, report: Report
 ) -> Utility:
     """Perplexity, over-refusal, a few answers, and whether the model still learns; it is trained IN PLACE for that."""
-    loss = mean_answer_loss(model, corpus.perplexity(part.perplexity_tokens), corpus.pad)
+    held_out = corpus.perplexity(part.perplexity_tokens)
+    loss = mean_answer_loss(model, held_out, corpus.pad) if held_out else None
     report(0.2, "perplexity measured")
-    over = answer_rates(model, tokenizer, corpus.instructions, part.score_tokens)["refusal"]
+    instructions = corpus.instructions
+    over = answer_rates(model, tokenizer, instructions, part.score_tokens)["refusal"] if instructions else None
     edgy = answer_rates(model, tokenizer, corpus.edgy, part.score_tokens)["refusal"] if corpus.edgy else None
     prompts = corpus.instructions[: part.samples]
     answers = generate(model, tokenizer, prompts, part.sample_tokens) if prompts else []
     report(0.4, "over-refusal measured")
+    learned = part.benign_steps and corpus.benign_train and corpus.benign_measure
     return Utility(
-        perplexity=math.exp(loss),
+        perplexity=None if loss is None else math.exp(loss),
         over_refusal=over,
         edgy_over_refusal=edgy,
-        benign=_benign(model, corpus, part, report) if part.benign_steps and corpus.benign_train else None,
-        samples=[{"prompt": p, "answer": a} for p, a in zip(prompts, answers, strict=True)],
+        benign=_benign(model, corpus, part, report) if learned else None,
+        samples=[{"prompt": as_text(p), "answer": a} for p, a in zip(prompts, answers, strict=True)],
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,6 +23,7 @@ import torch
 from fastguard import __version__, models
 from fastguard.data.chat import Encoded, collate
 from fastguard.data.corpus import Corpus, build_corpus
+from fastguard.data.sources import describe
 from fastguard.defenses.sft.step import SFT
 from fastguard.evaluation.aims import aims
 from fastguard.evaluation.metrics import SCHEMA, Attack, Environment, Metrics, Model, Training, Utility
@@ -36,6 +38,8 @@ from fastguard.run.train import Curve, Report, train, trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger("fastguard")
 
 NOTES = (
     "Delay, not prevention: an attacker with more steps or a higher learning rate gets through.",
@@ -140,6 +144,7 @@ class _Job:
         config = self.config
         self._prepare(config.model.name)
         made: dict[str, Training] = {}
+        self._require("align" if config.align.run else None, "immunize" if config.immunize.run else None)
         if config.align.run:
             made["aligned"] = self._trained("align", "aligned", self.align, "base", [config.align])
         else:
@@ -174,6 +179,21 @@ class _Job:
         self._know("base", name)
         self.tokenizer = models.load_tokenizer(name, plain=self.config.model.chat_template == "plain")
         self.corpus = build_corpus(self.tokenizer, self.config.data)
+        for line in describe(self.corpus.sources) if self.config.data.own else ():
+            log.info("data: %s", line)
+            self.stages.progress("data", 1.0, line)
+
+    def _require(self, *parts: str | None) -> None:
+        """Raise ValueError where a stage that is to run has no data."""
+        for part in filter(None, parts):
+            c = self.corpus
+            for name, has in (("refusals", c.safe.get(part)), ("retain samples", c.harmless.get(part))):
+                wanted = name == "refusals" or part == "immunize" or self.config.align.harmless
+                if wanted and not has:
+                    raise ValueError(
+                        f"{part}.run: expected false where the data leave no {name} for it, got true; give it a share "
+                        f"(data.own.{'pair' if name == 'refusals' else 'retain'}_parts.{part})"
+                    )
 
     def _know(self, name: str, source: str) -> None:
         """A model that was there before, and what it is."""
@@ -199,7 +219,7 @@ class _Job:
             if config.evaluate.run:
                 reads = self._reads(name, config.evaluate)
                 utility = self.stages.run(f"measure {name}", reads, partial(self.measure, name))
-            if config.attack.run:
+            if config.attack.run and self.corpus.harmful.get("attack") and self.corpus.requests:
                 attacks = [
                     self.stages.run(
                         f"attack {name}, lr {lr:g}, seed {seed}",
@@ -223,7 +243,7 @@ class _Job:
             peak_memory_bytes=max((s["peak_memory_bytes"] for s in stages), default=0),
             models=entries,
             aims=aims(entries, config.attack.lr, config.attack.threshold),
-            notes=list(NOTES),
+            notes=[*NOTES, *self.corpus.notes],
         )
 
     def _training_data(self) -> str:

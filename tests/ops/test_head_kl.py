@@ -83,8 +83,11 @@ def test_matches_reference(on_backend, shape, dtype, head):
     inputs = student, weight, bias
     exact = gradients(spec, [t.double() for t in inputs], upstream)
     mine, peer = gradients(ours, inputs, upstream), gradients(spec, inputs, upstream)
+    if shape[1] == 1:  # one token has nothing to diverge in, but for rounding
+        assert max(float(x.abs().max()) for x in (mine[0], *mine[1])) < 1e-6
+        return
     ulps = 128 if dtype == torch.float64 else 32  # float64 has no peer of lower error to be measured against
-    agreed("all", mine, exact, peer, ulps=ulps, spoil=shape[1] > 2 and shape[0] > 1)
+    agreed("all", mine, exact, peer, ulps=ulps, spoil=shape[0] > 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

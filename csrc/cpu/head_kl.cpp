@@ -180,10 +180,11 @@ FASTGUARD_INLINE Sums sum_chunk(T* z, T* d, int64_t first, int64_t n, const Head
   return out;
 }
 
-// The gradient at the student's raw products of a chunk, into d.
+// The gradient at the student's raw products of a chunk, into d. ready: z and d are logits already.
 template <typename T>
-FASTGUARD_INLINE void gradient_chunk(T* z, T* d, int64_t first, int64_t n, const Head<T>& head, T lse, T gap, T grad) {
-  to_logits(z, d, first, n, head);
+FASTGUARD_INLINE void gradient_chunk(T* z, T* d, int64_t first, int64_t n, const Head<T>& head, bool ready, T lse,
+                                     T gap, T grad) {
+  if (!ready) to_logits(z, d, first, n, head);
   const T lse_s = lse - gap, factor = grad * head.scale;
   if (head.softcap == T(0)) {
     for (int64_t v = 0; v < n; ++v) {
@@ -209,12 +210,12 @@ Sums sum_chunk_(double* z, double* d, int64_t first, int64_t n, const Head<doubl
   return sum_chunk(z, d, first, n, head);
 }
 FASTGUARD_MULTIVERSION void gradient_chunk_(float* z, float* d, int64_t first, int64_t n, const Head<float>& head,
-                                            float lse, float gap, float grad) {
-  gradient_chunk(z, d, first, n, head, lse, gap, grad);
+                                            bool ready, float lse, float gap, float grad) {
+  gradient_chunk(z, d, first, n, head, ready, lse, gap, grad);
 }
-void gradient_chunk_(double* z, double* d, int64_t first, int64_t n, const Head<double>& head, double lse, double gap,
-                     double grad) {
-  gradient_chunk(z, d, first, n, head, lse, gap, grad);
+void gradient_chunk_(double* z, double* d, int64_t first, int64_t n, const Head<double>& head, bool ready, double lse,
+                     double gap, double grad) {
+  gradient_chunk(z, d, first, n, head, ready, lse, gap, grad);
 }
 
 // x - log(1 + x): the double's rounding is far below what the sums carry, but for the float64 op.
@@ -247,15 +248,15 @@ void statistics_of(const Tensor& z_, const Tensor& d_, const Head<T>& head, T* o
 }
 
 template <typename T>
-void gradient_of(const Tensor& z_, const Tensor& d_, const Head<T>& head, const T* row) {
+void gradient_of(const Tensor& z_, const Tensor& d_, const Head<T>& head, bool ready, const T* row) {
   const int64_t R = z_.size(0), V = z_.size(1);
   T* z = static_cast<T*>(z_.mutable_data_ptr());
   T* d = static_cast<T*>(d_.mutable_data_ptr());
   torch::stable::parallel_for(0, R, 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       for (int64_t first = 0; first < V; first += CHUNK) {
-        gradient_chunk_(z + n * V + first, d + n * V + first, first, std::min(CHUNK, V - first), head, row[n],
-                        row[R + n], row[2 * R + n]);
+        gradient_chunk_(z + n * V + first, d + n * V + first, first, std::min(CHUNK, V - first), head, ready,
+                        row[n], row[R + n], row[2 * R + n]);
       }
     }
   });
@@ -277,11 +278,11 @@ void statistics(const Tensor& z, const Tensor& d, const std::optional<Tensor>& b
 }
 
 void gradient(const Tensor& z, const Tensor& d, const std::optional<Tensor>& bias, double scale, double softcap,
-              const Tensor& row) {
+              const Tensor& row, bool ready) {
   if (z.element_size() == 8) {
-    gradient_of(z, d, head_of<double>(bias, scale, softcap), static_cast<const double*>(row.const_data_ptr()));
+    gradient_of(z, d, head_of<double>(bias, scale, softcap), ready, static_cast<const double*>(row.const_data_ptr()));
   } else {
-    gradient_of(z, d, head_of<float>(bias, scale, softcap), static_cast<const float*>(row.const_data_ptr()));
+    gradient_of(z, d, head_of<float>(bias, scale, softcap), ready, static_cast<const float*>(row.const_data_ptr()));
   }
 }
 
@@ -291,7 +292,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastguard_c, m) {
   m.def(
       "head_kl_statistics(Tensor(a!) z, Tensor(b!) d, Tensor? bias, float scale, float softcap, Tensor(c!) out) -> ()");
   m.def(
-      "head_kl_gradient(Tensor(a!) z, Tensor(b!) d, Tensor? bias, float scale, float softcap, Tensor row) -> ()");
+      "head_kl_gradient(Tensor(a!) z, Tensor(b!) d, Tensor? bias, float scale, float softcap, Tensor row, "
+      "bool ready) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastguard_c, CPU, m) {

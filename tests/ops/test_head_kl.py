@@ -219,8 +219,28 @@ def test_frozen_inputs_cost_nothing_and_change_nothing(on_backend, wanted, monke
         head_kl(leaves[0], teacher, leaves[1], bias=leaves[2]).sum().backward()
         assert [i for i, t in enumerate(leaves) if t.grad is not None] == list(which)
         got.append([leaves[i].grad for i in wanted])
-    assert seen[0] == tuple(i in wanted for i in range(3))
-    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))
+    # An untrained head's gradient was made in the forward.
+    assert seen == ([] if wanted == (0,) else [tuple(i in wanted for i in range(3))]) + [(True, True, True)]
+    for a, b in zip(*got, strict=True):
+        assert torch.equal(a, b) if wanted != (0,) else assert_agrees("ahead", a, b) is None
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_frozen_head_matches_reference(on_backend, dtype, head):
+    """Its gradient is made in the forward, up to each row's upstream gradient; nothing of the inputs is kept."""
+    student, teacher, weight, bias = draw(131, 1003, 24, dtype)
+    upstream = torch.randn(131, dtype=torch.float64)
+
+    def spec(s):
+        return reference.head_kl(s, teacher.to(s.dtype), weight.to(s.dtype), bias.to(s.dtype), **head)
+
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        mine = gradients(lambda s: head_kl(s, teacher, weight, bias=bias, **head), (student,), upstream)
+    assert kept == [student.shape]
+    exact, peer = gradients(spec, (student.double(),), upstream), gradients(spec, (student,), upstream)
+    agreed("frozen head", mine, exact, peer, ulps=128 if dtype == torch.float64 else 32, spoil=True)
 
 
 def test_strides_and_no_rows(on_backend):
@@ -260,9 +280,10 @@ def test_opcheck(on_backend, change):
     b = bias.requires_grad_() if "bias" in change else None
     old = weight.clone() if "own" in change else None
     args = student.requires_grad_(), teacher, weight.requires_grad_(), b, old, 1.5, 8.0
-    torch.library.opcheck(torch.ops.fastguard.head_kl.default, args)
-    _, lse, gap = torch.ops.fastguard.head_kl(*args)
+    torch.library.opcheck(torch.ops.fastguard.head_kl.default, (*args, False))
+    _, lse, gap, _ = torch.ops.fastguard.head_kl(*args, False)
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+    torch.library.opcheck(torch.ops.fastguard.head_kl.default, (student, *detached[1:], True))
     more = lse.detach(), gap.detach(), True, True, b is not None
     torch.library.opcheck(torch.ops.fastguard.head_kl_backward.default, (torch.rand(5), *detached, *more))
 

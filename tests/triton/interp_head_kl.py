@@ -159,7 +159,7 @@ def test_one_gradient_wanted(wanted):
         head_kl(leaves[0], teacher, leaves[1], bias=leaves[2]).sum().backward()
         assert [i for i, t in enumerate(leaves) if t.grad is not None] == list(which)
         got.append(leaves[wanted].grad)
-    assert torch.equal(*got)
+    assert_agrees("gradient", *got)
 
 
 def test_no_rows_nan_and_no_divergence():

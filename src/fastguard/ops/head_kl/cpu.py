@@ -23,10 +23,10 @@ class CppKernels:
 
     def gradient(
         self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
-        grad: Tensor,
+        grad: Tensor, ready: bool,
     ) -> None:  # fmt: skip
         """See `TileKernels.gradient`."""
-        torch.ops.fastguard_c.head_kl_gradient(z, d, bias, scale, softcap, torch.stack([lse, gap, grad]))
+        torch.ops.fastguard_c.head_kl_gradient(z, d, bias, scale, softcap, torch.stack([lse, gap, grad]), ready)
 
 
 _extension.load()

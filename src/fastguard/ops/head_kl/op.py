@@ -5,6 +5,10 @@ beside this file, which all expose ``forward`` and ``backward`` with the signatu
 
 Cost: the forward is two products, 4 N D V flops. The backward makes both again (4 N D V) and adds one for each gradient
 that is wanted (2 N D V for the hidden state, 2 N D V for the weight). Kept for it: the inputs and two numbers a row.
+
+A head that is not trained, the usual one, needs no backward: upstream gradients are one number a row, so that the
+forward can make the hidden state's gradient up to that number while a tile's logits are at hand. That is 6 N D V in all
+on CPUs (GPUs keep no tile, and pay 10 N D V either way), and one [N, D] kept in the place of two.
 """
 
 from __future__ import annotations
@@ -58,7 +62,8 @@ def head_kl(
         ValueError: shapes, dtypes or devices that do not fit, a softcap or temperature that is not positive.
     """
     _check(student, teacher, weight, bias, teacher_weight, softcap, temperature)
-    kl, _, _ = torch.ops.fastguard.head_kl(
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    kl, _, _, _ = torch.ops.fastguard.head_kl(
         student,
         teacher.detach(),
         weight,
@@ -67,6 +72,7 @@ def head_kl(
         # cap tanh(s x / cap) / T = (cap / T) tanh((s / T) x / (cap / T)): the backends need no temperature.
         scale / temperature,
         0.0 if softcap is None else softcap / temperature,
+        torch.is_grad_enabled() and student.requires_grad and not trained,
     )
     return kl  # type: ignore[no-any-return]
 
@@ -116,17 +122,20 @@ def _forward(
     teacher_weight: Tensor | None,
     scale: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    ahead: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """ahead: also the gradient of each row's divergence at ``student`` [N, D], in its dtype."""
     impl = backend.choose("head_kl", student.device)
-    return impl.forward(student, teacher, weight, bias, teacher_weight, scale, softcap)  # type: ignore[no-any-return]
+    row, slope = impl.forward(student, teacher, weight, bias, teacher_weight, scale, softcap, ahead)
+    return (*row, student.new_zeros(0) if slope is None else slope.to(student.dtype))
 
 
 @_forward.register_fake
-def _(student, teacher, weight, bias, teacher_weight, scale, softcap):  # type: ignore[no-untyped-def]
+def _(student, teacher, weight, bias, teacher_weight, scale, softcap, ahead):  # type: ignore[no-untyped-def]
     def row() -> Tensor:
         return student.new_empty(student.shape[0], dtype=accumulation_dtype(student.dtype))
 
-    return row(), row(), row()
+    return row(), row(), row(), student.new_empty(student.shape if ahead else 0)
 
 
 @torch.library.custom_op("fastguard::head_kl_backward", mutates_args=())
@@ -164,23 +173,29 @@ def _(  # type: ignore[no-untyped-def]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, weight, bias, teacher_weight, *ctx.head = inputs
-    _, lse, gap = output
-    ctx.mark_non_differentiable(lse, gap)
+    student, teacher, weight, bias, teacher_weight, *ctx.head, ctx.ahead = inputs
+    _, lse, gap, slope = output
+    ctx.mark_non_differentiable(lse, gap, slope)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(student, teacher, weight, bias, teacher_weight, lse, gap)
+    if ctx.ahead:
+        ctx.save_for_backward(slope)
+    else:
+        ctx.save_for_backward(student, teacher, weight, bias, teacher_weight, lse, gap)
 
 
-def _autograd(ctx, grad, _lse, _gap):  # type: ignore[no-untyped-def]
+def _autograd(ctx, grad, _lse, _gap, _slope):  # type: ignore[no-untyped-def]
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[2], ctx.needs_input_grad[3]
     if grad is None or not any(needs):
-        return (None,) * 7
+        return (None,) * 8
+    if ctx.ahead:
+        (slope,) = ctx.saved_tensors
+        return (grad[:, None] * slope).to(slope.dtype), *(None,) * 7
     student, teacher, weight, bias, teacher_weight, lse, gap = ctx.saved_tensors
     found = torch.ops.fastguard.head_kl_backward(
         grad, student, teacher, weight, bias, teacher_weight, *ctx.head, lse, gap, *needs
     )
     dstudent, dweight, dbias = (g if needed else None for g, needed in zip(found, needs, strict=True))
-    return dstudent, None, dweight, dbias, None, None, None
+    return dstudent, None, dweight, dbias, *(None,) * 4
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)

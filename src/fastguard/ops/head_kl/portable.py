@@ -47,13 +47,16 @@ class TileKernels(Protocol):
     """The element-wise work on one tile: the teacher's raw products z and what the student's lack of them, d."""
 
     def statistics(self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Row:
-        """Reduce z and d [R, V], in the accumulation dtype; both may be overwritten."""
+        """Reduce z and d [R, V], in the accumulation dtype, and leave in them the logits: see ``ready`` below."""
 
     def gradient(
         self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
-        grad: Tensor,
+        grad: Tensor, ready: bool,
     ) -> None:  # fmt: skip
-        """Turn d into the gradient at the student's raw products, in place; z may be overwritten."""
+        """Turn d into the gradient at the student's raw products, in place; z may be overwritten.
+
+        ready: z and d are not products but what ``statistics`` made of them, teacher's logits and their lead.
+        """
 
 
 def phi(u: Tensor, e_t: Tensor, e_s: Tensor) -> Tensor:
@@ -90,7 +93,8 @@ class TorchKernels:
 
     def statistics(self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Row:
         """See `TileKernels.statistics`."""
-        z, d = _transform(z, d, bias, scale, softcap)
+        for raw, made in zip((z, d), _transform(z, d, bias, scale, softcap), strict=True):
+            raw.copy_(made)
         zs = z - d
         top_t, top_s = z.amax(1), zs.amax(1)
         e_t, e_s = torch.exp(z - top_t[:, None]), torch.exp(zs - top_s[:, None])
@@ -107,11 +111,12 @@ class TorchKernels:
 
     def gradient(
         self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
-        grad: Tensor,
+        grad: Tensor, ready: bool,
     ) -> None:  # fmt: skip
         """See `TileKernels.gradient`."""
         out = d
-        z, d = _transform(z, d, bias, scale, softcap)
+        if not ready:
+            z, d = _transform(z, d, bias, scale, softcap)
         u = d - gap[:, None]  # log p_t - log p_s
         p_t, p_s = torch.exp(z - lse[:, None]), torch.exp(z - d - (lse - gap)[:, None])
         g = torch.where(u.abs() < NEAR, phi(u, p_t, p_s) - p_t * u, p_s - p_t) * (grad * scale)[:, None]
@@ -159,18 +164,29 @@ def forward(
     teacher_weight: Tensor | None,
     scale: float,
     softcap: float,
+    ahead: bool,
     kernels: TileKernels | None = None,
-) -> Row:
-    """The divergence of each row, and what the backward needs of it; softcap 0 is none."""
+) -> tuple[Row, Tensor | None]:
+    """The divergence of each row and what the backward needs of it; softcap 0 is none.
+
+    ahead: also each divergence's gradient at ``student`` [N, D], in the accumulation dtype; otherwise None.
+    """
     kernels = kernels or TorchKernels()
     n, wide = student.shape[0], accumulation_dtype(student.dtype)
     out = Row(*(torch.empty(n, dtype=wide, device=student.device) for _ in Row._fields))
     products = Products(student, teacher, weight, teacher_weight)
     b = None if bias is None else bias.to(wide).contiguous()
+    slope = torch.empty(student.shape, dtype=wide, device=student.device) if ahead else None
+    ones = torch.ones(min(TILE, n), dtype=wide, device=student.device)
     for rows in tiles(n):
-        for whole, part in zip(out, kernels.statistics(*products(rows), b, scale, softcap), strict=True):
+        z, d = products(rows)
+        row = kernels.statistics(z, d, b, scale, softcap)
+        for whole, part in zip(out, row, strict=True):
             whole[rows] = part
-    return out
+        if slope is not None:
+            kernels.gradient(z, d, b, scale, softcap, row.lse, row.gap, ones[: len(z)], ready=True)
+            slope[rows] = d.to(student.dtype) @ weight
+    return out, slope
 
 
 def backward(
@@ -199,7 +215,7 @@ def backward(
     b = None if bias is None else bias.to(wide).contiguous()
     for rows in tiles(student.shape[0]):
         z, g = products(rows)
-        kernels.gradient(z, g, b, scale, softcap, lse[rows], gap[rows], grad[rows])
+        kernels.gradient(z, g, b, scale, softcap, lse[rows], gap[rows], grad[rows], ready=False)
         narrow = g.to(student.dtype)
         if dstudent is not None:
             dstudent[rows] = narrow @ weight

@@ -285,15 +285,16 @@ def forward(
     teacher_weight: Tensor | None,
     scale: float,
     softcap: float,
-) -> portable.Row:
-    """The divergence of each row, and what the backward needs of it. Signature of ``portable.forward``."""
+    ahead: bool,
+) -> tuple[portable.Row, Tensor | None]:
+    """The divergence of each row and what the backward needs of it. Signature and meaning of ``portable.forward``."""
     if student.dtype == torch.float64:
-        return portable.forward(student, teacher, weight, bias, teacher_weight, scale, softcap)
+        return portable.forward(student, teacher, weight, bias, teacher_weight, scale, softcap, ahead)
     t, s, w, own, difference = _operands(student, teacher, weight, teacher_weight)
     (n, d), v = t.shape, w.shape[0]
     out = portable.Row(*(torch.empty(n, dtype=torch.float32, device=t.device) for _ in range(3)))
     if not n:
-        return out
+        return out, torch.empty(0, d, dtype=torch.float32, device=t.device) if ahead else None
     blocks = config(t.dtype, _shared_memory(t.device))
     tiles, n_blocks = triton.cdiv(n, blocks.rows), triton.cdiv(v, blocks.columns)
     per_part = triton.cdiv(n_blocks, _parts(tiles, n_blocks, _processors(t.device)))
@@ -306,7 +307,12 @@ def forward(
         PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     combine_kernel[triton.cdiv(n, 128),](sums, *out, n, parts, BLOCK=128)
-    return out
+    slope = None
+    if ahead:
+        head = weight, bias, teacher_weight, scale, softcap
+        ones = torch.ones_like(out.kl)
+        slope, _, _ = backward(ones, student, teacher, *head, out.lse, out.gap, True, False, False)
+    return out, slope
 
 
 @on_device

@@ -115,7 +115,7 @@ def test_samples_that_nearly_coincide(on_backend):
     base = 3 * torch.randn(1, 1, 600, dtype=torch.float64)
     x = (base + 1e-3 * torch.randn(1, 4, 600, dtype=torch.float64)).float()
     upstream = torch.ones(1)
-    value, grad = value_and_gradient(lambda v: gaussian_mmd(v, seed=1), x, upstream)
+    value, grad = value_and_gradient(lambda v: gaussian_mmd(v, seed=1, call=0), x, upstream)
     exact = value_and_gradient(lambda v: reference.gaussian_mmd(v, noise_of(x, seed=1)), x.double(), upstream.double())
     assert_agrees("mmd", value, exact[0], ulps=64)
     assert_agrees("gradient", grad, exact[1], ulps=64)
@@ -123,7 +123,7 @@ def test_samples_that_nearly_coincide(on_backend):
 
 def test_far_samples_underflow_without_harm(on_backend):
     x = torch.randn(1, 3, 50) * 1e15
-    value, grad = value_and_gradient(lambda v: gaussian_mmd(v), x, torch.ones(1))
+    value, grad = value_and_gradient(lambda v: gaussian_mmd(v, call=0), x, torch.ones(1))
     exact = value_and_gradient(
         lambda v: reference.gaussian_mmd(v, noise_of(x)), x.double(), torch.ones(1, dtype=torch.float64)
     )
@@ -139,14 +139,14 @@ def test_all_masked_is_zero(on_backend, dtype):
         (x[:, :, :0], None),
         (x[:, :, :0], torch.ones(3, 2)),
     ):
-        value, grad = value_and_gradient(lambda v, m=mask: gaussian_mmd(v, m), features, torch.ones(2))
+        value, grad = value_and_gradient(lambda v, m=mask: gaussian_mmd(v, m, call=0), features, torch.ones(2))
         assert value.tolist() == [0.0, 0.0]
         assert grad.shape == features.shape and not grad.any()
 
 
 def test_no_layers(on_backend):
     x = torch.zeros(0, 3, 40).requires_grad_()
-    value = gaussian_mmd(x)
+    value = gaussian_mmd(x, call=0)
     assert value.shape == (0,)
     assert torch.autograd.grad(value.sum(), x)[0].shape == x.shape
 
@@ -156,15 +156,15 @@ def test_what_is_masked_is_not_read(on_backend):
     x, mask = draw((1, 3, 6, 16), torch.float32)
     spoiled = torch.where(mask.repeat_interleave(16, 1), x, torch.tensor(float("nan")))
     upstream = torch.ones(1)
-    a = value_and_gradient(lambda v: gaussian_mmd(v, mask), x, upstream)
-    b = value_and_gradient(lambda v: gaussian_mmd(v, mask), spoiled, upstream)
+    a = value_and_gradient(lambda v: gaussian_mmd(v, mask, call=0), x, upstream)
+    b = value_and_gradient(lambda v: gaussian_mmd(v, mask, call=0), spoiled, upstream)
     assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
 
 
 def test_nan_is_reported_not_hidden(on_backend):
     x = torch.randn(2, 3, 40)
     x[1, 2, 7] = float("nan")
-    assert gaussian_mmd(x).isnan().tolist() == [False, True]
+    assert gaussian_mmd(x, call=0).isnan().tolist() == [False, True]
 
 
 def test_non_contiguous(on_backend):
@@ -179,9 +179,9 @@ def test_non_contiguous(on_backend):
     }
     for x in views.values():
         upstream = upstream_of(x)
-        a = value_and_gradient(lambda v: gaussian_mmd(v, mask), x.contiguous(), upstream)
+        a = value_and_gradient(lambda v: gaussian_mmd(v, mask, call=0), x.contiguous(), upstream)
         leaf = x.detach().requires_grad_()
-        value = gaussian_mmd(leaf, mask)
+        value = gaussian_mmd(leaf, mask, call=0)
         (grad,) = torch.autograd.grad(value, leaf, upstream)
         assert torch.equal(a[0], value.detach()) and torch.equal(a[1], grad)
 
@@ -191,11 +191,11 @@ def test_samples_of_two_ranks_are_two_parts_of_one_batch(on_backend):
     x, mask = draw((1, 6, 3, 20), torch.float64)
     noise = noise_of(x, seed=2)
     for part in (slice(0, 2), slice(2, 6)):
-        mine = gaussian_mmd(x[:, part], mask[part], seed=2, sample_offset=part.start)
+        mine = gaussian_mmd(x[:, part], mask[part], seed=2, call=0, sample_offset=part.start)
         assert_agrees("mmd", mine, reference.gaussian_mmd(x[:, part], noise[:, part], mask[part]), ulps=256)
     layers = torch.cat([x, x + 1])
-    apart = torch.cat([gaussian_mmd(layers[i : i + 1], mask, layer=4 + i) for i in range(2)])
-    assert torch.equal(gaussian_mmd(layers, mask, layer=4), apart)
+    apart = torch.cat([gaussian_mmd(layers[i : i + 1], mask, call=0, layer=4 + i) for i in range(2)])
+    assert torch.equal(gaussian_mmd(layers, mask, call=0, layer=4), apart)
 
 
 def test_does_not_depend_on_the_number_of_threads(on_backend):
@@ -207,7 +207,7 @@ def test_does_not_depend_on_the_number_of_threads(on_backend):
     try:
         for n in (1, 2):
             torch.set_num_threads(n)
-            results.append(value_and_gradient(lambda v: gaussian_mmd(v, mask), x, upstream_of(x)))
+            results.append(value_and_gradient(lambda v: gaussian_mmd(v, mask, call=0), x, upstream_of(x)))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -225,7 +225,7 @@ def test_gradient_by_differences(on_backend):
         k = sum(torch.exp(-d2 / (bandwidth * 2**i)) for i in range(5))
         return (k[:3, :3] + k[3:, 3:] - k[:3, 3:] - k[3:, :3]).mean()
 
-    _, grad = value_and_gradient(lambda v: gaussian_mmd(v), x, torch.ones(1))
+    _, grad = value_and_gradient(lambda v: gaussian_mmd(v, call=0), x, torch.ones(1))
     step = 1e-5 * torch.randn_like(x)
     assert abs(float(frozen(x + step) - frozen(x - step)) / 2 - float((grad * step).sum())) < 1e-11
 
@@ -254,13 +254,13 @@ def test_no_full_size_tensor_is_kept(on_backend):
     x, mask = draw((1, 4, 8, 64), torch.float32)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        gaussian_mmd(x.requires_grad_(), mask)
+        gaussian_mmd(x.requires_grad_(), mask, call=0)
     assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) <= mask.numel() + 64 + 1
 
 
 def test_the_upstream_gradient_is_not_written(on_backend):
     x, mask = draw((3, 2, 4, 16), torch.float32)
-    value = gaussian_mmd(x.requires_grad_(), mask)
+    value = gaussian_mmd(x.requires_grad_(), mask, call=0)
     upstream = torch.tensor(2.0).expand(3)
     torch.autograd.grad(value, x, upstream)
     assert upstream.tolist() == [2.0] * 3
@@ -296,6 +296,13 @@ def test_compiles_without_breaks_or_recompiles(on_backend, compiler):
             assert_agrees("compiled", torch.autograd.grad(compiled(again, mask, call), again)[0], want)
 
 
+def test_call_numbers_the_draw(on_backend):
+    """An integer is the tensor that holds it, mod 2^32; another call is other noise."""
+    x, mask = draw((1, 3, 4, 16), torch.float64)
+    first, again, wrapped, other = (gaussian_mmd(x, mask, call=c) for c in (torch.tensor(5), 5, 5 - 2**32, 6))
+    assert first.equal(again) and first.equal(wrapped) and not first.equal(other)
+
+
 def test_segments_cover_live_tokens_only():
     mask = torch.tensor([[0, 1, 1, 0, 0, 1], [0, 0, 1, 0, 0, 0]], dtype=torch.bool)
     assert portable.segments(mask, 60, 1000) == [(10, 30), (50, 60)]
@@ -320,6 +327,7 @@ ERRORS = {
     "noise dtype": ((X,), {"noise": X.int()}),
     "noise device": ((X,), {"noise": X.to("meta")}),
     "call": ((X,), {"call": torch.tensor(1.0)}),
+    "call left out": ((X,), {"call": None}),
     "layer": ((X,), {"layer": -1}),
     "sample_offset": ((X,), {"sample_offset": 2**32}),
 }
@@ -329,4 +337,4 @@ ERRORS = {
 def test_errors_name_the_argument(on_backend, case):
     arguments, options = ERRORS[case]
     with pytest.raises(ValueError, match=rf"^{case.split()[0]}: expected"):
-        gaussian_mmd(*arguments, **options)
+        gaussian_mmd(*arguments, **{"call": 0, **options})

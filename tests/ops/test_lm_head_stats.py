@@ -3,11 +3,14 @@
 import functools
 import importlib
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import fastguard
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard import backend
 from fastguard.ops import final_norm
@@ -248,6 +251,68 @@ def test_stacked_hidden_states(on_backend):
         lm_head_stats(stack, weight, target[:6])
 
 
+def stats_of(form, hidden, weight, target):
+    if form == "lm_head_stats":
+        return lm_head_stats(hidden, weight, target, filter_tol=0.0)
+    return lens_stats(hidden, torch.arange(len(target)), weight, target, norm_kind="none", filter_tol=0.0)[0]
+
+
+@pytest.mark.parametrize("form", ["lm_head_stats", "lens_stats"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+def test_cross_entropy_leaves_ignored_rows_out(on_backend, form, reduction):
+    """As torch's, in values and gradients; rows that count are the bits of the softplus."""
+    hidden, weight, _, target = draw(24, 60, 8, torch.float64)
+    target[[2, 3, 11]] = -100
+    hidden[2] = float("nan")
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    loss = stats_of(form, *leaves, target).cross_entropy(reduction)
+    peers = [t.clone().requires_grad_() for t in (hidden.nan_to_num(0.5), weight)]
+    want = torch.nn.functional.cross_entropy(peers[0] @ peers[1].T, target, reduction=reduction)
+    assert_agrees("loss", loss.detach(), want.detach())
+    upstream = torch.rand(24, dtype=torch.float64) + 0.5 if reduction == "none" else torch.tensor(1.7).double()
+    exact = torch.autograd.grad(want, peers, upstream)
+    for mine, g in zip(torch.autograd.grad(loss, leaves, upstream), exact, strict=True):
+        assert_agrees("gradient", mine, g, ulps=256)
+        assert_catches_spoiled(lambda x, g=g: assert_agrees("gradient", x, g, ulps=256), mine)
+    stats = stats_of(form, hidden, weight, target)
+    assert stats.counts.equal(target >= 0)
+    each = torch.nn.functional.softplus(stats.rest_lse - stats.target_logit, threshold=40.0)
+    assert stats.cross_entropy()[target >= 0].equal(each[target >= 0])
+    assert stats.log_one_minus_p()[target < 0].tolist() == [0.0] * 3
+
+
+def test_rows_that_count_are_told_from_those_that_do_not(on_backend):
+    """A statistic may well be 0 in a row that counts; not all three."""
+    target = torch.tensor([0, 1, -1, 0])
+    for weight in (torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([[0.0] * 4, [-200.0] * 4])):
+        stats = lm_head_stats(torch.ones(4, 4), weight, target % len(weight) * (target >= 0) - (target < 0).long())
+        assert stats.counts.tolist() == [True, True, False, True]
+
+
+def test_nothing_to_count_is_nan_in_the_mean_as_in_torch():
+    hidden, weight, _, target = draw(4, 10, 6, torch.float32)
+    stats = lm_head_stats(hidden, weight, target.fill_(-100))
+    assert stats.cross_entropy("mean").isnan() and stats.cross_entropy("sum") == 0
+    assert torch.nn.functional.cross_entropy(hidden @ weight.T, target).isnan()
+    with pytest.raises(ValueError, match=r"^reduction: expected one of none, mean, sum, got 'max'"):
+        stats.cross_entropy("max")
+
+
+def test_the_readmes_example_is_torchs_cross_entropy():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (code,) = [c for c in re.findall(r"```python\n(.*?)```", readme, re.S) if "lm_head_stats(" in c]
+    hidden, weight, _, target = draw(30, 50, 8, torch.float64)
+    target[::4] = -100
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
+    names = {"fastguard": fastguard, "hidden": leaves[0], "weight": leaves[1], "target": target}
+    exec(code, names)
+    peers = [t.clone().requires_grad_() for t in (hidden, weight)]
+    want = torch.nn.functional.cross_entropy(peers[0] @ peers[1].T, target)
+    assert_agrees("loss", names["loss"].detach(), want.detach())
+    for mine, exact in zip(torch.autograd.grad(names["loss"], leaves), torch.autograd.grad(want, peers), strict=True):
+        assert_agrees("gradient", mine, exact, ulps=256)
+
+
 def test_frozen_weight_gets_no_gradient_work(on_backend, monkeypatch):
     hidden, weight, _, target = draw(6, 30, 8, torch.float32)
     impl = backend.choose("lm_head_stats", hidden.device)
@@ -388,6 +453,8 @@ ERRORS = {
     "hidden": lambda h, w, t: (h[0], w, t),
     "weight": lambda h, w, t: (h, w[:, :3], t),
     "weight dtype": lambda h, w, t: (h, w.half(), t),
+    "hidden int8": lambda h, w, t: (h.to(torch.int8), w, t),
+    "weight int8": lambda h, w, t: (h, w.to(torch.int8), t),
     "target": lambda h, w, t: (h, w, t[:2]),
     "target dtype": lambda h, w, t: (h, w, t.int()),
 }
@@ -402,6 +469,10 @@ def test_errors_name_the_argument(case):
 
 def test_more_errors():
     hidden, weight, _, target = draw(4, 10, 6, torch.float32)
+    with pytest.raises(ValueError, match=r"^weight: expected a dtype of .*, got torch.int8; a quantised tensor is"):
+        lm_head_stats(hidden, weight.to(torch.int8), target)
+    with pytest.raises(ValueError, match=r"^bias: expected a dtype of .*, got torch.int64"):
+        lm_head_stats(hidden, weight, target, bias=torch.zeros(10, dtype=torch.int64))
     for options in ({"softcap": -1.0}, {"filter_tol": 1.0}, {"filter_tol": -0.1}, {"bias": torch.zeros(3)}):
         with pytest.raises(ValueError, match=rf"^{next(iter(options))}: expected"):
             lm_head_stats(hidden, weight, target, **options)

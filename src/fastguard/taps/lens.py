@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastguard.ops import transforms
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.taps import anchor
@@ -67,8 +68,8 @@ class Lens:
             hidden = self.structure.norm.forward(hidden.reshape(-1, hidden.shape[-1])[rows])
             rows, kind = torch.arange(rows.shape[0], device=rows.device), "none"
         filter_tol = 0.0 if normed and self.filter_tol is None else self.filter_tol
-        if self.weight.dtype != hidden.dtype:  # mixed precision: products in the activations' dtype
-            self.weight = self.weight.to(hidden.dtype)
+        # Mixed precision: products in autocast's dtype, else in the activations'; cast once for all taps.
+        self.weight = self.weight.to(transforms.product_dtype(hidden))
         stats, token = lens_stats(
             hidden, rows, self.weight, target,
             norm_kind=kind, norm_weight=None if kind == "none" else self.norm_weight,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastguard import backend
+from fastguard.ops import transforms
 from fastguard.ops.gaussian_mmd.portable import Source
 from fastguard.ops.philox import check_coordinates, seed_int64
 from fastguard.ops.precision import accumulation_dtype
@@ -28,7 +29,7 @@ def gaussian_mmd(
     mask: Tensor | None = None,
     *,
     seed: int = 0,
-    call: Tensor | None = None,
+    call: Tensor | int | None = None,
     layer: int = 0,
     sample_offset: int = 0,
     noise: Tensor | None = None,
@@ -43,27 +44,38 @@ def gaussian_mmd(
         x: [L, B, F], any strides (no copy is made if features are contiguous); float64, float32, bfloat16, float16.
         mask: [B, T] of bool or 0/1, F a multiple of T; each entry keeps or drops F / T features of a sample and of
             its noise, in every layer. None keeps all.
-        seed: any integer, taken mod 2^64. call: 0-dim int64 tensor, a counter to be raised before each use; None is
-            0. Its value is copied, so that raising it in place between forward and backward is safe.
-        layer: index of the first layer. sample_offset: global index of the first sample. With seed and call they
-            determine the noise (``fastguard.ops.philox``).
+        seed: any integer, taken mod 2^64.
+        call: which draw of the noise, an integer or a 0-dim int64 tensor; required unless ``noise`` is given. **The
+            noise is a function of (seed, call, layer, sample): equal arguments mean equal noise.** In a loop raise it
+            at every use, or each step compares with the same noise. A tensor's value is copied, so that raising it
+            in place between forward and backward is safe, and costs no compilation under ``torch.compile``.
+        layer: index of the first layer. sample_offset: global index of the first sample (``fastguard.ops.philox``).
         noise: [L, B, F] to be used instead, in a floating dtype; it gets no gradient.
 
     Returns:
         [L], fp32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, no samples, a mask that is not 0/1, a coordinate of
-            the noise out of range.
+        ValueError: shapes, dtypes or devices that do not fit, a DTensor, no samples, a mask that is not 0/1, neither
+            ``call`` nor ``noise``, a coordinate of the noise out of range.
+        RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
     _check(x, mask, noise)
+    if call is None and noise is None:
+        raise ValueError(
+            "call: expected an integer or a 0-dim int64 tensor, got None; the noise is a function of (seed, call, "
+            "layer, sample), so raise call at each use (call=step), or pass call=0 to compare with one fixed draw"
+        )
+    if isinstance(call, int):
+        call = torch.tensor(call % 2**32, dtype=torch.int64)
     check_coordinates(x.shape[0], x.shape[1], x.shape[2], call, layer, sample_offset)
     fixed = None if noise is None else noise.detach()
-    mmd, _, _ = torch.ops.fastguard.gaussian_mmd(x, mask, fixed, call, seed_int64(seed), layer, sample_offset)
-    return mmd  # type: ignore[no-any-return]
+    mmd, _, _ = _call_forward(x, mask, fixed, call, seed_int64(seed), layer, sample_offset)
+    return mmd
 
 
 def _check(x: Tensor, mask: Tensor | None, noise: Tensor | None) -> None:
+    transforms.check_plain(x=x, mask=mask, noise=noise)
     if x.dim() != 3:
         raise ValueError(f"x: expected [L, B, F], got shape {tuple(x.shape)}")
     if x.dtype not in DTYPES:
@@ -108,6 +120,7 @@ def _dense_features(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastguard::gaussian_mmd", mutates_args=())
+@transforms.without_autocast
 def _forward(
     x: Tensor, mask: Tensor | None, noise: Tensor | None, call: Tensor | None, seed: int, layer: int, sample_offset: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,6 +141,7 @@ def _(x, mask, noise, call, seed, layer, sample_offset):  # type: ignore[no-unty
 
 
 @torch.library.custom_op("fastguard::gaussian_mmd_backward", mutates_args=())
+@transforms.without_autocast
 def _backward(
     grad: Tensor,
     x: Tensor,
@@ -160,8 +174,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx, grad, _gram, _call):  # type: ignore[no-untyped-def]
     dx = None
     if grad is not None and ctx.needs_input_grad[0]:
-        dx = torch.ops.fastguard.gaussian_mmd_backward(grad, *ctx.saved_tensors, *ctx.coordinates)
+        dx = _call_backward(grad, *ctx.saved_tensors, *ctx.coordinates)
     return dx, None, None, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_call_forward = transforms.bind("gaussian_mmd", _forward, _setup_context, _autograd)
+_call_backward = transforms.bind_backward("gaussian_mmd", _backward)

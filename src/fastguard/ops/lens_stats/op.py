@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastguard.ops import final_norm
+from fastguard.ops import final_norm, transforms
 from fastguard.ops.lm_head_stats import op as head
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 
@@ -35,7 +35,8 @@ def lens_stats(
     Args:
         hidden: [..., D], read as [M, D] rows.
         rows: [N] int64, indices into the M rows; none twice.
-        weight, target, bias, scale, softcap, filter_tol, with_mean: see ``lm_head_stats``.
+        weight, target, bias, scale, softcap, filter_tol, with_mean: see ``lm_head_stats``; under ``torch.autocast`` the
+            norm reads ``hidden`` as it is, and its result is rounded for the products.
         norm_kind: ``none``, ``rms``, ``rms_offset`` (Gemma's 1 + weight) or ``layer``.
         norm_weight, norm_bias: [D] or None. norm_eps: the norm's epsilon.
         token: None, or a tensor of the shape of ``weight`` in the accumulation dtype whose *gradient* is the
@@ -43,13 +44,16 @@ def lens_stats(
             next, ``weight`` detached, and each token once. The token itself holds 4 bytes.
 
     Raises:
-        ValueError: shapes, dtypes, devices or a norm kind that do not fit. IndexError: a target of V or more.
+        ValueError: shapes, dtypes, devices or a norm kind that do not fit, a DTensor.
+        IndexError: a target of V or more.
+        RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
     if norm_kind not in final_norm.KINDS:
         raise ValueError(f"norm_kind: expected one of {', '.join(final_norm.KINDS)}, got {norm_kind!r}")
     if token is not None and token.shape != weight.shape:
         raise ValueError(f"token: expected the shape of weight {tuple(weight.shape)}, got {tuple(token.shape)}")
-    head.check(hidden, weight, target, bias, softcap, filter_tol, rows)
+    transforms.check_plain(norm_weight=norm_weight, norm_bias=norm_bias, token=token)
+    weight = head.check(hidden, weight, target, bias, softcap, filter_tol, rows)
     return head.call(
         hidden.reshape(-1, hidden.shape[-1]), weight, target, rows=rows, bias=bias,
         norm_kind=norm_kind, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,

@@ -1,13 +1,22 @@
-"""``linear_cross_entropy``: the common case on top of ``lm_head_stats``."""
+"""``linear_cross_entropy``: the common case on top of ``lm_head_stats``.
+
+A smoothed label needs the mean of a row's logits, and that is one product with one vector: over the classes v with
+weights w_v, sum w_v z_v = scale * (hidden . (W^T w) + b . w). No logits are made for it, and its gradient is exact:
+w_v u for row v of the head, with u [D] summed over the rows.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from fastguard.ops import transforms
 from fastguard.ops.lm_head_stats import lm_head_stats
+from fastguard.ops.lm_head_stats.op import REDUCTIONS
+from fastguard.ops.precision import accumulation_dtype
 
-REDUCTIONS = ("mean", "sum", "none")
+CLASSES = 2**14
+"""Classes of the head that are widened at a time where its dtype is narrower than the sum's."""
 
 
 def linear_cross_entropy(
@@ -19,37 +28,122 @@ def linear_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     filter_tol: float | None = None,
+    label_smoothing: float = 0.0,
+    class_weight: Tensor | None = None,
+    z_loss: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    """Cross-entropy of a linear head, softplus(rest_lse - target_logit), without N x V logits.
+    """Cross-entropy of a linear head without N x V logits.
 
-    Differs from ``torch.nn.functional.cross_entropy`` in one point: with no target left, ``mean`` gives 0
-    with zero gradients instead of NaN, so that a rank whose rows are all masked contributes nothing.
+    Equals ``torch.nn.functional.cross_entropy`` of the logits, its ``weight`` called ``class_weight``, but for one
+    point: with no target left, ``mean`` gives 0 with zero gradients instead of NaN, so that a rank whose rows are all
+    masked contributes nothing.
 
     Args:
         hidden: [..., D]. weight: [V, D]. target: int64 [...], ``ignore_index`` or another negative id to skip.
-        bias, scale, softcap, filter_tol: see ``lm_head_stats``.
+        bias, scale, softcap: see ``lm_head_stats``, also for dtypes and ``torch.autocast``.
+        filter_tol: see ``lm_head_stats``: per row, at most this part of the rest mass 1 - p_t is left to the rank-one
+            tail. Class weights and z_loss scale a row's gradient and leave the bound as it is. With smoothing the bound
+            still holds for the softmax's part of the gradient (the labels' part is exact), but a gradient may be far
+            smaller than 1 - p_t there, since a well-trained row is meant to keep some rest mass: None is then exact.
+        label_smoothing: in [0, 1]; this part of each label is spread evenly over all V classes. Costs one read of the
+            head and, in its gradient, one more write.
+        class_weight: [V], a factor on each class's loss, in any floating dtype; it gets no gradient.
+        z_loss: adds ``z_loss * lse^2`` to each row that counts, lse being the log-sum-exp of its logits (PaLM,
+            Chowdhery et al. 2022: 1e-4).
         ignore_index: the target that carries no loss.
-        reduction: ``mean`` over the targets that count, ``sum``, or ``none`` for one loss a target.
+        reduction: ``none`` for one loss a target, ``sum``, or ``mean``: the cross-entropies over the sum of the
+            targets' class weights (their number without), plus the mean of the z-losses over the number of targets.
 
     Returns:
         A scalar, or [...] for ``none``, in fp32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: as ``lm_head_stats``, or an unknown reduction. IndexError: a target of V or more.
+        ValueError: as ``lm_head_stats``, an option out of range, a class_weight that does not fit or needs a gradient,
+            or label_smoothing together with softcap, under which the mean logit is no product.
+        IndexError: a target of V or more.
+        RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
+    _check(hidden, weight, target, softcap, label_smoothing, class_weight, reduction)
+    weight = weight.to(transforms.product_dtype(weight))  # once, for the products and for the mean logit
+    flat = target.reshape(-1)
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    counts = (flat != ignore_index) & (flat >= 0)
+    if label_smoothing and filter_tol is None:
+        filter_tol = 0.0
+    stats = lm_head_stats(
+        rows, weight, flat.masked_fill(~counts, -1), bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol
+    )
+    loss = stats.cross_entropy()
+    row_weight, classes = None, None
+    if class_weight is not None:
+        classes = class_weight.to(loss.dtype)
+        row_weight = torch.where(counts, classes[flat.clamp_min(0)], 0.0)
+        loss = row_weight * loss
+    if label_smoothing:
+        total = weight.shape[0] if classes is None else classes.sum()
+        # Rows that do not count are cut, not weighed by 0: what they hold, infinities included, must not come through.
+        live = rows.masked_fill(~counts[:, None], 0.0).to(weight.dtype)
+        wanted = _class_sum(live, weight, bias, classes) * scale
+        spread = torch.where(counts, total * stats.lse - wanted, 0.0)
+        loss = (1 - label_smoothing) * loss + (label_smoothing / weight.shape[0]) * spread
+    penalty = z_loss * stats.lse.square() if z_loss else None
+    if reduction == "mean":
+        number = counts.sum().clamp_min(1)
+        # Without a target the weights sum to 0 and the loss is 0; targets that all weigh 0 are NaN, as in torch.
+        mean = loss.sum() / (number if row_weight is None else row_weight.sum() + ~counts.any())
+        return mean if penalty is None else mean + penalty.sum() / number
+    if penalty is not None:
+        loss = loss + penalty
+    return loss.sum() if reduction == "sum" else loss.reshape(target.shape)
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, label_smoothing: float,
+    class_weight: Tensor | None, reduction: str,
+) -> None:  # fmt: skip
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"target: expected shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
-    flat = target.reshape(-1)
-    counts = (flat != ignore_index) & (flat >= 0)
-    stats = lm_head_stats(
-        hidden.reshape(-1, hidden.shape[-1]), weight, flat.masked_fill(~counts, -1),
-        bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol,
-    )  # fmt: skip
-    loss = torch.where(counts, stats.cross_entropy(), 0.0)
-    if reduction == "none":
-        return loss.reshape(target.shape)
-    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum().clamp_min(1)
+    if target.dtype != torch.int64:
+        raise ValueError(f"target: expected int64 class indices, got {target.dtype}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {label_smoothing}")
+    if label_smoothing and softcap is not None:
+        raise ValueError(
+            f"label_smoothing: expected 0 where logits are soft-capped (softcap={softcap}), got {label_smoothing}"
+        )
+    transforms.check_plain(hidden=hidden, weight=weight, class_weight=class_weight)
+    if class_weight is not None:
+        if class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point():
+            raise ValueError(
+                f"class_weight: expected floating [{weight.shape[0]}], got {class_weight.dtype} "
+                f"{tuple(class_weight.shape)}"
+            )
+        if class_weight.requires_grad:
+            raise ValueError("class_weight: expected a tensor that needs no gradient (class_weight.detach())")
+        if class_weight.device != hidden.device:
+            raise ValueError(f"class_weight: expected device {hidden.device}, got {class_weight.device}")
+
+
+@transforms.without_autocast
+def _class_sum(rows: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor | None) -> Tensor:
+    """[N], for each row the sum over v of classes_v * (rows . weight_v + bias_v), in the accumulation dtype.
+
+    rows: [N, D]. weight: [V, D]. classes: [V] in the accumulation dtype, None for ones. Neither a wide copy of the head
+    nor rounded weights: the head is summed where it is, or widened ``CLASSES`` rows at a time.
+    """
+    wide = accumulation_dtype(rows.dtype)
+    if classes is None:
+        head = weight.sum(0, dtype=wide)
+    elif weight.dtype == wide:
+        head = classes @ weight
+    else:
+        parts = zip(classes.split(CLASSES), weight.split(CLASSES), strict=True)
+        head = torch.stack([c @ w.to(wide) for c, w in parts]).sum(0)
+    summed = rows.to(wide) @ head
+    if bias is None:
+        return summed
+    return summed + (bias.sum(dtype=wide) if classes is None else classes @ bias.to(wide))

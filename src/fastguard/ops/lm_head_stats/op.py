@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastguard import backend
-from fastguard.ops import final_norm
+from fastguard.ops import final_norm, transforms
 from fastguard.ops.precision import accumulation_dtype
 
 TILE = 128
@@ -26,22 +26,52 @@ DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.05, torch.bfloat16: 0
 """Largest part of a row's rest mass (1 - p_target) that the backward may replace by its rank-one tail."""
 
 
+REDUCTIONS = ("none", "mean", "sum")
+
+
 class LMHeadStats(NamedTuple):
-    """Per-row statistics of the logits, each [N], fp32 (float64 for float64 inputs)."""
+    """Per-row statistics of the logits, each [N], fp32 (float64 for float64 inputs); 0 in rows without a target."""
 
     lse: Tensor
     rest_lse: Tensor
     target_logit: Tensor
     mean_logit: Tensor | None
 
-    def cross_entropy(self) -> Tensor:
-        """-log p(target) of each row, [N]; nothing cancels where the model is sure of its target."""
+    @property
+    def counts(self) -> Tensor:
+        """Which rows have a target, [N] bool.
+
+        Statistics of 0 say which have none: of two logits that are both 0 the log-sum-exp is log 2.
+        """
+        return (self.lse != 0) | (self.rest_lse != 0) | (self.target_logit != 0)
+
+    def cross_entropy(self, reduction: str = "none") -> Tensor:
+        """-log p(target); nothing cancels where the model is sure of its target.
+
+        Args:
+            reduction: as in ``torch.nn.functional.cross_entropy``. ``none``: of each row, [N], 0 in rows whose target
+                is negative. ``sum``: their sum. ``mean``: over the rows that have a target; NaN if none has.
+
+        Raises:
+            ValueError: an unknown reduction.
+        """
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
         # Past 40 the softplus is its argument to the last bit of a double, and exp(40) is finite in fp32.
-        return torch.nn.functional.softplus(self.rest_lse - self.target_logit, threshold=40.0)
+        loss = torch.nn.functional.softplus(self.rest_lse - self.target_logit, threshold=40.0)
+        counts = self.counts
+        loss = torch.where(counts, loss, 0.0)
+        if reduction == "none":
+            return loss
+        return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()
 
     def log_one_minus_p(self) -> Tensor:
-        """log(1 - p(target)) of each row, [N]; nothing cancels where the target is all but impossible."""
-        return -torch.nn.functional.softplus(self.target_logit - self.rest_lse, threshold=40.0)
+        """log(1 - p(target)) of each row, [N], 0 in rows whose target is negative.
+
+        Nothing cancels where the target is all but impossible.
+        """
+        loss = -torch.nn.functional.softplus(self.target_logit - self.rest_lse, threshold=40.0)
+        return torch.where(self.counts, loss, 0.0)
 
 
 def lm_head_stats(
@@ -64,7 +94,9 @@ def lm_head_stats(
     Args:
         hidden: [N, D], any strides; float64, float32, bfloat16 or float16. Stacked hidden states [L, N, D] are read
             against one ``target`` [N] and give statistics [L, N].
-        weight: [V, D], the head, in the dtype of ``hidden``. Its gradient is skipped where it needs none.
+        weight: [V, D], the head, in the dtype of ``hidden``. Its gradient is skipped where it needs none. Under
+            ``torch.autocast`` either may have any dtype but float64: products are taken in autocast's, as
+            ``torch.nn.functional.linear`` takes them, statistics in fp32.
         target: [N] int64; a negative target leaves the row out: its statistics are 0, its gradient 0.
         bias: [V] or None.
         scale: factor on the logits (Cohere's ``logit_scale``, Granite's ``1 / logits_scaling``).
@@ -74,8 +106,9 @@ def lm_head_stats(
         with_mean: also return ``mean_logit``; otherwise it is None and costs nothing.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or a filter_tol outside [0, 1).
+        ValueError: shapes, dtypes or devices that do not fit, a DTensor, or a filter_tol outside [0, 1).
         IndexError: a target of V or more.
+        RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
     if hidden.dim() == 3 and target.dim() == 1:
         layers, n, d = hidden.shape
@@ -86,16 +119,9 @@ def lm_head_stats(
             filter_tol=filter_tol, with_mean=with_mean,
         )  # fmt: skip
         return LMHeadStats(*(None if s is None else s.reshape(layers, n) for s in stacked))  # type: ignore[arg-type]
-    check(hidden, weight, target, bias, softcap, filter_tol)
+    weight = check(hidden, weight, target, bias, softcap, filter_tol)
     stats, _ = call(
-        hidden,
-        weight,
-        target,
-        bias=bias,
-        scale=scale,
-        softcap=softcap,
-        filter_tol=filter_tol,
-        with_mean=with_mean,
+        hidden, weight, target, bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol, with_mean=with_mean
     )
     return stats
 
@@ -108,18 +134,25 @@ def check(
     softcap: float | None,
     filter_tol: float | None,
     rows: Tensor | None = None,
-) -> None:
-    """Raise a ValueError that names the argument which does not fit."""
+) -> Tensor:
+    """Raise a ValueError that names the argument which does not fit; returns the weight in the products' dtype."""
+    transforms.check_plain(hidden=hidden, weight=weight, target=target, bias=bias, rows=rows)
     if hidden.dim() != 2 and rows is None:
         raise ValueError(f"hidden: expected [N, D], got shape {tuple(hidden.shape)}")
-    if hidden.dtype not in DEFAULT_FILTER_TOL:
-        raise ValueError(
-            f"hidden: expected a floating dtype of {sorted(map(str, DEFAULT_FILTER_TOL))}, got {hidden.dtype}"
-        )
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in DEFAULT_FILTER_TOL:
+            raise ValueError(
+                f"{name}: expected a dtype of {', '.join(map(str, DEFAULT_FILTER_TOL))}, got {tensor.dtype}"
+                + ("" if tensor.is_floating_point() else "; a quantised tensor is to be dequantised first")
+            )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight: expected [V, {hidden.shape[-1]}], got shape {tuple(weight.shape)}")
-    if weight.dtype != hidden.dtype:
-        raise ValueError(f"weight: expected the dtype of hidden ({hidden.dtype}), got {weight.dtype}")
+    product = transforms.product_dtype(hidden)
+    if transforms.product_dtype(weight) != product:
+        raise ValueError(
+            f"weight: expected the dtype of hidden ({hidden.dtype}), got {weight.dtype}; cast one of them, or call the "
+            "op under torch.autocast"
+        )
     n = hidden.shape[0] if rows is None else rows.shape[0]
     if target.shape != (n,) or target.dtype != torch.int64:
         raise ValueError(f"target: expected int64 [{n}], got {target.dtype} {tuple(target.shape)}")
@@ -132,6 +165,7 @@ def check(
     for name, tensor in (("weight", weight), ("target", target), ("bias", bias), ("rows", rows)):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
+    return weight.to(product)
 
 
 def call(
@@ -153,13 +187,16 @@ def call(
 ) -> tuple[LMHeadStats, Tensor | None]:
     """The unchecked op behind ``lm_head_stats`` and ``lens_stats``; returns the statistics and the next token.
 
+    weight: in the dtype of the products, to which the (normed) rows are rounded if theirs is another.
     token: see ``lens_stats``. With a token, the gradient of ``weight`` flows into the token's gradient.
     """
+    if token is not None and transforms.under_func():
+        raise RuntimeError("token: has no meaning under torch.func; give the weight itself the gradient")
     if filter_tol is None:
         filter_tol = DEFAULT_FILTER_TOL[hidden.dtype]
     inputs = (hidden, weight, bias, norm_weight, norm_bias, token)
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    lse, rest_lse, target_logit, mean_logit, _, token_out = torch.ops.fastguard.lm_head_stats(
+    lse, rest_lse, target_logit, mean_logit, _, token_out = _call_forward(
         hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
         scale, softcap or 0.0, filter_tol, with_mean, record, token,
     )  # fmt: skip
@@ -186,6 +223,7 @@ def _tiles(n: int) -> int:
 
 
 @torch.library.custom_op("fastguard::lm_head_stats", mutates_args=())
+@transforms.without_autocast
 def _forward(
     hidden: Tensor,
     rows: Tensor | None,
@@ -206,10 +244,11 @@ def _forward(
     impl = backend.choose("lm_head_stats", hidden.device)
     valid = _valid(target, weight.shape[0])
     picked = rows if valid is None else valid if rows is None else rows[valid]
-    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps)
+    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps).to(weight.dtype)
     t = target if valid is None else target[valid]
-    columns = torch.zeros(_columns_shape(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
-    stats = impl.forward(x, weight, bias, t, scale, softcap, filter_tol, with_mean, columns[: _tiles(t.numel())])
+    columns = torch.zeros(_columns_size(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
+    tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())]
+    stats = impl.forward(x, weight, bias, t, scale, softcap, filter_tol, with_mean, tiles)
     if valid is not None:
         stats = tuple(s.new_zeros(target.shape).index_copy_(0, valid, s) for s in stats)
     lse, rest_lse, target_logit, mean_logit = stats
@@ -218,8 +257,9 @@ def _forward(
     return lse, rest_lse, target_logit, mean_logit, columns, _next_token(weight, token)
 
 
-def _columns_shape(target: Tensor, weight: Tensor, filter_tol: float, record: bool) -> tuple[int, int]:
-    return (_tiles(target.shape[0]), weight.shape[0]) if record and filter_tol > 0 else (0, 0)
+def _columns_size(target: Tensor, weight: Tensor, filter_tol: float, record: bool) -> int:
+    # Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows.
+    return _tiles(target.shape[0]) * weight.shape[0] if record and filter_tol > 0 else 0
 
 
 def _next_token(weight: Tensor, token: Tensor | None) -> Tensor:
@@ -236,12 +276,13 @@ def _(  # type: ignore[no-untyped-def]
     def stat(n: int = target.shape[0]) -> Tensor:
         return hidden.new_empty(n, dtype=accumulation_dtype(hidden.dtype))
 
-    columns = hidden.new_empty(_columns_shape(target, weight, filter_tol, record), dtype=torch.uint8)
+    columns = hidden.new_empty(_columns_size(target, weight, filter_tol, record), dtype=torch.uint8)
     mean = stat() if with_mean else stat(0)
     return stat(), stat(), stat(), mean, columns, _next_token(weight, token)
 
 
 @torch.library.custom_op("fastguard::lm_head_stats_backward", mutates_args=("acc",))
+@transforms.without_autocast
 def _backward(
     grad_lse: Tensor | None,
     grad_rest: Tensor | None,
@@ -272,7 +313,7 @@ def _backward(
     wide = accumulation_dtype(hidden.dtype)
     valid = _valid(target, weight.shape[0])
     picked = rows if valid is None else valid if rows is None else rows[valid]
-    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps)
+    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps).to(weight.dtype)
 
     def at(s: Tensor | None) -> Tensor | None:
         if s is None or s.numel() == 0:
@@ -284,9 +325,10 @@ def _backward(
     if need_weight and acc is None:
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     dbias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if need_bias else None
+    tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())] if columns.numel() else None
     dx = impl.backward(
         at(grad_lse), at(grad_rest), at(grad_target), at(grad_mean), x, weight, bias, t, scale, softcap,
-        at(lse), at(rest_lse), at(mean_logit), columns[: _tiles(t.numel())] if columns.numel() else None, filter_tol,
+        at(lse), at(rest_lse), at(mean_logit), tiles, filter_tol,
         need_hidden, dweight, dbias,
     )  # fmt: skip
     none = hidden.new_zeros(0)
@@ -301,7 +343,7 @@ def _backward(
     return (
         dhidden,
         none.clone() if dweight is None or acc is not None else dweight.to(weight.dtype),
-        none.clone() if dbias is None else dbias.to(weight.dtype),
+        _like(dbias, bias, none),
         _like(dnorm_weight, norm_weight, none),
         _like(dnorm_bias, norm_bias, none),
     )
@@ -361,10 +403,12 @@ def _autograd(  # type: ignore[no-untyped-def]
         return (None,) * 14 + (acc,)
     if ctx.token is None:
         acc = None
+    elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("token: has no second derivative (create_graph=True); give the weight itself the gradient")
     elif acc is None:
         shape, dtype = ctx.token
         acc = torch.zeros(shape, dtype=dtype, device=weight.device)
-    dhidden, dweight, dbias, dnorm_weight, dnorm_bias = torch.ops.fastguard.lm_head_stats_backward(
+    dhidden, dweight, dbias, dnorm_weight, dnorm_bias = _call_backward(
         grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target,
         norm_kind, norm_weight, norm_bias, norm_eps, *ctx.head, lse, rest_lse, mean_logit, columns, acc,
         needs[0] or need_norm, needs[2] or acc is not None, needs[3],
@@ -376,4 +420,5 @@ def _autograd(  # type: ignore[no-untyped-def]
     )  # fmt: skip
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_call_forward = transforms.bind("lm_head_stats", _forward, _setup_context, _autograd)
+_call_backward = transforms.bind_backward("lm_head_stats", _backward)

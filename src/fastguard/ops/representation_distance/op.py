@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastguard import backend
+from fastguard.ops import transforms
 from fastguard.ops.precision import accumulation_dtype
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -41,14 +42,16 @@ def representation_distance(a: Tensor, b: Tensor, mask: Tensor | None = None, *,
         [L, N], fp32 (float64 where ``a`` is).
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, or an unknown kind.
+        ValueError: shapes, dtypes or devices that do not fit, a DTensor, or an unknown kind.
+        RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
     _check(a, b, mask, kind)
-    distance, _ = torch.ops.fastguard.representation_distance(a, b.detach(), mask, kind == "cosine")
-    return distance  # type: ignore[no-any-return]
+    distance, _ = _call_forward(a, b.detach(), mask, kind == "cosine")
+    return distance
 
 
 def _check(a: Tensor, b: Tensor, mask: Tensor | None, kind: str) -> None:
+    transforms.check_plain(a=a, b=b, mask=mask)
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     if a.dim() != 3:
@@ -70,6 +73,7 @@ def _dense_features(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastguard::representation_distance", mutates_args=())
+@transforms.without_autocast
 def _forward(a: Tensor, b: Tensor, mask: Tensor | None, cosine: bool) -> tuple[Tensor, Tensor]:
     impl = backend.choose("representation_distance", a.device)
     keep = None if mask is None else mask.contiguous()
@@ -84,6 +88,7 @@ def _(a, b, mask, cosine):  # type: ignore[no-untyped-def]
 
 
 @torch.library.custom_op("fastguard::representation_distance_backward", mutates_args=())
+@transforms.without_autocast
 def _backward(
     grad: Tensor, a: Tensor, b: Tensor, mask: Tensor | None, distance: Tensor, inverse: Tensor, cosine: bool
 ) -> Tensor:
@@ -111,8 +116,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _autograd(ctx, grad, _inverse):  # type: ignore[no-untyped-def]
     da = None
     if grad is not None and ctx.needs_input_grad[0]:
-        da = torch.ops.fastguard.representation_distance_backward(grad, *ctx.saved_tensors, ctx.cosine)
+        da = _call_backward(grad, *ctx.saved_tensors, ctx.cosine)
     return da, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_call_forward = transforms.bind("representation_distance", _forward, _setup_context, _autograd)
+_call_backward = transforms.bind_backward("representation_distance", _backward)

@@ -79,6 +79,14 @@ def on_every_rank(flag: Tensor) -> bool:
     return bool(value)
 
 
+def summed_over_ranks(values: Tensor) -> Tensor:
+    """``values``, summed in place over all ranks of the job."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
 def derived_seed(*key: object) -> int:
     """A 63-bit seed that is a function of ``key``, equal on every machine and in every process."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "little") >> 1

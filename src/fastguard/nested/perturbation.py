@@ -53,15 +53,19 @@ class Realised:
     def __str__(self) -> str:
         return f"cosine {self.cosine:.3f}, norm ratio {self.ratio:.3f} to the intended step"
 
-    def judge(self, what: str, advice: str, allow_lost: bool) -> None:
-        """Warn where the step is off by more than 5%; raise a PerturbationLostError where by more than 30%."""
+    @property
+    def fidelity(self) -> float:
+        """1 for the intended step, less the more it is off: by its cosine or length; dithered, by the part kept."""
         off = self.kept if self.dithered else self.ratio
-        kept = min(off, 1 / off, 1.0 if self.dithered else self.cosine) if off > 0 else 0.0
-        if not kept >= REFUSE_BELOW and not allow_lost:
+        return min(off, 1 / off, 1.0 if self.dithered else self.cosine) if off > 0 else 0.0
+
+    def judge(self, what: str, advice: str, allow_lost: bool, warn: bool = True) -> None:
+        """Warn where the step is off by more than 5%; raise a PerturbationLostError where by more than 30%."""
+        if not self.fidelity >= REFUSE_BELOW and not allow_lost:
             raise PerturbationLostError(
                 f"{what}: the dtype rounded the step away ({self}). {advice}; allow_lost=True goes on all the same"
             )
-        if not kept >= WARN_BELOW:
+        if not self.fidelity >= WARN_BELOW and warn:
             warnings.warn(f"{what}: {self}; part of the step was rounded away", RuntimeWarning, stacklevel=5)
 
 

@@ -494,8 +494,14 @@ def test_bad_input_is_named():
         SimulatedAttack(model, snapshot="gpu").at(),
     ):
         pass
-    with pytest.raises(ValueError, match="none of its parameters"):
+    with pytest.raises(ValueError, match=r"trains: it selects none of the model's \d+ parameters"):
         SimulatedAttack(model, trains=lambda n, p: False).at().__enter__()
+    with pytest.raises(ValueError, match=r"reads: 1 of 1 parameters are not the model's"):
+        SimulatedAttack(model, reads=[nn.Parameter(torch.ones(1))]).at().__enter__()
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    for chosen in (None, lambda n, p: False):
+        with pytest.raises(ValueError, match=r"model: none of its 2 parameters requires a gradient; expected at least"):
+            SimulatedAttack(frozen, trains=chosen).at().__enter__()
     with SimulatedAttack(model).at() as tampered:
         with pytest.raises(ValueError, match=r"expected a 0-dim tensor, got shape \(2,\)"):
             tampered.step(torch.ones(2, requires_grad=True))
@@ -505,3 +511,42 @@ def test_bad_input_is_named():
         SimulatedAttack(model, masters="fp16")
     with pytest.raises(ValueError, match=r"lr: expected a number >= 0, got -1"):
         AdamW(lr=-1)
+
+
+@pytest.mark.parametrize(
+    "given, got",
+    [
+        (torch.optim.AdamW, r"the class torch\.optim\.adamw\.AdamW"),
+        (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), r"a torch\.optim\.sgd\.SGD"),
+        (AdamW, r"the class fastguard\.nested\.optimizers\.AdamW"),
+        (2e-5, r"a builtins\.float"),
+    ],
+)
+def test_an_optimizer_that_is_no_rule_is_named(given, got):
+    expected = (
+        rf"optimizer: expected a rule with start\(tensors\), such as fastguard\.nested\.AdamW\(lr=2e-5\).*got {got}"
+    )
+    model = tiny("llama")
+    with pytest.raises(TypeError, match=expected):
+        SimulatedAttack(model, given)
+    with pytest.raises(TypeError, match=expected):
+        SimulatedAttack(model).at(optimizer=given).__enter__()
+
+
+def test_misuse_is_named():
+    model = tiny("llama")
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got AdamW"):
+        SimulatedAttack(AdamW())
+    attack = SimulatedAttack(model)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got AdamW"):
+        attack.at(AdamW()).__enter__()
+    with attack.at() as tampered:
+        with pytest.raises(TypeError, match="loss: expected a 0-dim tensor, got float"):
+            tampered.step(1.0)
+        with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
+            tampered.accumulate(loss(model, 0), weight=float("nan"))
+    before = bits(model)
+    for late in (tampered.step, tampered.accumulate):
+        with pytest.raises(RuntimeError, match="it is over; step and accumulate belong inside"):
+            late(loss(model, 0))
+    assert_untouched(model, before)

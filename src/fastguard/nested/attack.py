@@ -22,6 +22,7 @@ steps in fp32, on a sample, where the host waits anyway (when the defender reads
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 
 from fastguard.nested.guard import Interrupts, derived_seed, on_every_rank, own_random_numbers, rank
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
-from fastguard.nested.optimizers import AdamW, Optimizer, Running
+from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
 from fastguard.nested.perturbation import WARN_BELOW, Realised
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Select, Weights
@@ -55,6 +56,10 @@ class SimulatedAttack:
         seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, rank).
 
     The only state is the number of attacks so far: ``state_dict()``, ``load_state_dict()``.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``optimizer`` no rule (a class, or one of torch's, which is bound to
+            parameters). ValueError: ``masters``.
     """
 
     def __init__(
@@ -69,11 +74,12 @@ class SimulatedAttack:
         allow_lost: bool = False,
         seed: int = 0,
     ) -> None:
+        _expect_module(model)
         if masters not in (None, "fp32"):
             raise ValueError(f"masters: expected 'fp32' or None, got {masters!r}")
         self.masters, self.allow_lost = masters, allow_lost
         self.model = model
-        self.optimizer: Optimizer = AdamW() if optimizer is None else optimizer
+        self.optimizer: Optimizer = AdamW() if optimizer is None else as_rule(optimizer)
         self.trains, self.reads, self.where, self.seed = trains, reads, snapshot, seed
         self.calls = 0
         self._host: tuple[list[int], Snapshot] | None = None
@@ -93,17 +99,19 @@ class SimulatedAttack:
             FloatingPointError: a loss or the accumulated gradient is not finite; on every rank, if it is so on one.
             PerturbationLostError: the weights' dtype keeps too little of the attacker's steps; see ``masters``.
             RuntimeError: gradients of FSDP2 wait unsynchronised.
+            ValueError: the model has nothing that requires a gradient, or ``trains`` or ``reads`` choose nothing of it.
         """
         model = self.model if model is None else model
-        every = Weights(model, lambda name, p: p.requires_grad)
-        trains, reads = Weights(model, self.trains), Weights(model, self.reads)
+        _expect_module(model)
+        every = Weights(model)
+        trains, reads = Weights(model, self.trains, "trains"), Weights(model, self.reads, "reads")
         seed = derived_seed(self.seed, self.calls, rank())
         self.calls += 1
         tensors = trains.local()
         snapshot = self._snapshot(tensors)
         buffers = [b for b in model.buffers() if b.device.type != "meta"]
         kept = [b.detach().clone() for b in buffers]
-        rule = self.optimizer if optimizer is None else optimizer
+        rule = self.optimizer if optimizer is None else as_rule(optimizer)
         finished = False
         with Interrupts() as interrupts:
             snapshot.take()  # nothing is changed yet, and nothing to be put back if this fails
@@ -120,6 +128,7 @@ class SimulatedAttack:
                 try:
                     interrupts.hold()
                 finally:
+                    tampered.over = True
                     every.prepare()
                     snapshot.restore_()
                     with torch.no_grad():
@@ -181,6 +190,7 @@ class Tampered:
 
     Attributes:
         steps: steps that the attacker has taken.
+        over: whether the attack has ended, and the model is the original again.
         realised: what bf16 or fp16 kept of the first of them, when last measured; None where nothing was.
     """
 
@@ -198,6 +208,7 @@ class Tampered:
         self._accumulated: list[Tensor | None] = [None] * len(reads)
         self._losses: list[tuple[str, Tensor]] = []
         self.steps = 0
+        self.over = False
 
     def step(self, loss: Tensor) -> None:
         """Differentiate ``loss`` and take one step of the attacker's optimizer."""
@@ -207,6 +218,8 @@ class Tampered:
 
     def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the gradient of ``loss`` at the tampered weights to what the defender will get."""
+        if not math.isfinite(weight):
+            raise ValueError(f"weight: expected a finite number, got {weight!r}")
         gradients = self._gradients(loss, self._reads, f"defender's loss after {self.steps} steps of the attacker")
         self.check()
         for i, grad in enumerate(gradients):
@@ -216,6 +229,10 @@ class Tampered:
         accumulate_([a for a, _ in given], [g for _, g in given], weight)
 
     def _gradients(self, loss: Tensor, weights: Weights, what: str) -> list[Tensor | None]:
+        if self.over:
+            raise RuntimeError("simulated attack: it is over; step and accumulate belong inside `with attack.at(...)`")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: expected a 0-dim tensor, got {type(loss).__name__}")
         if loss.dim() != 0:
             raise ValueError(f"loss: expected a 0-dim tensor, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:
@@ -271,6 +288,11 @@ class Tampered:
                 sums[i].add_(grad)
         some.put_gradients(list(sums))
         self._accumulated = [None] * len(self._accumulated)
+
+
+def _expect_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _plain(weights: Weights) -> bool:

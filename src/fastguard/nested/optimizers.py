@@ -31,6 +31,20 @@ class Optimizer(Protocol):
         """A fresh optimizer on ``tensors``, which it will write to."""
 
 
+def as_rule(optimizer: object, name: str = "optimizer") -> Optimizer:
+    """``optimizer`` itself; raises a TypeError where it is no rule to be started, such as a class or one of torch's."""
+    if not isinstance(optimizer, type) and callable(getattr(optimizer, "start", None)):
+        return optimizer  # type: ignore[return-value]
+    if isinstance(optimizer, type):
+        got = f"the class {optimizer.__module__}.{optimizer.__qualname__}"
+    else:
+        got = f"a {type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    raise TypeError(
+        f"{name}: expected a rule with start(tensors), such as fastguard.nested.AdamW(lr=2e-5) or SGD(lr=2e-5), which "
+        f"begins anew in every attack; got {got}"
+    )
+
+
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")

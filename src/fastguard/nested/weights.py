@@ -31,6 +31,7 @@ class Weights:
     Args:
         model: plain, PEFT, or wrapped by FSDP2 or DDP.
         select: a predicate on (name, parameter), the parameters themselves, or None for all that require a gradient.
+        argument: what ``select`` is called in messages.
 
     Attributes:
         names, parameters: what was selected; a tied parameter counts once.
@@ -42,7 +43,7 @@ class Weights:
         RuntimeError: gradients wait in FSDP2's private accumulators.
     """
 
-    def __init__(self, model: nn.Module, select: Select = None) -> None:
+    def __init__(self, model: nn.Module, select: Select = None, argument: str = "select") -> None:
         self.model = model
         _refuse_other_sharding(model)
         modules = list(model.modules())
@@ -58,11 +59,17 @@ class Weights:
             wanted = {id(p) for p in select}
             chosen = [(n, p) for n, p in model.named_parameters() if id(p) in wanted]
             if len(chosen) != len(wanted):
-                raise ValueError(f"select: {len(wanted) - len(chosen)} of {len(wanted)} parameters are not the model's")
+                raise ValueError(
+                    f"{argument}: {len(wanted) - len(chosen)} of {len(wanted)} parameters are not the model's"
+                )
         if not chosen:
-            raise ValueError(
-                "model: none of its parameters is selected; expected at least one that requires a gradient"
-            )
+            total = sum(1 for _ in model.parameters())
+            if select is None or not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(
+                    f"model: none of its {total} parameters requires a gradient; expected at least one (is it frozen, "
+                    "or a PEFT model in inference mode?)"
+                )
+            raise ValueError(f"{argument}: it selects none of the model's {total} parameters; expected at least one")
         for name, p in chosen:
             if p.device.type == "meta":
                 raise ValueError(f"model: {name} is on the meta device; load it before it is attacked")

@@ -550,3 +550,24 @@ def test_misuse_is_named():
         with pytest.raises(RuntimeError, match="it is over; step and accumulate belong inside"):
             late(loss(model, 0))
     assert_untouched(model, before)
+
+
+def test_the_model_is_walked_once_an_attack(monkeypatch):
+    from fastguard.nested import Weights, fsdp2, perturbed
+
+    walks, walk = [], fsdp2.groups_of
+    monkeypatch.setattr(fsdp2, "groups_of", lambda modules: walks.append(1) or walk(modules))
+    model = tiny("llama")
+    with SimulatedAttack(model).at() as tampered:
+        tampered.step(loss(model, 0))
+        tampered.accumulate(loss(model, 1))
+    assert len(walks) == 1
+    weights = Weights(model)
+    along: list[torch.Tensor | None] = [torch.ones_like(p) for p in model.parameters()]
+    along[0] = None
+    with perturbed(weights, along, 1.0):
+        pass
+    assert len(walks) == 2
+    some = weights.subset([2, 1])
+    assert some.names == [weights.names[2], weights.names[1]] and len(weights) > len(some) == 2
+    assert weights.among([model.lm_head.weight]).names == ["lm_head.weight"]

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts, derived_seed, on_every_rank, own_random_numbers, rank
+from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers, rank
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
 from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
 from fastguard.nested.perturbation import WARN_BELOW, Realised
@@ -104,7 +104,7 @@ class SimulatedAttack:
         model = self.model if model is None else model
         _expect_module(model)
         every = Weights(model)
-        trains, reads = Weights(model, self.trains, "trains"), Weights(model, self.reads, "reads")
+        trains, reads = every.among(self.trains, "trains"), every.among(self.reads, "reads")
         seed = derived_seed(self.seed, self.calls, rank())
         self.calls += 1
         tensors = trains.local()
@@ -112,32 +112,28 @@ class SimulatedAttack:
         buffers = [b for b in model.buffers() if b.device.type != "meta"]
         kept = [b.detach().clone() for b in buffers]
         rule = self.optimizer if optimizer is None else as_rule(optimizer)
-        finished = False
-        with Interrupts() as interrupts:
-            snapshot.take()  # nothing is changed yet, and nothing to be put back if this fails
-            tampered = Tampered(every, trains, reads, self._start(rule, tensors), self._judge(rule))
-            interrupts.hold()
+        snapshot.take()
+        tampered = Tampered(every, trains, reads, self._start(rule, tensors), self._judge(rule))
+        with Restoring() as guard:
             earlier = every.take_gradients()
-            try:
-                interrupts.release()
-                with own_random_numbers(seed, [t.device for t in tensors]):
-                    yield tampered
-                    tampered.check()
-                finished = True
-            finally:
-                try:
-                    interrupts.hold()
-                finally:
-                    tampered.over = True
-                    every.prepare()
-                    snapshot.restore_()
-                    with torch.no_grad():
-                        for b, k in zip(buffers, kept, strict=True):
-                            b.copy_(k)
-                    every.take_gradients()
-                    every.put_gradients(earlier)
-                    if finished:
-                        tampered.deliver()
+
+            def restore(finished: bool) -> None:
+                tampered.over = True
+                every.prepare()
+                snapshot.restore_()
+                with torch.no_grad():
+                    for b, k in zip(buffers, kept, strict=True):
+                        b.copy_(k)
+                every.take_gradients()
+                every.put_gradients(earlier)
+                if finished:
+                    tampered.deliver()
+
+            guard.on_exit(restore)
+            guard.release()
+            with own_random_numbers(seed, [t.device for t in tensors]):
+                yield tampered
+                tampered.check()
 
     def _start(self, rule: Optimizer, tensors: list[Tensor]) -> Running:
         """The attacker's optimizer on ``tensors``, by way of masters or watched where their dtype is narrow."""
@@ -279,7 +275,7 @@ class Tampered:
         if not held:
             return
         sums = [a for a in self._accumulated if a is not None]
-        some = Weights(self._every.model, [self._reads.parameters[i] for i in held])
+        some = self._reads.subset(held)
         if not on_every_rank(torch.isfinite(some.norm(sums))):
             raise FloatingPointError("simulated attack: the accumulated gradient is not finite")
         earlier = some.take_gradients()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastguard.nested.guard import Interrupts
+from fastguard.nested.guard import Restoring
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Weights
 from fastguard.ops.multi_tensor import perturb_
@@ -87,7 +87,7 @@ def directed(weights: Weights, directions: Sequence[Tensor | None]) -> tuple[Wei
     given = [d for d in directions if d is not None]
     if not given:
         raise FloatingPointError("directions: no parameter has one; did the loss depend on any?")
-    moved = Weights(weights.model, [p for p, d in zip(weights.parameters, directions, strict=True) if d is not None])
+    moved = weights.subset([i for i, d in enumerate(directions) if d is not None])
     length = float(moved.norm(given))
     if not (math.isfinite(length) and length > 0):
         raise FloatingPointError(f"directions: their norm is {length}; expected a finite number above 0")
@@ -135,25 +135,22 @@ def perturbed(
         snapshot = [m for m, d in zip(snapshot, directions, strict=True) if d is not None]
     masters = None if isinstance(snapshot, (str, int)) else snapshot
     tensors = moved.local()
-    every = Weights(weights.model)
+    every = weights.among(None)
     original = Snapshot(tensors, snapshot)
-    with Interrupts() as interrupts:
-        original.take()
-        interrupts.hold()  # from the first thing that is changed to where it would be undone
+    original.take()
+    with Restoring() as guard:
         earlier = every.take_gradients()
-        try:
-            moved.prepare()
-            step = _move(moved, tensors, given, norm / (length + eps), masters, through)
-            interrupts.release()
-            step.judge("perturbed", ADVICE, allow_lost)
-            yield step
-        finally:
-            try:
-                interrupts.hold()
-            finally:
-                every.prepare()
-                original.restore_()
-                every.put_gradients(earlier)
+
+        def restore(finished: bool) -> None:
+            every.prepare()
+            original.restore_()
+            every.put_gradients(earlier)
+
+        guard.on_exit(restore)
+        step = _move(moved, tensors, given, norm / (length + eps), masters, through)
+        guard.release()
+        step.judge("perturbed", ADVICE, allow_lost)
+        yield step
 
 
 ADVICE = (

@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -50,7 +51,8 @@ def test_dtype_choice():
     assert models.pick_dtype("auto", "cpu") == torch.float32
     assert models.pick_dtype("auto", "cuda") == torch.bfloat16
     assert models.pick_dtype("bfloat16", "cpu") == torch.bfloat16
-    with pytest.raises(ValueError, match="float16"):
+    assert models.pick_dtype("float64") == torch.float64
+    with pytest.raises(ValueError, match=r"got 'float16', expected auto, float32, bfloat16, float64"):
         models.pick_dtype("float16")
 
 
@@ -60,3 +62,111 @@ def test_the_cache_moves_with_its_variable(tmp_path, monkeypatch):
     shutil.copytree(tiny.folder(tmp_path / "m"), target)  # a conversion from an earlier run is used as it is
     assert models.resolve(models.SMOLLM2) == str(target)
     assert models.resolve("some/model") == "some/model"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return tiny.folder(tmp_path_factory.mktemp("models") / "m")
+
+
+@pytest.fixture
+def folder(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "m")
+
+
+def one_line(error) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
+def test_a_folder_that_is_not_there(name):
+    for load in (lambda: models.load_model(name, torch.float32), lambda: models.load_tokenizer(name)):
+        with pytest.raises(FileNotFoundError, match=rf"model\.name: there is no folder '{name}'"):
+            load()
+
+
+def test_an_id_that_cannot_be_fetched(monkeypatch):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for load in (lambda: models.load_model("no/such", torch.float32), lambda: models.load_tokenizer("no/such")):
+        with pytest.raises(FileNotFoundError, match=r"model\.name: there is no folder 'no/such', and no ") as error:
+            load()
+        one_line(error)
+    with pytest.raises(FileNotFoundError, match="no files of a Hugging Face model"):
+        models.model_digest("no/such")
+
+
+def test_a_folder_that_lacks_something(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=rf"model\.name: the folder '{folder}' has no tokenizer that can") as error:
+        models.load_tokenizer(str(folder))
+    one_line(error)
+    weights = (folder / "model.safetensors").read_bytes()
+    for spoil, kind in (
+        (lambda path: path.write_bytes(weights[:3000]), ValueError),
+        (lambda path: path.unlink(), FileNotFoundError),
+    ):
+        spoil(folder / "model.safetensors")
+        with pytest.raises(kind, match=rf"model\.name: the folder '{folder}' has no model that can be") as error:
+            models.load_model(folder, torch.float32)
+        one_line(error)
+    with pytest.raises(FileNotFoundError, match="has no weights"):
+        models.model_digest(folder)
+    with pytest.raises(ValueError, match=r"model\.name: .*config.json' is a file"):
+        models.load_model(folder / "config.json", torch.float32)
+
+
+def test_parameters_that_would_be_drawn_at_random_are_refused(folder):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=r"lacks 1 parameters of LlamaForCausalLM, the first model\.layers\.1\.mlp\.up"
+    ):
+        models.load_model(folder, torch.float32)
+
+
+def test_devices_and_dtypes_that_are_not_there(folder, monkeypatch):
+    assert models.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"model\.device: got 'gpu', expected auto, cpu or cuda"):
+        models.load_model(folder, torch.float32, "gpu")
+    with pytest.raises(ValueError, match=r"dtype: expected a floating torch\.dtype, got 'float32'"):
+        models.load_model(folder, "float32")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert models.pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match=r"model\.device: got 'cuda', but .*; expected auto or cpu"):
+        models.load_model(folder, torch.float32, "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert models.pick_device("auto") == torch.device("cuda")
+    with pytest.raises(ValueError, match=r"model\.device: got 'cuda:2', expected cuda:0 to cuda:1"):
+        models.pick_device("cuda:2")
+
+
+def test_a_digest_tells_a_model_that_was_replaced(folder, tmp_path, monkeypatch):
+    before = models.model_digest(folder)
+    assert len(before) == 64
+    reads, read = [], models.hashlib.file_digest
+    monkeypatch.setattr(models.hashlib, "file_digest", lambda *a: reads.append(1) or read(*a))
+    assert models.model_digest(folder) == before and not reads  # not read twice
+    assert models.model_digest(shutil.copytree(folder, tmp_path / "elsewhere")) == before
+    (folder / "optimizer.pt").write_bytes(b"beside it")
+    (folder / "README.md").write_text("beside it")
+    assert models.model_digest(folder) == before
+    reads.clear()
+    path = folder / "model.safetensors"
+    content, status = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    replaced = models.model_digest(folder)
+    assert replaced != before and len(reads) == 1
+    path.rename(folder / "other.safetensors")
+    assert models.model_digest(folder) not in (before, replaced)
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert models.model_digest(folder) not in (before, replaced)

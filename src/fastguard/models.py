@@ -6,11 +6,14 @@ transformers keeps a GGUF packed and then cannot train it, so it is dequantised 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2"
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
 # ChatML turns and nothing else. Templates that slip a system prompt into every conversation would add 20 tokens
 # to each of the demo's, a third of their length.
 PLAIN_CHATML = (
@@ -30,19 +35,55 @@ PLAIN_CHATML = (
 
 
 def resolve(name: str) -> str:
-    """The id or folder that ``from_pretrained`` understands; converts the packaged model on first use."""
-    return str(_convert_smollm2()) if name == SMOLLM2 else name
+    """The id or folder that ``from_pretrained`` understands; converts the packaged model on first use.
+
+    Raises FileNotFoundError where ``name`` is a path and there is nothing, ValueError where it is empty or a file.
+    """
+    if name == SMOLLM2:
+        return str(_convert_smollm2())
+    if not name:
+        raise ValueError(f"model.name: got {name!r}, expected a folder, a Hugging Face id or {SMOLLM2}")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return str(path) if name.startswith("~") else name
+    if path.exists():
+        raise ValueError(f"model.name: {name!r} is a file; expected a folder, a Hugging Face id or {SMOLLM2}")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or "\\" in name:
+        raise FileNotFoundError(f"model.name: there is no folder {name!r}; expected one that from_pretrained loads")
+    return name
+
+
+@contextlib.contextmanager
+def _named(name: str, needs: str) -> Iterator[None]:
+    """What transformers raises for folders that lack something, as one line that says which folder lacks what."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        first = str(error).strip().splitlines() or [type(error).__name__]
+        if Path(name).is_dir():
+            message = f"model.name: the folder {name!r} has no {needs} that can be loaded: {first[0]}"
+        else:
+            message = (
+                f"model.name: there is no folder {name!r}, and no {needs} of a Hugging Face model of that name here or "
+                f"to be fetched: {first[0]}"
+            )
+        raise (FileNotFoundError if isinstance(error, OSError) else ValueError)(message) from error
 
 
 def load_tokenizer(name: str, plain: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of ``name``, padding on the right, with a padding token.
 
     plain: a ChatML template without its default system prompt; saved with the models that the run makes.
-    Raises ValueError where the tokenizer has no chat template, or where ``plain`` is asked of another format.
+    Raises FileNotFoundError or ValueError where there is none, ValueError where it has no chat template, or where
+    ``plain`` is asked of another format.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    source = resolve(str(name))
+    with _named(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.chat_template:
         raise ValueError(f"model.name: {name!r} has no chat template; expected a chat model")
     if plain:
@@ -56,32 +97,51 @@ def load_tokenizer(name: str, plain: bool = False) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model in ``dtype`` on ``device``, in evaluation mode (no dropout in any step of the pipeline)."""
+    """The model in ``dtype`` on ``device``, in evaluation mode (no dropout in any step of the pipeline).
+
+    Raises:
+        FileNotFoundError: there is no such folder or id, or it has no weights.
+        ValueError: it cannot be loaded, or lacks parameters, which transformers would draw at random; ``dtype`` is no
+            floating dtype; this machine has no such ``device``.
+    """
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(resolve(str(name)), dtype=dtype)
-    model.to(device=torch.device(device))  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
+    place, source = pick_device(device), resolve(str(name))
+    with _named(source, "model"):
+        both: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
+    model: PreTrainedModel = both[0]
+    found: dict[str, Any] = both[1]
+    if found["missing_keys"]:
+        missing = sorted(found["missing_keys"])
+        raise ValueError(
+            f"model.name: {source!r} lacks {len(missing)} parameters of {type(model).__name__}, the first {missing[0]}"
+        )
+    model.to(device=place)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
     return model.eval()
 
 
-def pick_device(choice: str) -> str:
-    """``auto``: a GPU where torch can use one. Raises ValueError where a GPU is asked for and there is none."""
+def pick_device(choice: str | torch.device) -> torch.device:
+    """``auto``: the GPU if there is one. Raises ValueError where this machine has no such device."""
     if choice == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(choice).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"model.device: expected cpu on a machine without a GPU that torch can use, got {choice!r}")
-    return choice
-
-
-def check_source(name: str) -> None:
-    """Raise FileNotFoundError for a folder that is not there, or that holds no model."""
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists()
-    if looks_like_path and not (Path(name).expanduser() / "config.json").is_file():
-        raise FileNotFoundError(f"model.name: expected a model's folder, with a config.json, or an id; got {name!r}")
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(choice)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"model.device: got {choice!r}, expected auto, cpu or cuda") from None
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            why = "no GPU is visible" if torch.version.cuda or torch.version.hip else "this torch was built without it"
+            raise ValueError(f"model.device: got {str(device)!r}, but {why}; expected auto or cpu")
+        if device.index is not None and device.index >= count:
+            raise ValueError(f"model.device: got {str(device)!r}, expected cuda:0 to cuda:{count - 1}")
+    return device
 
 
 def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """``auto``: bfloat16 on a GPU; float32 on a CPU.
+    """``auto``: bfloat16 on a GPU; float32 on a CPU. float64, to compare runs, if it is asked for.
 
     On CPUs without AMX or AVX512-BF16, products in bfloat16 are emulated and ten times slower than float32.
     With them they are faster, but parameters kept in bfloat16 lose the small updates of the few steps taken
@@ -89,9 +149,9 @@ def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
     """
     if choice == "auto":
         return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}.get(choice)
+    dtype = DTYPES.get(choice)
     if dtype is None:
-        raise ValueError(f"model.dtype: got {choice!r}, expected auto, float32, bfloat16 or float64")
+        raise ValueError(f"model.dtype: got {choice!r}, expected auto, {', '.join(DTYPES)}")
     return dtype
 
 
@@ -109,6 +169,55 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
+SETTINGS = (".json", ".jinja", ".model")
+TEXTS = ("merges.txt", "vocab.txt")
+BESIDE = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "scaler", "fastguard_state")
+
+_digests: dict[tuple[str, int, int], bytes] = {}
+
+
+def model_digest(name: str | Path) -> str:
+    """SHA-256, in hex, of the names and contents of what makes a model: weights, configurations, tokenizer.
+
+    It tells a model that was replaced under its path; what a trainer leaves beside one (optimizer and so on) is no part
+    of it. Files are streamed, and read again only when size or time of change is another than before in this process.
+
+    Args:
+        name: a folder, ``smollm2``, or the id of a Hugging Face model that is in the local cache.
+
+    Raises:
+        FileNotFoundError: there is no such folder, no such model in the cache, or no weights in it.
+    """
+    source = Path(resolve(str(name)))
+    if not source.is_dir():
+        from huggingface_hub import snapshot_download
+
+        with _named(str(source), "files"):
+            source = Path(snapshot_download(str(source), local_files_only=True))
+    files = sorted(p for p in source.iterdir() if p.is_file() and _belongs_to_a_model(p.name))
+    if not any(p.name.endswith(WEIGHTS) for p in files):
+        raise FileNotFoundError(f"model.name: the folder {str(source)!r} has no weights ({', '.join(WEIGHTS)})")
+    whole = hashlib.sha256()
+    for path in files:
+        whole.update(path.name.encode() + b"\0" + _file_digest(path))
+    return whole.hexdigest()
+
+
+def _belongs_to_a_model(name: str) -> bool:
+    known = name.endswith((*WEIGHTS, *SETTINGS)) or name in TEXTS
+    return known and not name.startswith((".", *BESIDE))
+
+
+def _file_digest(path: Path) -> bytes:
+    status = path.stat()
+    key = (str(path.resolve()), status.st_size, status.st_mtime_ns)
+    if key not in _digests:
+        with open(path, "rb") as file:
+            _digests[key] = hashlib.file_digest(file, "sha256").digest()
+    return _digests[key]
 
 
 def _convert_smollm2() -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
 from checks import assert_agrees, assert_catches_spoiled
-from fastguard.nested import SGD, AdamW, LoRAAdversary, SimulatedAttack
+from fastguard.nested import SGD, AdamW, LoRAAdversary, PerturbationLostError, SimulatedAttack
 from tiny_models import gradients, pair, tiny
 
 STEPS = 5
@@ -228,6 +229,180 @@ def test_where_the_snapshot_waits(where, location):
     assert attack._snapshot([p.detach() for p in model.parameters()]).location == location
 
 
+def bf16_and_fp32(seed: int = 0) -> tuple[nn.Module, nn.Module]:
+    """The same weights in both."""
+    model = tiny("llama", torch.bfloat16, seed=seed)
+    return model, copy.deepcopy(model).float()
+
+
+def last_loss(model: nn.Module, steps: int, lr: float, **options) -> float:
+    with SimulatedAttack(model, AdamW(lr=lr), **options).at() as tampered:
+        for _ in range(steps):
+            tampered.step(loss(model, 0).float())
+        with torch.no_grad():
+            return float(loss(model, 0))
+
+
+def test_an_attacker_that_bf16_rounds_away_is_refused_and_nothing_is_left_behind():
+    model, _ = bf16_and_fp32()
+    loss(model, 3).backward()
+    before, earlier = bits(model), {n: p.grad.clone() for n, p in model.named_parameters()}
+    with (
+        pytest.raises(PerturbationLostError, match=r"AdamW\(lr=2e-05.*after 1 steps.*masters='fp32'.*allow_lost=True"),
+        SimulatedAttack(model, AdamW(lr=2e-5)).at() as tampered,
+    ):
+        tampered.step(loss(model, 0))
+        tampered.accumulate(loss(model, 1))  # where the host waits
+        raise AssertionError("went on")
+    assert_untouched(model, before)
+    assert all(torch.equal(p.grad, earlier[n]) for n, p in model.named_parameters())
+    with pytest.raises(PerturbationLostError, match="after 2 steps"), SimulatedAttack(model).at() as tampered:
+        for i in range(2):
+            tampered.step(loss(model, i))
+    attack = SimulatedAttack(model, AdamW(lr=2e-5), allow_lost=True)
+    with pytest.warns(RuntimeWarning, match="part of the step was rounded away") as warned:
+        for _ in range(2):
+            with attack.at() as tampered:
+                tampered.step(loss(model, 0))
+    assert len(warned) == 1  # not in every step of a training run
+    assert tampered.realised.cosine < 0.7
+    with SimulatedAttack(model, SGD(lr=0.0)).at() as tampered:  # nothing was meant, nothing is lost
+        tampered.step(loss(model, 0))
+
+
+@pytest.mark.parametrize("lr", [3e-5, 3e-3])
+def test_what_is_kept_of_an_attack_is_measured(lr):
+    """Against two steps by torch's optimizer on fp32 copies, on the gradients that the attacker got."""
+    model, twin = bf16_and_fp32()
+    before = bits(model)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=lr, weight_decay=0.01)
+    with SimulatedAttack(model, AdamW(lr=lr), allow_lost=True).at() as tampered, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for i in range(2):
+            for p, g in zip(twin.parameters(), torch.autograd.grad(loss(model, i), [*model.parameters()]), strict=True):
+                p.grad = g.float()
+            optimizer.step()
+            tampered.step(loss(model, i))
+        tampered.check()
+        start = torch.cat([before[name].double().flatten() for name, _ in model.named_parameters()])
+        meant = torch.cat([p.detach().double().flatten() for p in twin.parameters()]) - start
+        done = torch.cat([p.detach().double().flatten() for p in model.parameters()]) - start
+    found = tampered.realised
+    assert abs(found.cosine - meant @ done / meant.norm() / done.norm()) < 1e-4
+    assert abs(found.ratio - done.norm() / meant.norm()) < 1e-4
+    assert (found.cosine > 0.95) == (lr > 1e-3)
+
+
+def test_a_sample_is_enough_and_the_first_steps_are(monkeypatch):
+    from fastguard.nested import narrow
+
+    model, _ = bf16_and_fp32()
+
+    def measure() -> list[float | None]:
+        found = []
+        with SimulatedAttack(model, AdamW(lr=1e-3), allow_lost=True).at() as tampered:
+            for i in range(4):
+                tampered.step(loss(model, i))
+                tampered.check()
+                found.append(tampered.realised.cosine)
+                tampered.realised = None if i == 3 else tampered.realised
+        return found
+
+    whole = measure()
+    monkeypatch.setattr(narrow, "SAMPLE", 3000)
+    some = measure()
+    assert some != whole
+    assert all(abs(a - b) < 0.05 for a, b in zip(some, whole, strict=True))
+    monkeypatch.setattr(narrow, "FOLLOWED", 2)
+    first = measure()
+    assert first[:2] == some[:2] and first[1] == first[2] != some[2]
+
+
+def test_weights_in_fp32_are_not_looked_at(monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("measured")
+
+    monkeypatch.setattr("fastguard.nested.narrow.Sampled.__init__", never)
+    monkeypatch.setattr("fastguard.nested.narrow.Mastered.__init__", never)
+    model = tiny("llama")
+    for masters in (None, "fp32"):
+        with SimulatedAttack(model, AdamW(lr=1e-9), masters=masters).at() as tampered:
+            tampered.step(loss(model, 0))
+
+
+def test_an_optimizer_that_cannot_be_sampled_is_named():
+    class Normalised:
+        def start(self, tensors):
+            class Running:
+                def step(self, gradients):
+                    for t, g in zip(tensors, gradients, strict=True):
+                        t.sub_(g / g.norm())
+
+            return Running()
+
+    model, _ = bf16_and_fp32()
+    with (
+        pytest.warns(RuntimeWarning, match="Normalised.* is not known to be elementwise"),
+        SimulatedAttack(model, Normalised()).at() as tampered,
+    ):
+        tampered.step(loss(model, 0))
+
+
+def test_an_attacker_with_masters_is_as_strong_as_in_fp32():
+    model, wide = bf16_and_fp32()
+    before = bits(model)
+    with torch.no_grad():
+        start = float(loss(wide, 0))
+    exact = start - last_loss(wide, 10, 1e-4)
+    lost = start - last_loss(model, 10, 1e-4, allow_lost=True)
+    kept = start - last_loss(model, 10, 1e-4, masters="fp32")
+    assert exact > 0.1
+    assert lost < 0.5 * exact
+    assert abs(kept / exact - 1) < 0.15, (exact, lost, kept)
+    assert_untouched(model, before)
+
+
+def test_an_attacker_starts_from_the_masters_of_the_snapshot():
+    model, twin = bf16_and_fp32()
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.add_(1e-4 * p.abs() * torch.rand(p.shape))
+    masters = [p.detach().clone() for p in twin.parameters()]
+    with torch.no_grad():
+        for p, m in zip(model.parameters(), masters, strict=True):
+            p.copy_(m)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-4, weight_decay=0.01)
+    attack = SimulatedAttack(model, AdamW(lr=1e-4), masters="fp32", snapshot=masters)
+    before = bits(model)
+    with attack.at() as tampered:
+        for i in range(3):
+            for p, g in zip(twin.parameters(), torch.autograd.grad(loss(model, i), [*model.parameters()]), strict=True):
+                p.grad = g.float()
+            optimizer.step()
+            tampered.step(loss(model, i))
+            for p, m in zip(model.parameters(), twin.parameters(), strict=True):
+                off = (p != m.bfloat16()).float().mean()  # the last bit of fp32 decides a rounding now and then
+                assert off < 2e-3
+    assert_untouched(model, before)
+    assert all(torch.equal(m.bfloat16(), p) for p, m in zip(model.parameters(), masters, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_drawn_masters_round_to_the_weights_and_are_spread_evenly(dtype):
+    from fastguard.nested.narrow import dithered
+
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[every.isfinite()]
+    assert torch.equal(dithered(every, 0).to(dtype).view(torch.int16), every.view(torch.int16))
+    assert torch.equal(dithered(every, 0), dithered(every, 0)) and not torch.equal(
+        dithered(every, 0), dithered(every, 1)
+    )
+    one = dithered(torch.full((100_000,), 1.0, dtype=dtype), 3)  # numbers below 1 lie twice as near
+    above = torch.finfo(dtype).eps
+    assert one.min() > 1 - above / 4 and one.max() < 1 + above / 2
+    assert abs(float(((one + 0.3 * above).to(dtype) - 1).double().mean()) / above - 0.3) < 0.1
+
+
 def test_masters_need_no_snapshot():
     model = tiny("llama", torch.bfloat16)
     masters = [p.detach().float() + 1e-4 * p.detach().float().abs() * torch.rand(p.shape) for p in model.parameters()]
@@ -319,12 +494,80 @@ def test_bad_input_is_named():
         SimulatedAttack(model, snapshot="gpu").at(),
     ):
         pass
-    with pytest.raises(ValueError, match="none of its parameters"):
+    with pytest.raises(ValueError, match=r"trains: it selects none of the model's \d+ parameters"):
         SimulatedAttack(model, trains=lambda n, p: False).at().__enter__()
+    with pytest.raises(ValueError, match=r"reads: 1 of 1 parameters are not the model's"):
+        SimulatedAttack(model, reads=[nn.Parameter(torch.ones(1))]).at().__enter__()
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    for chosen in (None, lambda n, p: False):
+        with pytest.raises(ValueError, match=r"model: none of its 2 parameters requires a gradient; expected at least"):
+            SimulatedAttack(frozen, trains=chosen).at().__enter__()
     with SimulatedAttack(model).at() as tampered:
         with pytest.raises(ValueError, match=r"expected a 0-dim tensor, got shape \(2,\)"):
             tampered.step(torch.ones(2, requires_grad=True))
         with pytest.raises(ValueError, match="does not depend on any parameter"):
             tampered.step(torch.ones(()))
+    with pytest.raises(ValueError, match="masters: expected 'fp32' or None, got 'fp16'"):
+        SimulatedAttack(model, masters="fp16")
     with pytest.raises(ValueError, match=r"lr: expected a number >= 0, got -1"):
         AdamW(lr=-1)
+
+
+@pytest.mark.parametrize(
+    "given, got",
+    [
+        (torch.optim.AdamW, r"the class torch\.optim\.adamw\.AdamW"),
+        (torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), r"a torch\.optim\.sgd\.SGD"),
+        (AdamW, r"the class fastguard\.nested\.optimizers\.AdamW"),
+        (2e-5, r"a builtins\.float"),
+    ],
+)
+def test_an_optimizer_that_is_no_rule_is_named(given, got):
+    expected = (
+        rf"optimizer: expected a rule with start\(tensors\), such as fastguard\.nested\.AdamW\(lr=2e-5\).*got {got}"
+    )
+    model = tiny("llama")
+    with pytest.raises(TypeError, match=expected):
+        SimulatedAttack(model, given)
+    with pytest.raises(TypeError, match=expected):
+        SimulatedAttack(model).at(optimizer=given).__enter__()
+
+
+def test_misuse_is_named():
+    model = tiny("llama")
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got AdamW"):
+        SimulatedAttack(AdamW())
+    attack = SimulatedAttack(model)
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got AdamW"):
+        attack.at(AdamW()).__enter__()
+    with attack.at() as tampered:
+        with pytest.raises(TypeError, match="loss: expected a 0-dim tensor, got float"):
+            tampered.step(1.0)
+        with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
+            tampered.accumulate(loss(model, 0), weight=float("nan"))
+    before = bits(model)
+    for late in (tampered.step, tampered.accumulate):
+        with pytest.raises(RuntimeError, match="it is over; step and accumulate belong inside"):
+            late(loss(model, 0))
+    assert_untouched(model, before)
+
+
+def test_the_model_is_walked_once_an_attack(monkeypatch):
+    from fastguard.nested import Weights, fsdp2, perturbed
+
+    walks, walk = [], fsdp2.groups_of
+    monkeypatch.setattr(fsdp2, "groups_of", lambda modules: walks.append(1) or walk(modules))
+    model = tiny("llama")
+    with SimulatedAttack(model).at() as tampered:
+        tampered.step(loss(model, 0))
+        tampered.accumulate(loss(model, 1))
+    assert len(walks) == 1
+    weights = Weights(model)
+    along: list[torch.Tensor | None] = [torch.ones_like(p) for p in model.parameters()]
+    along[0] = None
+    with perturbed(weights, along, 1.0):
+        pass
+    assert len(walks) == 2
+    some = weights.subset([2, 1])
+    assert some.names == [weights.names[2], weights.names[1]] and len(weights) > len(some) == 2
+    assert weights.among([model.lm_head.weight]).names == ["lm_head.weight"]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts, on_every_rank
+from fastguard.nested.guard import Restoring, on_every_rank
 from fastguard.nested.perturbation import Realised, realised
 from fastguard.ops.multi_tensor import dot, squared_norm
 from fastguard.taps import Gate, Scope, Taps
@@ -84,18 +84,18 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     FSDP2 fixes at its first forward what asks for one, and is left as it is; its shards are put back on leaving.
     """
     asking = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "placements")]
-    with Interrupts() as interrupts:
-        try:
-            for p in asking:
-                p.requires_grad = False
-            yield
-        finally:
-            try:
-                interrupts.hold()
-            finally:
-                for p in asking:
-                    p.requires_grad = True
-                reshard(model)
+
+    def restore(finished: bool) -> None:
+        for p in asking:
+            p.requires_grad = True
+        reshard(model)
+
+    with Restoring() as guard:
+        guard.on_exit(restore)
+        for p in asking:
+            p.requires_grad = False
+        guard.release()
+        yield
 
 
 class ActivationPerturbation:

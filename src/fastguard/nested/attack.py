@@ -11,19 +11,28 @@ differentiated *at the tampered weights*, and the sum of these gradients, weight
             tampered.accumulate(tamper_loss(held_out), weight=0.1)
     optimizer.step()                      # p.grad: what it was before, plus the weighted sum
 
-Memory above a training step's: one snapshot, the attacker's moments, and one accumulator.
+Memory above a training step's: one snapshot, the attacker's moments, and one accumulator; with ``masters="fp32"`` also
+an fp32 copy of what the attacker moves.
+
+Weights in bf16 or fp16 round most of a small step away. On these the attacker's first steps are compared with the same
+steps in fp32, on a sample, where the host waits anyway (when the defender reads, and at the end): a
+`PerturbationLostError` where over 30% is off, a warning where over 5%. fp32 weights are not looked at.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts, derived_seed, on_every_rank, own_random_numbers, rank
-from fastguard.nested.optimizers import AdamW, Optimizer, Running
+from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers, rank
+from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
+from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
+from fastguard.nested.perturbation import WARN_BELOW, Realised
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Select, Weights
 from fastguard.ops.multi_tensor import accumulate_
@@ -40,9 +49,17 @@ class SimulatedAttack:
             gradient. A LoRA adversary moves its adapter alone (``nested.LoRAAdversary.trains``).
         reads: what the defender's gradient is read for; None as above.
         snapshot: ``device``, ``host``, a budget in bytes, or fp32 masters (see ``nested.Snapshot``).
+        masters: ``fp32``: weights in bf16 or fp16 are the roundings of fp32 numbers that the attacker moves, so that no
+            step is lost; these start from the masters that ``snapshot`` gives, or else evenly drawn from all numbers
+            that round to the weights. None: the attacker writes to the weights.
+        allow_lost: go on where most of the attacker's steps is rounded away.
         seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, rank).
 
     The only state is the number of attacks so far: ``state_dict()``, ``load_state_dict()``.
+
+    Raises:
+        TypeError: ``model`` is no module, or ``optimizer`` no rule (a class, or one of torch's, which is bound to
+            parameters). ValueError: ``masters``.
     """
 
     def __init__(
@@ -53,13 +70,20 @@ class SimulatedAttack:
         trains: Select = None,
         reads: Select = None,
         snapshot: Where = "device",
+        masters: str | None = None,
+        allow_lost: bool = False,
         seed: int = 0,
     ) -> None:
+        _expect_module(model)
+        if masters not in (None, "fp32"):
+            raise ValueError(f"masters: expected 'fp32' or None, got {masters!r}")
+        self.masters, self.allow_lost = masters, allow_lost
         self.model = model
-        self.optimizer: Optimizer = AdamW() if optimizer is None else optimizer
+        self.optimizer: Optimizer = AdamW() if optimizer is None else as_rule(optimizer)
         self.trains, self.reads, self.where, self.seed = trains, reads, snapshot, seed
         self.calls = 0
         self._host: tuple[list[int], Snapshot] | None = None
+        self._warned: set[str] = set()
 
     @contextlib.contextmanager
     def at(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> Iterator[Tampered]:
@@ -73,42 +97,71 @@ class SimulatedAttack:
 
         Raises:
             FloatingPointError: a loss or the accumulated gradient is not finite; on every rank, if it is so on one.
+            PerturbationLostError: the weights' dtype keeps too little of the attacker's steps; see ``masters``.
             RuntimeError: gradients of FSDP2 wait unsynchronised.
+            ValueError: the model has nothing that requires a gradient, or ``trains`` or ``reads`` choose nothing of it.
         """
         model = self.model if model is None else model
-        every = Weights(model, lambda name, p: p.requires_grad)
-        trains, reads = Weights(model, self.trains), Weights(model, self.reads)
+        _expect_module(model)
+        every = Weights(model)
+        trains, reads = every.among(self.trains, "trains"), every.among(self.reads, "reads")
         seed = derived_seed(self.seed, self.calls, rank())
         self.calls += 1
         tensors = trains.local()
         snapshot = self._snapshot(tensors)
         buffers = [b for b in model.buffers() if b.device.type != "meta"]
         kept = [b.detach().clone() for b in buffers]
-        tampered = Tampered(every, trains, reads, tensors, optimizer or self.optimizer)
-        finished = False
-        with Interrupts() as interrupts:
-            snapshot.take()  # nothing is changed yet, and nothing to be put back if this fails
-            interrupts.hold()
+        rule = self.optimizer if optimizer is None else as_rule(optimizer)
+        snapshot.take()
+        tampered = Tampered(every, trains, reads, self._start(rule, tensors), self._judge(rule))
+        with Restoring() as guard:
             earlier = every.take_gradients()
-            try:
-                interrupts.release()
-                with own_random_numbers(seed, [t.device for t in tensors]):
-                    yield tampered
-                    tampered.check()
-                finished = True
-            finally:
-                try:
-                    interrupts.hold()
-                finally:
-                    every.prepare()
-                    snapshot.restore_()
-                    with torch.no_grad():
-                        for b, k in zip(buffers, kept, strict=True):
-                            b.copy_(k)
-                    every.take_gradients()
-                    every.put_gradients(earlier)
-                    if finished:
-                        tampered.deliver()
+
+            def restore(finished: bool) -> None:
+                tampered.over = True
+                every.prepare()
+                snapshot.restore_()
+                with torch.no_grad():
+                    for b, k in zip(buffers, kept, strict=True):
+                        b.copy_(k)
+                every.take_gradients()
+                every.put_gradients(earlier)
+                if finished:
+                    tampered.deliver()
+
+            guard.on_exit(restore)
+            guard.release()
+            with own_random_numbers(seed, [t.device for t in tensors]):
+                yield tampered
+                tampered.check()
+
+    def _start(self, rule: Optimizer, tensors: list[Tensor]) -> Running:
+        """The attacker's optimizer on ``tensors``, by way of masters or watched where their dtype is narrow."""
+        if not narrow(tensors):
+            return rule.start(tensors)
+        if self.masters is not None:
+            given = None if isinstance(self.where, (str, int)) else self.where
+            return Mastered(rule, tensors, given, derived_seed(self.seed, self.calls))
+        if getattr(rule, "elementwise", False):
+            return Sampled(rule, tensors)
+        self._warn_once(
+            rule, f"{rule!r} is not known to be elementwise: what the weights' dtype keeps of its steps is not measured"
+        )
+        return rule.start(tensors)
+
+    def _judge(self, rule: Optimizer) -> Callable[[Realised, int], None]:
+        def judge(found: Realised, steps: int) -> None:
+            what = f"simulated attack: {rule!r} on weights in bf16 or fp16, after {steps} steps"
+            found.judge(what, ADVICE, self.allow_lost, warn=repr(rule) not in self._warned)
+            if not found.fidelity >= WARN_BELOW:
+                self._warned.add(repr(rule))  # once a rule, not once a training step
+
+        return judge
+
+    def _warn_once(self, rule: Optimizer, message: str) -> None:
+        if repr(rule) not in self._warned:
+            warnings.warn(f"simulated attack: {message}", RuntimeWarning, stacklevel=5)
+            self._warned.add(repr(rule))
 
     def _snapshot(self, tensors: list[Tensor]) -> Snapshot:
         """A snapshot of ``tensors``; pinned host buffers are kept from attack to attack."""
@@ -133,17 +186,25 @@ class Tampered:
 
     Attributes:
         steps: steps that the attacker has taken.
+        over: whether the attack has ended, and the model is the original again.
+        realised: what bf16 or fp16 kept of the first of them, when last measured; None where nothing was.
     """
 
     def __init__(
-        self, every: Weights, trains: Weights, reads: Weights, tensors: Sequence[Tensor], optimizer: Optimizer
+        self,
+        every: Weights,
+        trains: Weights,
+        reads: Weights,
+        running: Running,
+        judge: Callable[[Realised, int], None],
     ) -> None:
         self._every, self._trains, self._reads = every, trains, reads
-        self._tensors = tensors
-        self._running: Running = optimizer.start(tensors)
+        self._running, self._judge = running, judge
+        self.realised: Realised | None = None
         self._accumulated: list[Tensor | None] = [None] * len(reads)
         self._losses: list[tuple[str, Tensor]] = []
         self.steps = 0
+        self.over = False
 
     def step(self, loss: Tensor) -> None:
         """Differentiate ``loss`` and take one step of the attacker's optimizer."""
@@ -153,6 +214,8 @@ class Tampered:
 
     def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
         """Add ``weight`` times the gradient of ``loss`` at the tampered weights to what the defender will get."""
+        if not math.isfinite(weight):
+            raise ValueError(f"weight: expected a finite number, got {weight!r}")
         gradients = self._gradients(loss, self._reads, f"defender's loss after {self.steps} steps of the attacker")
         self.check()
         for i, grad in enumerate(gradients):
@@ -162,6 +225,10 @@ class Tampered:
         accumulate_([a for a, _ in given], [g for _, g in given], weight)
 
     def _gradients(self, loss: Tensor, weights: Weights, what: str) -> list[Tensor | None]:
+        if self.over:
+            raise RuntimeError("simulated attack: it is over; step and accumulate belong inside `with attack.at(...)`")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss: expected a 0-dim tensor, got {type(loss).__name__}")
         if loss.dim() != 0:
             raise ValueError(f"loss: expected a 0-dim tensor, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:
@@ -178,11 +245,18 @@ class Tampered:
         return gradients
 
     def check(self) -> None:
-        """Raise a FloatingPointError, on every rank alike, if a loss so far was not finite.
+        """Raise, on every rank alike, if a loss so far was not finite, or the attacker's steps were rounded away.
 
         Checked when the defender reads and at the end, not at every step: an attacker's steps need not wait for the
-            host.
+        host.
         """
+        self._check_losses()
+        found = self._running.measure() if isinstance(self._running, Sampled) else None
+        if found is not None:
+            self.realised = found
+            self._judge(found, self.steps)
+
+    def _check_losses(self) -> None:
         if not self._losses:
             return
         values = torch.stack([loss.float() for _, loss in self._losses])
@@ -201,7 +275,7 @@ class Tampered:
         if not held:
             return
         sums = [a for a in self._accumulated if a is not None]
-        some = Weights(self._every.model, [self._reads.parameters[i] for i in held])
+        some = self._reads.subset(held)
         if not on_every_rank(torch.isfinite(some.norm(sums))):
             raise FloatingPointError("simulated attack: the accumulated gradient is not finite")
         earlier = some.take_gradients()
@@ -210,6 +284,11 @@ class Tampered:
                 sums[i].add_(grad)
         some.put_gradients(list(sums))
         self._accumulated = [None] * len(self._accumulated)
+
+
+def _expect_module(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
 
 
 def _plain(weights: Weights) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts
+from fastguard.nested.guard import Restoring
 from fastguard.nested.weights import Select, Weights
 
 
@@ -27,30 +27,27 @@ def added_gradients(model: nn.Module, select: Select = None) -> Iterator[Weights
 
     Yields the selected parameters.
     """
-    every, selected = Weights(model, lambda name, p: p.requires_grad), Weights(model, select)
+    every = Weights(model)
+    selected = every.among(select)
     buffers = [b for b in model.buffers() if b.device.type != "meta"]
     kept = [b.detach().clone() for b in buffers]
-    finished = False
-    with Interrupts() as interrupts:
-        interrupts.hold()
+    with Restoring() as guard:
         earlier = every.take_gradients()
-        try:
-            interrupts.release()
-            yield selected
-            finished = True
-        finally:
-            try:
-                interrupts.hold()
-            finally:
-                every.prepare()
-                inside = selected.take_gradients() if finished else []
-                every.take_gradients()
-                new = dict(zip(map(id, selected.parameters), inside, strict=False))
-                if not finished:
-                    with torch.no_grad():
-                        for b, k in zip(buffers, kept, strict=True):
-                            b.copy_(k)
-                every.put_gradients([_sum(a, new.get(id(p))) for p, a in zip(every.parameters, earlier, strict=True)])
+
+        def restore(finished: bool) -> None:
+            every.prepare()
+            inside = selected.take_gradients() if finished else []
+            every.take_gradients()
+            new = dict(zip(map(id, selected.parameters), inside, strict=False))
+            if not finished:
+                with torch.no_grad():
+                    for b, k in zip(buffers, kept, strict=True):
+                        b.copy_(k)
+            every.put_gradients([_sum(a, new.get(id(p))) for p, a in zip(every.parameters, earlier, strict=True)])
+
+        guard.on_exit(restore)
+        guard.release()
+        yield selected
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,22 +14,30 @@ import torch
 from torch import Tensor
 
 
-class Interrupts:
-    """Ctrl-C while weights are tampered with: raised at once, but never during the restoration.
+class Restoring:
+    """Puts back what a block has changed, whatever is raised in it; Ctrl-C can cut neither the change nor this short.
 
-    Use: ``with Interrupts() as interrupts: try: ... finally: try: interrupts.hold() finally: restore``. Between `hold`
-    and the end of the block an interrupt is kept, and raised at the end. The handler holds by itself once it has
-    raised, so that a second Ctrl-C does not cut short what the first one set off. Outside the main thread, which
-    alone receives signals, nothing is done.
+        with Restoring() as guard:                        # an interrupt waits from here on
+            before = read()
+            guard.on_exit(lambda finished: write(before))
+            change()
+            guard.release()                               # one that has waited is raised, and later ones at once
+            ...
+
+    What `on_exit` was given runs when the block is left, with whether it was left without an exception, and must cope
+    with a change of which a part was made. Meanwhile an interrupt waits again; it is raised when all is as it was. The
+    handler holds by itself once it has raised, so that a second Ctrl-C does not cut short what the first one set off.
+    Outside the main thread, which alone receives signals, interrupts are nobody's concern.
     """
 
     def __init__(self) -> None:
-        self._holding = False
+        self._holding = True
         self._kept: tuple[int, FrameType | None] | None = None
         self._before: Any = None
         self._installed = False
+        self._restore: Callable[[bool], None] | None = None
 
-    def __enter__(self) -> Interrupts:
+    def __enter__(self) -> Restoring:
         if threading.current_thread() is threading.main_thread():
             self._before = signal.getsignal(signal.SIGINT)
             if callable(self._before):
@@ -38,12 +46,24 @@ class Interrupts:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._holding:
+        if self._holding or self._is_leaving(frame):
             self._kept = number, frame
             return
         self._holding = True
         self._before(number, frame)
         self._holding = False  # a handler that returns has not interrupted anything
+
+    def _is_leaving(self, frame: FrameType | None) -> bool:
+        """Whether the signal came in `__exit__`, perhaps before its first line, where nothing is held yet."""
+        while frame is not None:
+            if frame.f_code is Restoring.__exit__.__code__ and frame.f_locals.get("self") is self:
+                return True
+            frame = frame.f_back
+        return False
+
+    def on_exit(self, restore: Callable[[bool], None]) -> None:
+        """Call ``restore(finished)`` when the block is left."""
+        self._restore = restore
 
     def hold(self) -> None:
         """Keep interrupts from here on."""
@@ -57,10 +77,15 @@ class Interrupts:
             self._handle(*kept)
 
     def __exit__(self, kind: Any, value: Any, traceback: Any) -> None:
-        if self._installed:
-            signal.signal(signal.SIGINT, self._before)
-            if self._kept is not None:
-                self._before(*self._kept)
+        self.hold()
+        try:
+            if self._restore is not None:
+                self._restore(kind is None)
+        finally:
+            if self._installed:
+                signal.signal(signal.SIGINT, self._before)
+                if self._kept is not None:
+                    self._before(*self._kept)
 
 
 def rank() -> int:
@@ -77,6 +102,14 @@ def on_every_rank(flag: Tensor) -> bool:
     value = flag.to(torch.int32)
     distributed.all_reduce(value, op=distributed.ReduceOp.MIN)
     return bool(value)
+
+
+def summed_over_ranks(values: Tensor) -> Tensor:
+    """``values``, summed in place over all ranks of the job."""
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
 
 
 def derived_seed(*key: object) -> int:

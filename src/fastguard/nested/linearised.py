@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts
+from fastguard.nested.guard import Restoring
 from fastguard.nested.perturbation import directed
 from fastguard.nested.weights import Weights
 from fastguard.ops.precision import accumulation_dtype
@@ -61,25 +61,23 @@ def linearised(
         if own:
             steps.append(_Step(name, module, own, norm / (length + eps)))
     handles: list[Any] = []
-    with Interrupts() as interrupts:
-        interrupts.hold()
-        try:
-            for step in steps:
-                step.module.forward = step  # hooks, taps and checkpoints then see the moved module's output
-                setattr(step.module, SHIFTED, True)
-            for name, p in zip(moved.names, moved.parameters, strict=True):
-                handles.append(p.register_hook(_Used(name, [step for step in steps if step.moves(p)])))
-            interrupts.release()
-            yield
-        finally:
-            try:
-                interrupts.hold()
-            finally:
-                for handle in handles:
-                    handle.remove()
-                for step in steps:
-                    step.module.__dict__.pop("forward", None)
-                    step.module.__dict__.pop(SHIFTED, None)
+
+    def restore(finished: bool) -> None:
+        for handle in handles:
+            handle.remove()
+        for step in steps:
+            step.module.__dict__.pop("forward", None)
+            step.module.__dict__.pop(SHIFTED, None)
+
+    with Restoring() as guard:
+        guard.on_exit(restore)
+        for step in steps:
+            step.module.forward = step  # hooks, taps and checkpoints then see the moved module's output
+            setattr(step.module, SHIFTED, True)
+        for name, p in zip(moved.names, moved.parameters, strict=True):
+            handles.append(p.register_hook(_Used(name, [step for step in steps if step.moves(p)])))
+        guard.release()
+        yield
 
 
 class _Used:

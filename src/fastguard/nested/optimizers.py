@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -21,10 +21,28 @@ class Running(Protocol):
 
 
 class Optimizer(Protocol):
-    """What an attacker is given: a rule without state."""
+    """What an attacker is given: a rule without state.
+
+    One that moves each number by this number's gradients alone says so by an attribute ``elementwise = True``; what
+    bf16 keeps of its steps can then be measured on a sample.
+    """
 
     def start(self, tensors: Sequence[Tensor]) -> Running:
         """A fresh optimizer on ``tensors``, which it will write to."""
+
+
+def as_rule(optimizer: object, name: str = "optimizer") -> Optimizer:
+    """``optimizer`` itself; raises a TypeError where it is no rule to be started, such as a class or one of torch's."""
+    if not isinstance(optimizer, type) and callable(getattr(optimizer, "start", None)):
+        return optimizer  # type: ignore[return-value]
+    if isinstance(optimizer, type):
+        got = f"the class {optimizer.__module__}.{optimizer.__qualname__}"
+    else:
+        got = f"a {type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    raise TypeError(
+        f"{name}: expected a rule with start(tensors), such as fastguard.nested.AdamW(lr=2e-5) or SGD(lr=2e-5), which "
+        f"begins anew in every attack; got {got}"
+    )
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
@@ -44,6 +62,7 @@ class AdamW:
     eps: float = 1e-8
     weight_decay: float = 0.01
     state_dtype: torch.dtype | None = None
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require(self.lr >= 0, "lr", self.lr, "a number >= 0")
@@ -87,6 +106,7 @@ class SGD:
     """Plain gradient descent."""
 
     lr: float = 2e-5
+    elementwise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         _require(self.lr >= 0, "lr", self.lr, "a number >= 0")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastguard.nested.guard import Interrupts
+from fastguard.nested.guard import Restoring
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Weights
 from fastguard.ops.multi_tensor import perturb_
@@ -53,15 +53,19 @@ class Realised:
     def __str__(self) -> str:
         return f"cosine {self.cosine:.3f}, norm ratio {self.ratio:.3f} to the intended step"
 
-    def judge(self, what: str, advice: str, allow_lost: bool) -> None:
-        """Warn where the step is off by more than 5%; raise a PerturbationLostError where by more than 30%."""
+    @property
+    def fidelity(self) -> float:
+        """1 for the intended step, less the more it is off: by its cosine or length; dithered, by the part kept."""
         off = self.kept if self.dithered else self.ratio
-        kept = min(off, 1 / off, 1.0 if self.dithered else self.cosine) if off > 0 else 0.0
-        if not kept >= REFUSE_BELOW and not allow_lost:
+        return min(off, 1 / off, 1.0 if self.dithered else self.cosine) if off > 0 else 0.0
+
+    def judge(self, what: str, advice: str, allow_lost: bool, warn: bool = True) -> None:
+        """Warn where the step is off by more than 5%; raise a PerturbationLostError where by more than 30%."""
+        if not self.fidelity >= REFUSE_BELOW and not allow_lost:
             raise PerturbationLostError(
                 f"{what}: the dtype rounded the step away ({self}). {advice}; allow_lost=True goes on all the same"
             )
-        if not kept >= WARN_BELOW:
+        if not self.fidelity >= WARN_BELOW and warn:
             warnings.warn(f"{what}: {self}; part of the step was rounded away", RuntimeWarning, stacklevel=5)
 
 
@@ -83,7 +87,7 @@ def directed(weights: Weights, directions: Sequence[Tensor | None]) -> tuple[Wei
     given = [d for d in directions if d is not None]
     if not given:
         raise FloatingPointError("directions: no parameter has one; did the loss depend on any?")
-    moved = Weights(weights.model, [p for p, d in zip(weights.parameters, directions, strict=True) if d is not None])
+    moved = weights.subset([i for i, d in enumerate(directions) if d is not None])
     length = float(moved.norm(given))
     if not (math.isfinite(length) and length > 0):
         raise FloatingPointError(f"directions: their norm is {length}; expected a finite number above 0")
@@ -131,25 +135,22 @@ def perturbed(
         snapshot = [m for m, d in zip(snapshot, directions, strict=True) if d is not None]
     masters = None if isinstance(snapshot, (str, int)) else snapshot
     tensors = moved.local()
-    every = Weights(weights.model)
+    every = weights.among(None)
     original = Snapshot(tensors, snapshot)
-    with Interrupts() as interrupts:
-        original.take()
-        interrupts.hold()  # from the first thing that is changed to where it would be undone
+    original.take()
+    with Restoring() as guard:
         earlier = every.take_gradients()
-        try:
-            moved.prepare()
-            step = _move(moved, tensors, given, norm / (length + eps), masters, through)
-            interrupts.release()
-            step.judge("perturbed", ADVICE, allow_lost)
-            yield step
-        finally:
-            try:
-                interrupts.hold()
-            finally:
-                every.prepare()
-                original.restore_()
-                every.put_gradients(earlier)
+
+        def restore(finished: bool) -> None:
+            every.prepare()
+            original.restore_()
+            every.put_gradients(earlier)
+
+        guard.on_exit(restore)
+        step = _move(moved, tensors, given, norm / (length + eps), masters, through)
+        guard.release()
+        step.judge("perturbed", ADVICE, allow_lost)
+        yield step
 
 
 ADVICE = (

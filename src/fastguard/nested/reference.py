@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Interrupts
+from fastguard.nested.guard import Restoring
 from fastguard.nested.weights import Select, Weights
 
 
@@ -54,22 +54,21 @@ class Reference:
         weights = Weights(model, self._select)
         live = weights.local()
         self._fit(weights, live)
-        with Interrupts() as interrupts, torch.no_grad():
-            exchanged = 0
-            try:
-                for mine, theirs in zip(live, self._host, strict=True):
-                    interrupts.hold()  # a tensor is exchanged whole or not at all
-                    _exchange(mine, theirs)
-                    exchanged += 1
-                    interrupts.release()
-                yield model
-            finally:
-                try:
-                    interrupts.hold()
-                finally:
-                    weights.prepare()
-                    for mine, theirs in zip(live[:exchanged], self._host[:exchanged], strict=True):
-                        _exchange(mine, theirs)
+        exchanged: list[tuple[Tensor, Tensor]] = []
+
+        def restore(finished: bool) -> None:
+            weights.prepare()
+            for mine, theirs in exchanged:
+                _exchange(mine, theirs)
+
+        with torch.no_grad(), Restoring() as guard:
+            guard.on_exit(restore)
+            for mine, theirs in zip(live, self._host, strict=True):
+                guard.hold()  # a tensor is exchanged whole or not at all
+                _exchange(mine, theirs)
+                exchanged.append((mine, theirs))
+                guard.release()
+            yield model
 
     def _fit(self, weights: Weights, live: list[Tensor]) -> None:
         """Keep, of a reference that was taken before FSDP2, this rank's shards alone, in the dtype they have now.

@@ -1,8 +1,7 @@
 """Where the original weights wait while an attack is simulated.
 
 A snapshot holds one copy of the parameters, on their device or in (pinned) host memory, by a stated byte budget. It
-needs
-none at all where the parameters are roundings of fp32 masters: they are then rounded again.
+needs none at all where the parameters are roundings of fp32 masters: they are then rounded again.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ class Snapshot:
     Args:
         tensors: local tensors; they are written to by `restore_`.
         where: ``device``; ``host`` (pinned where the tensors are on a GPU; the buffers are kept for the next `take`);
-            an integer, the bytes that may be held on the device, beyond which the host holds all; or fp32 masters,
-            one
+            an integer, the bytes that may be held on the device, beyond which the host holds all; or fp32 masters, one
             a tensor, of which the tensors are the roundings: nothing is copied then.
 
     Attributes:

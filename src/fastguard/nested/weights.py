@@ -1,25 +1,19 @@
 """The trainable parameters of a model as plain local tensors, which is what a simulated attack reads and writes.
 
-Under FSDP2 a parameter is a DTensor and its local tensor is this rank's shard. Three traps are met here, once:
-
-* after a forward without backward the root group stays gathered, and the next forward computes on that stale copy:
-  every group is resharded before parameters are listed, read or written;
-* gradients that were accumulated without synchronisation wait in a private place, survive ``zero_grad`` and leak
-  into the next synchronised backward: they are refused, and those of a backward that was cut short are dropped;
-* inside a trainer's ``no_sync`` a backward leaves ``p.grad`` at None: synchronisation is switched on.
-
+Under FSDP2 a parameter is a DTensor and its local tensor is this rank's shard; ``nested.fsdp2`` knows its traps.
 Under DDP a gradient may be a view of a bucket that the next backward overwrites: it is copied when it is taken.
 """
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastguard.nested import fsdp2
 from fastguard.ops.multi_tensor import dot, squared_norm
 
 Select = Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter] | None
@@ -31,6 +25,7 @@ class Weights:
     Args:
         model: plain, PEFT, or wrapped by FSDP2 or DDP.
         select: a predicate on (name, parameter), the parameters themselves, or None for all that require a gradient.
+        argument: what ``select`` is called in messages.
 
     Attributes:
         names, parameters: what was selected; a tied parameter counts once.
@@ -42,14 +37,19 @@ class Weights:
         RuntimeError: gradients wait in FSDP2's private accumulators.
     """
 
-    def __init__(self, model: nn.Module, select: Select = None) -> None:
+    def __init__(self, model: nn.Module, select: Select = None, argument: str = "select") -> None:
         self.model = model
         _refuse_other_sharding(model)
         modules = list(model.modules())
-        self._groups: list[Any] = [m for m in modules if hasattr(m, "unshard") and hasattr(m, "reshard")]
+        self._groups = fsdp2.groups_of(modules)
         self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
         self.refuse_waiting_gradients()
         self.prepare()
+        self._choose(select, argument)
+        fsdp2.refuse_unsharded_among_shards(model)
+
+    def _choose(self, select: Select, argument: str) -> None:
+        model = self.model
         if select is None:
             chosen = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         elif callable(select):
@@ -58,18 +58,38 @@ class Weights:
             wanted = {id(p) for p in select}
             chosen = [(n, p) for n, p in model.named_parameters() if id(p) in wanted]
             if len(chosen) != len(wanted):
-                raise ValueError(f"select: {len(wanted) - len(chosen)} of {len(wanted)} parameters are not the model's")
+                missing = len(wanted) - len(chosen)
+                raise ValueError(f"{argument}: {missing} of {len(wanted)} parameters are not the model's")
         if not chosen:
-            raise ValueError(
-                "model: none of its parameters is selected; expected at least one that requires a gradient"
-            )
+            total = sum(1 for _ in model.parameters())
+            if select is None or not any(p.requires_grad for p in model.parameters()):
+                raise ValueError(
+                    f"model: none of its {total} parameters requires a gradient; expected at least one (is it frozen, "
+                    "or a PEFT model in inference mode?)"
+                )
+            raise ValueError(f"{argument}: it selects none of the model's {total} parameters; expected at least one")
         for name, p in chosen:
             if p.device.type == "meta":
                 raise ValueError(f"model: {name} is on the meta device; load it before it is attacked")
         self.names = [name for name, _ in chosen]
         self.parameters = [p for _, p in chosen]
         self._sharding = [_sharding(p, name) for name, p in chosen]
-        _refuse_unsharded_among_shards(model)
+
+    def among(self, select: Select, argument: str = "select") -> Weights:
+        """Another choice from the same model, whose modules are not walked again; raises as the constructor."""
+        self.refuse_waiting_gradients()
+        self.prepare()
+        chosen = copy.copy(self)
+        chosen._choose(select, argument)
+        return chosen
+
+    def subset(self, at: Sequence[int]) -> Weights:
+        """The parameters of these indices, in this order."""
+        chosen = copy.copy(self)
+        chosen.names = [self.names[i] for i in at]
+        chosen.parameters = [self.parameters[i] for i in at]
+        chosen._sharding = [self._sharding[i] for i in at]
+        return chosen
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -80,23 +100,13 @@ class Weights:
         Raises nothing, as restorations rely on it. No gradient waited at construction: what waits now is left over from
         a backward that was cut short, and is dropped.
         """
-        _recover(self._groups)
-        for group in self._groups:
-            for holder, name in _waiting_gradients(group):
-                setattr(holder, name, None)
-            group.reshard()
-            group.set_requires_gradient_sync(True, recurse=False)
+        fsdp2.prepare(self._groups)
         for replica in self._replicas:
             replica.require_backward_grad_sync = True
 
     def refuse_waiting_gradients(self) -> None:
         """Raise a RuntimeError if FSDP2 holds gradients that it has not reduced."""
-        if any(_waiting_gradients(group) for group in self._groups):
-            raise RuntimeError(
-                "model: FSDP2 holds gradients that were accumulated without synchronisation (no_sync, "
-                "set_requires_gradient_sync(False), set_requires_all_reduce(False)); they would leak into the attack. "
-                "Synchronise every micro-batch of a nested defense"
-            )
+        fsdp2.refuse_waiting_gradients(self._groups)
 
     @property
     def replicated(self) -> bool:
@@ -195,65 +205,6 @@ def _sharding(p: Tensor, name: str) -> tuple[Any, tuple[Any, ...]] | None:
     if any(placement.is_partial() for placement in placements):
         raise ValueError(f"model: {name} has placements {placements}; expected Shard and Replicate alone")
     return p.device_mesh, tuple(placements)  # type: ignore[attr-defined]
-
-
-def _refuse_unsharded_among_shards(model: nn.Module) -> None:
-    """Raise a ValueError where a trainable parameter was added after ``fully_shard``: each rank would train its own."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() == 1:
-        return
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = [name for name, p in trained if not hasattr(p, "placements")]
-    if plain and len(plain) < len(trained):
-        raise ValueError(
-            f"model: {plain[0]} is not sharded, though others are, so that its gradient stays this rank's own; add "
-            "adapters before fully_shard"
-        )
-
-
-def _recover(groups: list[Any]) -> None:
-    """Bring FSDP2 out of a forward or backward that an exception cut short.
-
-    Left in the middle of a forward it would not reshard; after half a backward it would not reduce all gradients.
-    """
-    for group in groups:
-        state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
-        if not getattr(state, "_is_root", False) or not _in_the_middle(state):
-            continue
-        if hasattr(group, "reset_iter_state"):
-            group.reset_iter_state()
-        else:
-            warnings.warn(
-                "model: an exception has cut a forward or backward of FSDP2 short, from which this version of torch "
-                "cannot recover; go on in a new process",
-                stacklevel=3,
-            )
-
-
-def _in_the_middle(root: Any) -> bool:
-    """Whether the FSDP2 state of a root is that of an unfinished forward or backward."""
-    shared = getattr(root, "_state_ctx", None)
-    states = getattr(shared, "all_states", ())
-    return getattr(shared, "post_backward_final_callback_queued", False) or any(
-        getattr(getattr(state, "_training_state", None), "name", "IDLE") != "IDLE" for state in states
-    )
-
-
-def _waiting_gradients(group: Any) -> list[tuple[Any, str]]:
-    """Where an FSDP2 group holds gradients that it has not reduced: (object, attribute)."""
-    state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
-    found: list[tuple[Any, str]] = []
-    for params in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
-        if getattr(params, "_partial_reduce_output", None) is not None:  # scattered, but not summed over replicas
-            found.append((params, "_partial_reduce_output"))
-        for p in getattr(params, "fsdp_params", ()):
-            if getattr(p, "unsharded_accumulated_grad", None) is not None:
-                found.append((p, "unsharded_accumulated_grad"))
-            unsharded = getattr(p, "_unsharded_param", None)
-            if unsharded is not None and unsharded.grad is not None:
-                found.append((unsharded, "grad"))
-    return found
 
 
 def _refuse_other_sharding(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from fastguard.machine import cores, cpu_name, write_json
 from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
 from fastguard.run.config import Config, ControlConfig, ImmunizeConfig, shortened
-from fastguard.run.stages import Stages, folder_digest
+from fastguard.run.stages import Stages
 from fastguard.run.streams import Order, Streams
 from fastguard.run.train import Curve, Report, train, trainable
 
@@ -136,7 +136,7 @@ class _Job:
     def __init__(self, config: Config, out: Path, quick: bool, progress: Progress) -> None:
         self.config, self.out, self.quick = config, out, quick
         self.stages = Stages(out, progress)
-        self.device = models.pick_device(config.model.device)
+        self.device = str(models.pick_device(config.model.device))
         self.dtype = models.pick_dtype(config.model.dtype, self.device)
 
     def run(self) -> Metrics:
@@ -197,10 +197,7 @@ class _Job:
 
     def _know(self, name: str, source: str) -> None:
         """A model that was there before, and what it is."""
-        models.check_source(source)
-        folder = models.resolve(source)
-        self.folders[name] = folder
-        self.digests[name] = folder_digest(Path(folder)) if Path(folder).is_dir() else folder
+        self.folders[name], self.digests[name] = models.resolve(source), models.model_digest(source)
 
     def _trained(
         self, stage: str, name: str, work: Callable[[Report], Training], parent: str, parts: Sequence[object]

@@ -18,14 +18,11 @@ from typing import Any
 
 from fastguard.evaluation.metrics import Stage
 from fastguard.machine import peak_memory, write_json
+from fastguard.models import model_digest
 from fastguard.progress import Progress
 
 FORMAT = 2
 """Of the records; raised where what a stage computes from the same input has changed."""
-
-WEIGHTS = (".safetensors", ".bin", ".json", ".model", ".txt", ".jinja", ".gguf")
-"""Files that decide what a model's folder holds."""
-
 
 def key_of(reads: object) -> str:
     """A key of plain values."""
@@ -35,18 +32,8 @@ def key_of(reads: object) -> str:
 
 def folder_files(folder: Path) -> dict[str, list[int]]:
     """Size and time of a folder's files: enough to see that nobody has touched it."""
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in WEIGHTS)
-    return {str(f.relative_to(folder)): [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
-
-
-def folder_digest(folder: Path) -> str:
-    """SHA-256 of the content of a model's folder."""
-    digest = hashlib.sha256()
-    for name in folder_files(folder):
-        digest.update(name.encode())
-        with open(folder / name, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:24]
+    files = sorted(f for f in folder.iterdir() if f.is_file())
+    return {f.name: [f.stat().st_size, f.stat().st_mtime_ns] for f in files}
 
 
 class Stages:
@@ -114,7 +101,7 @@ class Stages:
                 "peak_memory_bytes": peak_memory(),
             }
             if leaves is not None:
-                record |= {"files": folder_files(leaves), "digest": folder_digest(leaves)}
+                record |= {"files": folder_files(leaves), "digest": model_digest(leaves)}
                 if before and before["digest"] == record["digest"]:  # a lost model, made again: nothing else changed
                     record = {**before, "files": record["files"]}
             write_json(file, record)
@@ -147,8 +134,10 @@ class Stages:
         """Whether the folder is what the stage wrote: by sizes and times, else by content."""
         if not leaves.is_dir():
             return False
-        files = folder_files(leaves)
-        return bool(files) and (files == record.get("files") or folder_digest(leaves) == record.get("digest"))
+        try:
+            return folder_files(leaves) == record.get("files") or model_digest(leaves) == record.get("digest")
+        except FileNotFoundError:  # of its weights
+            return False
 
     @staticmethod
     def _read(file: Path) -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``) under a simulated attack: its traps, met here, once.
+
+* After a forward without backward the root group stays gathered, and the next forward computes on that stale copy:
+  every group is resharded before parameters are listed, read or written.
+* Gradients that were accumulated without synchronisation wait in a private place, survive ``zero_grad`` and leak into
+  the next synchronised backward: they are refused, and those of a backward that was cut short are dropped.
+* Inside a trainer's ``no_sync`` a backward leaves ``p.grad`` at None: synchronisation is switched on.
+* An exception in the middle of a forward or backward leaves states in which nothing is resharded or reduced any more.
+* A parameter that is added after ``fully_shard`` is every rank's own.
+
+Nothing here imports FSDP2: a group is recognised by what it can do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def groups_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those of ``modules`` that were sharded."""
+    return [m for m in modules if hasattr(m, "unshard") and hasattr(m, "reshard")]
+
+
+def prepare(groups: list[Any]) -> None:
+    """Shard every group again, drop what waits to be reduced, and make the next backward reduce its gradients.
+
+    Raises nothing, as restorations rely on it.
+    """
+    _recover(groups)
+    for group in groups:
+        for holder, name in _waiting_gradients(group):
+            setattr(holder, name, None)
+        group.reshard()
+        group.set_requires_gradient_sync(True, recurse=False)
+
+
+def refuse_waiting_gradients(groups: list[Any]) -> None:
+    """Raise a RuntimeError if there are gradients that were not reduced."""
+    if any(_waiting_gradients(group) for group in groups):
+        raise RuntimeError(
+            "model: FSDP2 holds gradients that were accumulated without synchronisation (no_sync, "
+            "set_requires_gradient_sync(False), set_requires_all_reduce(False)); they would leak into the attack. "
+            "Synchronise every micro-batch of a nested defense"
+        )
+
+
+def refuse_unsharded_among_shards(model: nn.Module) -> None:
+    """Raise a ValueError where a trainable parameter was added after ``fully_shard``: each rank would train its own."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = [name for name, p in trained if not hasattr(p, "placements")]
+    if plain and len(plain) < len(trained):
+        raise ValueError(
+            f"model: {plain[0]} is not sharded, though others are, so that its gradient stays this rank's own; add "
+            "adapters before fully_shard"
+        )
+
+
+def _recover(groups: list[Any]) -> None:
+    """Bring FSDP2 out of a forward or backward that an exception cut short.
+
+    Left in the middle of a forward it would not reshard; after half a backward it would not reduce all gradients.
+    """
+    for group in groups:
+        state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
+        if not getattr(state, "_is_root", False) or not _in_the_middle(state):
+            continue
+        if hasattr(group, "reset_iter_state"):
+            group.reset_iter_state()
+        else:
+            warnings.warn(
+                "model: an exception has cut a forward or backward of FSDP2 short, from which this version of torch "
+                "cannot recover; go on in a new process",
+                stacklevel=4,
+            )
+
+
+def _in_the_middle(root: Any) -> bool:
+    """Whether the FSDP2 state of a root is that of an unfinished forward or backward."""
+    shared = getattr(root, "_state_ctx", None)
+    states = getattr(shared, "all_states", ())
+    return getattr(shared, "post_backward_final_callback_queued", False) or any(
+        getattr(getattr(state, "_training_state", None), "name", "IDLE") != "IDLE" for state in states
+    )
+
+
+def _waiting_gradients(group: Any) -> list[tuple[Any, str]]:
+    """Where an FSDP2 group holds gradients that it has not reduced: (object, attribute)."""
+    state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
+    found: list[tuple[Any, str]] = []
+    for params in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+        if getattr(params, "_partial_reduce_output", None) is not None:  # scattered, but not summed over replicas
+            found.append((params, "_partial_reduce_output"))
+        for p in getattr(params, "fsdp_params", ()):
+            if getattr(p, "unsharded_accumulated_grad", None) is not None:
+                found.append((p, "unsharded_accumulated_grad"))
+            unsharded = getattr(p, "_unsharded_param", None)
+            if unsharded is not None and unsharded.grad is not None:
+                found.append((unsharded, "grad"))
+    return found

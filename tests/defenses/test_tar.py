@@ -553,3 +553,9 @@ def test_presets_are_the_released_runs():
     assert cyber.lrs == TAR(tiny()).lrs and cyber.kinds == TAR(tiny()).kinds
     with pytest.raises(ValueError, match="name: expected one of cyber, bio, got 'chem'"):
         TAR.preset(tiny(), "chem")
+
+
+@pytest.mark.parametrize("sources", [[1, 2], {"harmful": [1], "retain": [2]}])
+def test_sources_that_are_no_functions_are_named(sources):
+    with pytest.raises(ValueError, match="sources: expected a mapping from the corpora's names to functions"):
+        TAR(tiny()).adversaries(sources)

@@ -24,6 +24,7 @@ from fastguard.progress import Progress
 FORMAT = 2
 """Of the records; raised where what a stage computes from the same input has changed."""
 
+
 def key_of(reads: object) -> str:
     """A key of plain values."""
     text = json.dumps({"format": FORMAT, "reads": reads}, sort_keys=True, default=str)

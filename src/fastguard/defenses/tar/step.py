@@ -203,6 +203,11 @@ class TAR(Training):
             sources: by the corpora's names in ``kinds``: a function from a number to a batch. The numbers grow for ever
                 and none comes twice, so that a source that is a function of its argument needs no state to be resumed.
         """
+        if not isinstance(sources, Mapping) or not all(map(callable, sources.values())):
+            raise ValueError(
+                "sources: expected a mapping from the corpora's names to functions of a number, got "
+                f"{type(sources).__name__}{f' of {sorted(sources)}' if isinstance(sources, Mapping) else ''}"
+            )
         missing = {name for kind in self.kinds for name in kind} - sources.keys()
         _require(not missing, "sources", sorted(sources), f"also {sorted(missing)}")
         return [self._adversary(sources, index) for index in range(self.count)]

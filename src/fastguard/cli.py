@@ -1,4 +1,4 @@
-"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | report | plan``.
+"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | report | plan``.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -132,6 +132,33 @@ def evaluate(
 ) -> None:
     """Measure what models made anywhere are worth, attack them, and report them side by side."""
     _examine(models, config, method, quick, out, {"attack": {"run": attacked}})
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(help="A run's folder, a Trainer's checkpoint, sharded or not.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="What the run began with: a folder or an id. [default: CHECKPOINT alone]"),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("converted"),
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16. [default: as it is]")] = None,
+    merge: Annotated[bool, typer.Option(help="Add adapters to their weights.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it is there.")] = False,
+) -> None:
+    """Write any training checkpoint as a folder that from_pretrained loads."""
+    kinds = ("float32", "bfloat16", "float16", "float64")
+    if dtype is not None and dtype not in kinds:
+        _fail(ValueError(f"--dtype: expected one of {', '.join(kinds)}, got {dtype!r}"))
+    import torch
+
+    from fastguard.trainers import to_huggingface
+
+    try:
+        chosen = None if dtype is None else getattr(torch, dtype)
+        typer.echo(str(to_huggingface(checkpoint, model, out, dtype=chosen, merge=merge, overwrite=overwrite)))
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        _fail(error)
 
 
 @app.command()

@@ -54,7 +54,7 @@ def resolve(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _named(name: str, needs: str) -> Iterator[None]:
+def named_errors(name: str, needs: str) -> Iterator[None]:
     """What transformers raises for folders that lack something, as one line that says which folder lacks what."""
     from safetensors import SafetensorError
 
@@ -82,7 +82,7 @@ def load_tokenizer(name: str, plain: bool = False) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     source = resolve(str(name))
-    with _named(source, "tokenizer"):
+    with named_errors(source, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(source)
     if not tokenizer.chat_template:
         raise ValueError(f"model.name: {name!r} has no chat template; expected a chat model")
@@ -109,7 +109,7 @@ def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device 
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype: expected a floating torch.dtype, got {dtype!r}")
     place, source = pick_device(device), resolve(str(name))
-    with _named(source, "model"):
+    with named_errors(source, "model"):
         both: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     model: PreTrainedModel = both[0]
     found: dict[str, Any] = both[1]
@@ -195,7 +195,7 @@ def model_digest(name: str | Path) -> str:
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
-        with _named(str(source), "files"):
+        with named_errors(str(source), "files"):
             source = Path(snapshot_download(str(source), local_files_only=True))
     files = sorted(p for p in source.iterdir() if p.is_file() and _belongs_to_a_model(p.name))
     if not any(p.name.endswith(WEIGHTS) for p in files):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -35,7 +36,7 @@ from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from fastguard import RepNoiseLoss
-from fastguard.trainers import MethodMixin, RepNoiseMixin
+from fastguard.trainers import MethodMixin, RepNoiseMixin, save, to_huggingface
 from tiny import tokenizer
 from tiny_models import tiny
 
@@ -258,6 +259,24 @@ KINDS = ("repnoise", "tar", "booster", "t_vaccine")
 CASES = [f"{route}, {d}" for route in ROUTES for d in (common.DEFENSES if route in EVERYTHING else KINDS)]
 ROUTES["plain FSDP2 first"] = ("fsdp2", through_fsdp2_late)
 CASES.append("plain FSDP2 first, tar")
+CASES.append(SHARDS := "shards to a folder")
+
+
+def shards_to_a_folder(rank: int, folder: Path) -> None:
+    """What two ranks have saved, one process makes a Hugging Face folder of; some tensors do not divide evenly."""
+    model = fsdp2.shard(tiny("llama", num_hidden_layers=2, intermediate_size=41), torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters())
+    step = save(folder / "run", 1, model, optimizer)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "checkpoint-1" / "pytorch_model_fsdp_0")
+    whole = {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in model.state_dict().items()}
+    if rank == 0:
+        for checkpoint in (step, folder / "checkpoint-1"):
+            done = to_huggingface(checkpoint, model.config, folder / "hf", overwrite=True)
+            found = type(tiny("llama")).from_pretrained(done.folder).state_dict()
+            assert found.keys() == whole.keys()
+            for name, value in whole.items():
+                assert torch.equal(found[name], value), name
+    dist.barrier()
 
 
 def run(route: str, defense: str, rank: int, folder: Path) -> None:
@@ -293,7 +312,10 @@ def main() -> None:
         route, _, defense = case.rpartition(", ")
         environment = dict(os.environ)  # TrainingArguments write to it
         try:
-            run(route, defense, rank, folder / case.replace(", ", "-"))
+            if case == SHARDS:
+                shards_to_a_folder(rank, folder / "shards")
+            else:
+                run(route, defense, rank, folder / case.replace(", ", "-"))
         except BaseException as error:
             error.add_note(f"case: {case}")
             raise

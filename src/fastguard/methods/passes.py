@@ -43,7 +43,7 @@ def differentiate(weights: Weights, loss: Tensor, name: str, scale: float = 1.0,
 def finite_norm(weights: Weights, gradients: Sequence[Tensor | None], name: str) -> Tensor:
     """The 2-norm of gradients, one a parameter, over all shards; FloatingPointError where it is not finite."""
     given = [i for i, g in enumerate(gradients) if g is not None]
-    some = Weights(weights.model, [weights.parameters[i] for i in given])
+    some = weights.subset(given)
     norm = some.norm([g for g in gradients if g is not None])
     if not on_every_rank(torch.isfinite(norm)):
         raise FloatingPointError(f"{name}: the gradient's norm is {float(norm)}")

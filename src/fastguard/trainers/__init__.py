@@ -2,9 +2,11 @@
 
 ``mixins``      before the trainer class: ``class T(MethodMixin, Trainer)``
 ``checkpoint``  save and resume a run bit for bit, through torch.distributed.checkpoint
+``convert``     a checkpoint, sharded or not, as a folder that ``from_pretrained`` loads
 """
 
 from fastguard.trainers.checkpoint import load, save
+from fastguard.trainers.convert import Converted, to_huggingface
 from fastguard.trainers.mixins import MethodMixin, NestedMixin, RepNoiseMixin
 
-__all__ = ["MethodMixin", "NestedMixin", "RepNoiseMixin", "load", "save"]
+__all__ = ["Converted", "MethodMixin", "NestedMixin", "RepNoiseMixin", "load", "save", "to_huggingface"]

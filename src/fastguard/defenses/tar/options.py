@@ -35,6 +35,7 @@ class Options(Settings):
     read_every: int = number(4, at_least=1)
     tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)
     grad_scale: float = number(4.0, at_least=0)
+    masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:
         """The gradient must be read at least once."""

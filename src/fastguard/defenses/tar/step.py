@@ -100,7 +100,8 @@ class TAR(Training):
         states_on: where the reference's states wait; None: where they arise.
         loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
         optimizer: from a learning rate to the attackers' optimizer.
-        trains, reads, snapshot: see ``nested.SimulatedAttack``; for a LoRA attacker ``nested.LoRAAdversary``'s.
+        trains, reads, snapshot, masters, allow_lost: see ``nested.SimulatedAttack``; for a LoRA attacker
+            ``nested.LoRAAdversary``'s.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
         seed: of all that is drawn.
@@ -139,6 +140,8 @@ class TAR(Training):
         trains: Select = None,
         reads: Select = None,
         snapshot: Where = "device",
+        masters: str | None = None,
+        allow_lost: bool = False,
         batch: int | None = None,
         held_out: int | None = None,
         seed: int = 0,
@@ -160,7 +163,9 @@ class TAR(Training):
             reference = Reference(model, reads)
         self.reference = reference
         self.state_bytes = 0
-        self.attack = SimulatedAttack(model, trains=trains, reads=reads, snapshot=snapshot, seed=seed)
+        self.attack = SimulatedAttack(
+            model, trains=trains, reads=reads, snapshot=snapshot, masters=masters, allow_lost=allow_lost, seed=seed
+        )
         corpora = dict.fromkeys(name for kind in self.kinds for name in kind)
         self.roles = {
             "retain": Role("safe"),
@@ -184,7 +189,8 @@ class TAR(Training):
         o = options
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
-            grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out, seed=seed,
+            grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
+            masters="fp32" if o.masters else None, seed=seed,
         )  # fmt: skip
 
     @property

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 try:
     import typer
 except ImportError:
-    sys.exit("fastguard: the command line needs further packages: pip install 'fastguard[hf,report]'")
+    sys.exit("fastguard: the command line needs further packages: pip install 'fastguard-kernels[hf,report]'")
 
 if TYPE_CHECKING:
     from fastguard.config import Config

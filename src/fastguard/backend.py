@@ -36,7 +36,7 @@ def unavailable(backend: str, device_type: str) -> str | None:
         return _extension.load() if device_type == "cpu" else "serves CPU tensors only"
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
-            return "triton is not installed (pip install fastguard[gpu])"
+            return "triton is not installed (pip install 'fastguard-kernels[gpu]')"
         if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "triton needs a GPU (or TRITON_INTERPRET=1, for tests)"
         return None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 try:
     import typer
 except ImportError:
-    sys.exit("fastguard: the command line needs further packages: pip install 'fastguard[hf,report]'")
+    sys.exit("fastguard: the command line needs further packages: pip install 'fastguard-kernels[hf,report]'")
 
 from fastguard.methods import attacks
 from fastguard.run.config import packaged
@@ -30,6 +30,24 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     help="Immunize open-weight language models against harmful fine-tuning, and measure what it bought.",
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from fastguard import __version__
+
+        typer.echo(f"fastguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback(no_args_is_help=True)
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """Only declares the option; app.help is what --help shows."""
+
 
 Quick = Annotated[bool, typer.Option("--quick", help="Small enough for a test machine: shows that it runs, no more.")]
 

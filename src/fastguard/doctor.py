@@ -165,48 +165,56 @@ def _shipped(distribution: str, module: str) -> str | None:
 
 
 def show(found: dict[str, Any], console: Console | None = None) -> None:
-    """Print the findings of :func:`examine` as tables (needs rich)."""
+    """Print the findings of :func:`examine` as tables; as plain text where rich is not installed."""
+    if console is None and importlib.util.find_spec("rich") is None:
+        print(plain(found))
+        return
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     console = console or Console()
-
-    def table(title: str, *columns: str) -> Table:
-        made = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns), box=None)
-        made.padding = (0, 2, 0, 0)
+    for title, columns, rows in _tables(found):
+        table = Table(title=title, title_justify="left", title_style="bold", show_header=bool(columns), box=None)
+        table.padding = (0, 2, 0, 0)
         for column in columns or ("", ""):
-            made.add_column(column, style="cyan" if not made.columns else None, no_wrap=not made.columns)
-        return made
-
-    def add(to: Table, *cells: str) -> None:
-        to.add_row(*map(Text, cells))  # as text: [gpu] is the name of an extra, not a style
-
-    machine = table("Machine")
-    for name, text in _machine(found):
-        add(machine, name, text)
-    console.print(machine, "")
-
-    ops = table("Ops", "op", "device", "backend", "why")
-    for op in found["ops"]:
-        add(ops, op["op"], op["device"], op["backend"] or "NONE", op["why"])
-    console.print(ops, "")
-
-    known = table("Methods")
-    for kind in methods.KINDS:
-        names = (name for name, method in found["methods"].items() if method["kind"] == kind)
-        add(known, f"{kind}s", ", ".join(names))
-    console.print(known, "")
-
-    packages = table("Packages")
-    have = {name: version for name, version in found["packages"].items() if version}
-    add(packages, "found", ", ".join(f"{name} {version}" for name, version in have.items()) or "none")
-    add(packages, "absent", ", ".join(name for name in found["packages"] if name not in have) or "none")
-    demo = (f"{name} {version or 'MISSING'}" for name, version in found["demo"].items())
-    add(packages, "demo data", ", ".join(demo))
-    console.print(packages, "")
+            table.add_column(column, style="cyan" if not table.columns else None, no_wrap=not table.columns)
+        for row in rows:
+            table.add_row(*map(Text, row))  # as text: [gpu] is the name of an extra, not a style
+        console.print(table, "")
     for hint in hints(found):
         console.print(Text(f"- {hint}"))
+
+
+def plain(found: dict[str, Any]) -> str:
+    """The findings of :func:`examine` as text."""
+    lines = []
+    for title, columns, rows in _tables(found):
+        cells = [*([columns] if columns else []), *rows]
+        widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]) - 1)] + [0]
+        lines += [title, *("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells), ""]
+    return "\n".join(lines + [f"- {hint}" for hint in hints(found)])
+
+
+def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tuple[str, ...]]]]:
+    """Title, names of the columns if they need any, and rows of each table."""
+    have = {name: version for name, version in found["packages"].items() if version}
+    packages = [
+        ("found", ", ".join(f"{name} {version}" for name, version in have.items()) or "none"),
+        ("absent", ", ".join(name for name in found["packages"] if name not in have) or "none"),
+        ("demo data", ", ".join(f"{name} {version or 'MISSING'}" for name, version in found["demo"].items())),
+    ]
+    ops = [(op["op"], op["device"], op["backend"] or "NONE", op["why"]) for op in found["ops"]]
+    return [
+        ("Machine", (), [*_machine(found)]),
+        ("Ops", ("op", "device", "backend", "why"), ops),
+        ("Methods", (), [(f"{kind}s", ", ".join(_of_kind(found, kind))) for kind in methods.KINDS]),
+        ("Packages", (), [*packages]),
+    ]
+
+
+def _of_kind(found: dict[str, Any], kind: str) -> list[str]:
+    return [name for name, method in found["methods"].items() if method["kind"] == kind]
 
 
 def _machine(found: dict[str, Any]) -> list[tuple[str, str]]:
@@ -238,10 +246,14 @@ def hints(found: dict[str, Any]) -> list[str]:
     """What the user could do about what was found."""
     said = []
     if found["extension"]["reason"]:
-        compiler = "reinstall fastguard" if found["compilers"]["c++"] else "install a C++ compiler, reinstall fastguard"
-        said.append(f"CPU ops run on the slower portable backend; to have the C++ kernels: {compiler}.")
+        compiler = "" if found["compilers"]["c++"] else "install a C++ compiler, then "
+        said.append(
+            f"CPU ops run on the slower portable backend; to have the C++ kernels: {compiler}pip install --force-reinstall "
+            "--no-deps --no-cache-dir --no-build-isolation -v fastguard-kernels (or the path of its source; "
+            "FASTGUARD_REQUIRE_EXTENSION=1 makes it fail rather than leave them out)."
+        )
     if found["gpus"] and not found["packages"]["triton"]:
-        said.append("GPU ops run on the portable backend; to have the kernels: pip install 'fastguard[gpu]'.")
+        said.append("GPU ops run on the portable backend; to have the kernels: pip install 'fastguard-kernels[gpu]'.")
     missing = [name for name, version in found["demo"].items() if not version]
     if missing:
         said.append(f"The demo needs: pip install --no-deps {' '.join(missing)} (make install does it).")

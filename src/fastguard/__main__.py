@@ -1,0 +1,5 @@
+"""``python -m fastguard``."""
+
+from fastguard._main import main
+
+main()

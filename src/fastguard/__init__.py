@@ -20,6 +20,7 @@ _HOMES = {
     "lm_head_stats": "fastguard.ops.lm_head_stats",
     "lens_stats": "fastguard.ops.lens_stats",
     "linear_cross_entropy": "fastguard.ops.linear_cross_entropy",
+    "head_kl": "fastguard.ops.head_kl",
     "gaussian_mmd": "fastguard.ops.gaussian_mmd",
     "representation_distance": "fastguard.ops.representation_distance",
 }

@@ -1,0 +1,34 @@
+"""``head_kl`` on CPU: the tile loop of ``portable.py`` with csrc/cpu/head_kl.cpp between the products."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from fastguard import _extension
+from fastguard.ops.head_kl import portable
+from fastguard.ops.head_kl.portable import Row
+
+
+class CppKernels:
+    """`TileKernels` in C++."""
+
+    def statistics(self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Row:
+        """See `TileKernels.statistics`."""
+        out = torch.empty(3, z.shape[0], dtype=z.dtype)
+        torch.ops.fastguard_c.head_kl_statistics(z, d, bias, scale, softcap, out)
+        return Row(*out)
+
+    def gradient(
+        self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
+        grad: Tensor,
+    ) -> None:  # fmt: skip
+        """See `TileKernels.gradient`."""
+        torch.ops.fastguard_c.head_kl_gradient(z, d, bias, scale, softcap, torch.stack([lse, gap, grad]))
+
+
+_extension.load()
+forward = functools.partial(portable.forward, kernels=CppKernels())
+backward = functools.partial(portable.backward, kernels=CppKernels())

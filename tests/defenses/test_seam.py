@@ -1,4 +1,4 @@
-"""SEAM against double backward and against its published difference, in float64; and that a failing step leaves no trace.
+"""SEAM against double backward and its published difference, in float64; and that a failing step leaves no trace.
 
 GPT-2 where tolerances are narrow: Llama computes norms and softmax in fp32, 1e-7 / eps of noise in a difference.
 """

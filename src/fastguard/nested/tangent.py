@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def hessian_product(
     """
     if weights.sharded or weights.replicated:
         kind = "shards" if weights.sharded else "replicas under DDP"
-        raise ValueError(f"weights: expected plain tensors of one process, got {kind}; a tangent pass synchronises none")
+        raise ValueError(f"weights: expected plain tensors of one process, got {kind}; tangents are not synchronised")
     if len(directions) != len(weights):
         raise ValueError(f"directions: expected {len(weights)}, one a parameter, got {len(directions)}")
     with forward_ad.dual_level(), _plain_operations(weights.model):
@@ -69,7 +69,7 @@ def hessian_product(
 
 
 @contextlib.contextmanager
-def _in_place_of_parameters(model: nn.Module, moving: dict[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def _in_place_of_parameters(model: nn.Module, moving: Mapping[int, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Every module that holds one of the parameters finds it there with its tangent."""
     duals = {key: forward_ad.make_dual(p, d) for key, (p, d) in moving.items()}
     held: list[tuple[nn.Module, dict[str, Tensor]]] = []

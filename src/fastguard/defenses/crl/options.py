@@ -22,7 +22,7 @@ class Options(Settings):
     benign_margin: float = number(0.3, at_least=0)
     harmful_margin: float = number(0.5, at_least=0)
     distance: str = choice("cosine", *DISTANCES)
-    layers: tuple[int, ...] | None = number(None, at_least=0)  # hidden states; None: the last three eighths but the last
+    layers: tuple[int, ...] | None = number(None, at_least=0)  # hidden states; None: the port's, scaled
     temperature: float = number(1.0, above=0)  # of the divergence, which is not multiplied by its square
 
     def check(self) -> None:

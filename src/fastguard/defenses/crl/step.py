@@ -16,12 +16,12 @@ all layers in fp32, and makes the logits of both models for the divergence. Here
   where the state arises;
 * the divergence is ``head_kl`` on two hidden states, without logits.
 
-Defaults are those of TamperBench's port: distance 1 - cos, margins 0.3 and 0.5, weights 0.5, 0.4 and 0.9, hidden states 20
-to 31 of 0 to 32. For other depths the same part of the model: states from 5/8 of the layers up, less the last one, which
-is the final norm's. The port counts the divergence on every attended token; here on responses. It drops layers that the
-model does not have in silence; here they are refused. So is a margin of 2 or more with the cosine (the authors' script has
-3), a hinge that no state can close. The authors' divergence is at temperature 2, summed over tokens and divided by samples:
-their gamma is another. Their adversarial mining of hard negatives is left out.
+Defaults are those of TamperBench's port: distance 1 - cos, margins 0.3 and 0.5, weights 0.5, 0.4 and 0.9, hidden states
+20 to 31 of 0 to 32. For other depths the same part of the model: states from 5/8 of the layers up, less the last one,
+which is the final norm's. The port counts the divergence on every attended token; here on responses. It drops layers
+that the model does not have in silence; here they are refused. So is a margin of 2 or more with the cosine (the
+authors' script has 3), a hinge that no state can close. The authors' divergence is at temperature 2, summed over tokens
+and divided by samples: their gamma is another. Their adversarial mining of hard negatives is left out.
 
 Cost: one frozen forward, one forward and backward of both batches. Memory above a training step: twice the response
 tokens' states at the layers that are read (a third in fp32 for half precision), and [V, D] of the head where it is
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from fastguard.defenses.crl.options import Options
 from fastguard.methods.passes import Batch
-from fastguard.methods.training import Figures, Role, Step, Training
+from fastguard.methods.training import Figures, Role, Step, Training, detached
 from fastguard.nested.reference import Reference
 from fastguard.ops.head_kl import head_kl
 from fastguard.ops.precision import accumulation_dtype
@@ -46,7 +46,9 @@ from fastguard.ops.representation_distance import representation_distance
 from fastguard.taps import anchor
 from fastguard.taps.structure import head_parameters
 
-PADDING = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+PADDING = {"input_ids": 0, "attention_mask": 1, "labels": -100}
+"""What is put behind the shorter batch. It is attended to, by itself alone: in a causal model no earlier token sees it,
+and a row that is masked for longer than a sliding window would be NaN."""
 
 
 class CRL(Training):
@@ -98,6 +100,8 @@ class CRL(Training):
             raise ValueError(
                 f"layers: expected indices of the hidden states, 0 to {self._last}, got {max(self.layers)}"
             )
+        head = self.language.structure.head
+        self._head_moves = reference is not None or any(p.requires_grad for p in head.parameters())
         self.reference = Reference(model) if reference is None else reference
 
     def gradient(self, step: Step, *, harmful: Batch, harmless: Batch) -> Figures:  # type: ignore[override]
@@ -114,15 +118,11 @@ class CRL(Training):
         """
         joined, rows = _joined(harmful, harmless)
         frozen, frozen_head = self._frozen(step.model, joined, rows)
-        count = len(self.layers)
         numbers = self._numbers(step.model, joined, rows, frozen, frozen_head)
-        benign, bad = numbers[:-1].view(count, 2).mean(0)
-        kl = numbers[-1]
+        (benign, bad), kl = numbers[:-1].view(len(self.layers), 2).mean(0), numbers[-1]
         loss = self.alpha * benign + self.beta * bad + self.gamma * kl
-        step.differentiate(loss, f"benign hinge {float(benign)}, harmful hinge {float(bad)}, divergence {float(kl)}")
-        return {
-            "loss": loss.detach(), "benign_hinge": benign.detach(), "harmful_hinge": bad.detach(), "kl": kl.detach(),
-        }  # fmt: skip
+        step.differentiate(loss, "both batches")
+        return detached(loss=loss, benign_hinge=benign, harmful_hinge=bad, kl=kl)
 
     def _frozen(
         self, model: nn.Module, batch: Batch, rows: tuple[Tensor, Tensor]
@@ -138,13 +138,10 @@ class CRL(Training):
             states = self.language.hidden_states(batch, reference, take=take)
             weight, bias = head_parameters(self.language.structure.head)
             head = None
-            if self._head_moves():
-                head = _with_bias(anchor.full(weight), None if bias is None else anchor.full(bias)).clone()
+            if self._head_moves:
+                whole = anchor.full(weight)
+                head = whole.clone() if bias is None else _with_bias(whole, anchor.full(bias))
         return states, head
-
-    def _head_moves(self) -> bool:
-        """Whether the head is not the reference's any more: it is trained, or has adapters that are."""
-        return any(p.requires_grad for p in self.language.structure.head.parameters())
 
     def _numbers(
         self, model: nn.Module, batch: Batch, rows: tuple[Tensor, Tensor], frozen: tuple[Tensor, ...],
@@ -210,9 +207,9 @@ def default_layers(depth: int) -> tuple[int, ...]:
     return tuple(range(first, depth)) or (depth,)
 
 
-def _with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[V, D], or [V, D + 1] with the bias as a last column."""
-    return weight if bias is None else torch.cat([weight, bias[:, None]], 1)
+def _with_bias(weight: Tensor, bias: Tensor) -> Tensor:
+    """[V, D + 1], with the bias as a last column."""
+    return torch.cat([weight, bias[:, None]], 1)
 
 
 def _joined(harmful: Batch, harmless: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:

@@ -3,21 +3,21 @@
     L = L_ul + alpha L_up + beta cos(g_a, g_b)
 
 g_a is the gradient of the cross-entropy of harmful answers, g_b that of ordinary ones: where they oppose each other, a
-step that learns harm costs the model its use. L_up is the cross-entropy of refusals, L_ul = -log(h / (L + 1) + 1) with h
-the sum of the harmful cross-entropies of the output and of all L + 1 hidden states, as in Representation Noising.
+step that learns harm costs the model its use. L_up is the cross-entropy of refusals, L_ul = -log(h / (L + 1) + 1) with
+h the sum of the harmful cross-entropies of the output and of all L + 1 hidden states, as in Representation Noising.
 
 With unit vectors u_a, u_b and c = cos, exactly,
 
     grad cos = H_a (u_b - c u_a) / |g_a| + H_b (u_a - c u_b) / |g_b|
 
 with the Hessians of the two losses. The published code puts [g(w + eps d) - g(w)] / eps for H d and writes w + eps d
-into bf16 weights. A step of norm 1e-3 over billions of them moves one weight in some thousands, and the noise of that is
-multiplied by beta / eps = 10. Here ``product`` says how H d is had:
+into bf16 weights. A step of norm 1e-3 over billions of them moves one weight in some thousands, and the noise of that
+is multiplied by beta / eps = 10. Here ``product`` says how H d is had:
 
 * ``tangent``: exact (``nested.hessian_product``), with nothing that cancels, so also right in bf16. Its passes make the
   logits of the rows' positions, and it takes plain attention, no shards, no replicas;
-* ``linearised``: the published difference without rounding of weights (``nested.linearised``): still a difference, whose
-  error is of the order of eps, and in bf16 the rounding of two passes over eps;
+* ``linearised``: the published difference without rounding of weights (``nested.linearised``): still a difference,
+  whose error is of the order of eps, and in bf16 the rounding of two passes over eps;
 * ``difference``: the published difference, weights written and put back bit for bit. Right in fp32, for LoRA in fp32
   and from fp32 masters, and what FSDP2 and DDP take. What the dtype kept of the step is measured, and a step that it
   lost is refused.

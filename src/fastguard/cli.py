@@ -28,6 +28,16 @@ app = typer.Typer(
 Quick = Annotated[bool, typer.Option("--quick", help="Small enough for a test machine: shows that it runs, no more.")]
 
 
+def _planned() -> str:
+    """The defenses that ``plan`` knows, for its help; a package that announces one badly is named when it is used."""
+    from fastguard.plan.command import known
+
+    try:
+        return ", ".join(known())
+    except ValueError:
+        return "those of the registry"
+
+
 @app.command()
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
@@ -106,16 +116,18 @@ def plan(
         list[str],
         typer.Argument(metavar="MODEL...", help="Names (llama-3-8b), folders, config.json files or fastguard's YAML."),
     ],
-    defense: Annotated[str | None, typer.Option(help="tar, booster, vaccine, t-vaccine, repnoise or sft.")] = None,
+    defense: Annotated[str | None, typer.Option(help=f"One of {_planned()}; otherwise all.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="An option of the defense, as --set inner_steps=8; repeatable."
+        ),
+    ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs, over all of which FSDP2 shards the model.")] = 64,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100-80g or b200.")] = "h100",
     batch: Annotated[int, typer.Option(help="Sequences a GPU, of every batch that a step reads.")] = 8,
     tokens: Annotated[int, typer.Option(help="Length of a sequence.")] = 2048,
     steps: Annotated[int | None, typer.Option(help="Steps of the run; otherwise the defense's own.")] = None,
-    inner_steps: Annotated[int, typer.Option(help="TAR: steps of the simulated attacker.")] = 64,
-    adversary_batch: Annotated[
-        int | None, typer.Option(help="TAR: the attacker's sequences a GPU; otherwise half of --batch.")
-    ] = None,
     dtype: Annotated[str, typer.Option(help="mixed (fp32 masters, bf16 products), bf16 or fp32.")] = "mixed",
     checkpointing: Annotated[bool, typer.Option(help="Keep a layer's input alone and compute the layer again.")] = True,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train adapters of this rank only.")] = None,
@@ -132,13 +144,12 @@ def plan(
     """Estimate memory, work and time of a defense on many GPUs, here and as published. Nothing is run."""
     from fastguard.plan import command
 
-    options = {
-        "gpus": gpus, "batch": batch, "tokens": tokens, "inner_steps": inner_steps, "adversary_batch": adversary_batch,
-        "checkpointing": checkpointing, "lora": lora, "snapshot": snapshot,
-        **({} if steps is None else {"steps": steps}),
+    job = {
+        "gpus": gpus, "batch": batch, "tokens": tokens, "checkpointing": checkpointing, "lora": lora,
+        "snapshot": snapshot, **({} if steps is None else {"steps": steps}),
     }  # fmt: skip
     try:
-        found = command.plans(models, defense, gpu, dtype, efficiency, options)
+        found = command.plans(models, defense, gpu, dtype, efficiency, job, command.assignments(settings or ()))
         if table is not None:
             typer.echo(command.write_table(found, table))
         elif as_json is not None:

@@ -211,7 +211,7 @@ def find(model: str) -> Architecture:
     if not path.exists() and known in MODELS:
         return MODELS[known]
     if path.suffix in (".yaml", ".yml"):
-        from fastguard.config import load
+        from fastguard.run.config import load
 
         name = load(path).model.name
         if Path(name).suffix in (".yaml", ".yml"):

@@ -3,42 +3,81 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastguard import methods
 from fastguard.plan import hardware, show
 from fastguard.plan.architecture import find
-from fastguard.plan.defenses import defenses
 from fastguard.plan.setting import PRECISIONS, Efficiency, Setting
 from fastguard.plan.show import Plan
+from fastguard.settings import build
+
+
+def known() -> dict[str, methods.Entry]:
+    """The defenses that can be planned, by name."""
+    return {name: entry for name, entry in methods.defenses().items() if entry.cost is not None}
+
+
+def chosen(defense: str) -> methods.Entry:
+    """The defense of that name, or of that name with hyphens. Raises ValueError where it cannot be planned."""
+    name = defense.replace("-", "_")
+    names = ", ".join(known())
+    if name in methods.defenses() and name not in known():
+        raise ValueError(f"defense: {name} has no cost that could be planned; expected one of {names}")
+    if name not in known():
+        raise ValueError(f"defense: expected one of {names}, got {defense!r}")
+    return known()[name]
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """A method's options from ``KEY=VALUE``, the values as in YAML. Raises ValueError."""
+    import yaml
+
+    found: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        key = key.strip().replace("-", "_")
+        if not key or not equals:
+            raise ValueError(f"set: expected KEY=VALUE, got {text!r}")
+        if key in found:
+            raise ValueError(f"set: {key} is given twice")
+        try:
+            found[key] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"set: {key}: expected a value as in YAML, got {value!r}") from None
+    return found
 
 
 def plans(
-    models: Sequence[str], defense: str | None, gpu: str, dtype: str, efficiency: str, options: dict[str, Any]
-) -> list[Plan]:
-    """A plan of every model, of the one defense or of all.
+    models: Sequence[str], defense: str | None, gpu: str, dtype: str, efficiency: str, job: Mapping[str, Any],
+    options: Mapping[str, Any] | None = None,
+) -> list[Plan]:  # fmt: skip
+    """A plan of every model, of the one defense or of all that can be planned.
 
     Args:
-        options: of `Setting`; ``steps`` may be missing, and is then the defense's own.
+        job: of `Setting`; ``steps`` may be missing, and is then the defense's own.
+        options: of the defense, where one is named; those that are missing have their published values.
 
     Raises:
         FileNotFoundError, ValueError: naming the option, what was given and what was expected.
     """
-    known = defenses()
-    if defense is not None and defense not in known:
-        raise ValueError(f"defense: expected one of {', '.join(known)}, got {defense!r}")
+    options = options or {}
+    if defense is None and options:
+        raise ValueError(f"set: expected a defense whose options these are, got {', '.join(options)} without one")
+    wanted = list(known().values()) if defense is None else [chosen(defense)]
     if dtype not in PRECISIONS:
         raise ValueError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {dtype!r}")
     common = {
         "gpu": hardware.find(gpu), "precision": PRECISIONS[dtype], "efficiency": Efficiency.parse(efficiency),
-        **options,
+        "given": frozenset(options), **job,
     }  # fmt: skip
-    chosen = list(known.values()) if defense is None else [known[defense]]
+    each = [(entry, build(entry.load_options(), options, "set")) for entry in wanted]
     return [
-        show.plan(Setting(architecture, **{"steps": one.steps, **common}), one)
+        show.plan(Setting(architecture, **{"steps": entry.steps, **common}), entry, its)
         for architecture in map(find, models)
-        for one in chosen
+        for entry, its in each
     ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fastguard.plan.defenses import Defense, Recipe
+from fastguard.plan.cost import Cost, Recipe
 from fastguard.plan.parts import Item, Part, held, peak
 from fastguard.plan.setting import Setting
+from fastguard.settings import Settings
 
 LIMIT = 4096
 """Sequences a GPU beyond which nobody asks."""
@@ -47,16 +48,16 @@ def usable(s: Setting) -> float:
     return s.gpu.memory * s.efficiency.usable
 
 
-def estimate(s: Setting, defense: Defense, published: bool = False) -> Estimate:
-    """The estimate of one defense, as it is here or as it was published."""
-    build = defense.published if published else defense.recipe
-    recipe = build(s)
+def estimate(s: Setting, cost: Cost, options: Settings, published: bool = False) -> Estimate:
+    """The estimate of a method with its options, as it is here or as it was published."""
+    build = cost.published if published else cost.here
+    recipe = build(s, options)
     moment, memory = peak(recipe.items)
     seconds = sum(part.seconds(s) for part in recipe.parts)
 
     def fits(batch: int) -> bool:
         other = s.with_batch(batch)
-        return peak(build(other).items)[1] <= usable(other)
+        return peak(build(other, options).items)[1] <= usable(other)
 
     return Estimate(
         s, recipe, moment, memory, sum(i.bytes for i in recipe.items if i.host), seconds, seconds * s.steps / 3600,

@@ -12,6 +12,9 @@ from fastguard.plan.setting import Setting
 LOSS, LAST, FIRST, END = "loss", "last layer", "first layer", "end"
 """Moments of a pass: between forward and backward; in the last layer's backward; in the first layer's; after it."""
 
+PASSING = ("logits tile", "full logits", "gathered weights")
+"""Items that a pass holds between forward and backward only if no other pass comes between them."""
+
 TILE = 128
 """Rows of logits that the fused head holds at a time, and that share one record of live columns."""
 
@@ -41,8 +44,8 @@ def backward_flops(
     """Of the layers, without the head; recomputation under checkpointing included.
 
     weights: whether the weights' gradients are wanted: as many flops again as those of the inputs. stop: the backward
-    ends at this layer's attention output (Vaccine's recording pass), instead of at the embedding. tapped: the MLPs'
-    outputs are wanted in the backward.
+    ends at this layer's attention output, instead of at the embedding. tapped: the MLPs' outputs are wanted in the
+    backward.
     """
     a = s.architecture
     m = float(samples * s.tokens)

@@ -74,15 +74,14 @@ class Efficiency:
 
 @dataclass(frozen=True)
 class Setting:
-    """A defense's job on a number of GPUs, the model sharded over all of them by FSDP2.
+    """A method's job on a number of GPUs, the model sharded over all of them by FSDP2.
 
     Attributes:
         batch: sequences a GPU, of every batch that a step reads. tokens: length of each.
-        adversary_batch: sequences a GPU of an attacker's batch (TAR); None is half of ``batch`` (published: 4, 8).
-        inner_steps: of the simulated attack (TAR). read_every: the tamper loss is read after every so many of them.
-        rows: share of a paired batch's positions that carry loss (RepNoise). live: share of the vocabulary that the
-            backward of a lens computes (docs/performance.md, live columns).
-        perturbed_layers: of T-Vaccine. probe_every: its probing pass comes every so many steps.
+        rows: share of a paired batch's positions that carry loss. live: share of the vocabulary that the backward of a
+            lens computes (docs/performance.md, live columns).
+        given: the options of the method that were asked for by name. Where the published run has a proportion (an
+            attacker's batch to the defender's) a cost keeps it, unless the option was given.
         attention: ``flash`` computes half of the causal scores and keeps none; ``eager`` computes and keeps all.
         lora: rank of adapters on all projections, the rest frozen in the compute dtype; None trains all weights.
         snapshot: where the original waits during a simulated attack, ``device`` or ``host``.
@@ -94,36 +93,21 @@ class Setting:
     batch: int = 8
     tokens: int = 2048
     steps: int = 1000
-    adversary_batch: int | None = None
-    inner_steps: int = 64
-    read_every: int = 4
     rows: float = 0.5
     live: float = 0.02
-    perturbed_layers: int = 8
-    probe_every: int = 200
     precision: Precision = PRECISIONS["mixed"]
     checkpointing: bool = True
     attention: str = "flash"
     lora: int | None = None
     snapshot: str = "device"
+    given: frozenset[str] = frozenset()
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     def __post_init__(self) -> None:
-        for name in (
-            "gpus",
-            "batch",
-            "tokens",
-            "steps",
-            "inner_steps",
-            "read_every",
-            "perturbed_layers",
-            "probe_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer of 1 or more, got {getattr(self, name)}")
-        for name in ("adversary_batch", "lora"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer of 1 or more, got {getattr(self, name)}")
+        for name in ("gpus", "batch", "tokens", "steps", "lora"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected an integer of 1 or more, got {value}")
         for name in ("rows", "live"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")
@@ -132,11 +116,6 @@ class Setting:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.lora is not None:
             self.architecture.adapter(self.lora)  # refuses a mixture of experts
-
-    @property
-    def adversary(self) -> int:
-        """Sequences a GPU of an attacker's batch."""
-        return self.adversary_batch or max(self.batch // 2, 1)
 
     @property
     def trainable(self) -> int:
@@ -160,5 +139,5 @@ class Setting:
         return (self.gpus - 1) / self.gpus
 
     def with_batch(self, batch: int) -> Setting:
-        """The same job with another batch; the adversary's keeps its proportion unless it was given."""
+        """The same job with another batch."""
         return dataclasses.replace(self, batch=batch)

@@ -6,10 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fastguard.plan.defenses import Defense
+from fastguard.methods import Entry
 from fastguard.plan.estimate import Estimate, as_dict, estimate, usable
 from fastguard.plan.parts import held
 from fastguard.plan.setting import Setting
+from fastguard.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,9 +21,10 @@ NOTE = "Estimates from data sheets and assumed efficiencies. Nothing here was me
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One defense of one model: as it is here, and as it was published."""
+    """One method with its options on one model: as it is here, and as it was published."""
 
-    defense: Defense
+    entry: Entry
+    options: Settings
     here: Estimate
     published: Estimate
 
@@ -32,9 +34,10 @@ class Plan:
         return self.here.setting
 
 
-def plan(s: Setting, defense: Defense) -> Plan:
-    """Both estimates."""
-    return Plan(defense, estimate(s, defense), estimate(s, defense, published=True))
+def plan(s: Setting, entry: Entry, options: Settings) -> Plan:
+    """Both estimates. Raises ValueError where the planner does not know the method."""
+    cost = entry.load_cost()
+    return Plan(entry, options, estimate(s, cost, options), estimate(s, cost, options, published=True))
 
 
 def as_document(plans: Sequence[Plan]) -> dict[str, Any]:
@@ -44,14 +47,15 @@ def as_document(plans: Sequence[Plan]) -> dict[str, Any]:
         s = p.setting
         a = s.architecture
         setting = {f.name: getattr(s, f.name) for f in dataclasses.fields(s)}
+        setting["given"] = sorted(s.given)
         setting["architecture"] = {**dataclasses.asdict(a), "parameters": a.parameters}
         for name in ("gpu", "precision", "efficiency"):
             setting[name] = dataclasses.asdict(setting[name])
-        setting["adversary_batch"] = s.adversary
         return {
             "model": a.name,
-            "defense": p.defense.name,
-            "steps_source": p.defense.steps_source if s.steps == p.defense.steps else "given",
+            "defense": p.entry.name,
+            "options": p.options.to_dict(),
+            "steps_source": p.entry.steps_source if s.steps == p.entry.steps else "given",
             "setting": setting,
             "usable_bytes": usable(s),
             "fastguard": as_dict(p.here),
@@ -87,12 +91,12 @@ def show(p: Plan, console: Console | None = None) -> None:
     s = p.setting
     a = s.architecture
     trained = "all weights" if s.lora is None else f"LoRA, rank {s.lora} ({s.trainable / 1e6:,.1f}M weights)"
-    attack = f"; attacker: {s.inner_steps} steps of {s.adversary} sequences" if p.defense.name == "tar" else ""
+    chosen = f" ({said})" if (said := p.options.describe()) else ""
     console.print(
-        f"[bold]{p.defense.name}[/bold] on [bold]{a.name}[/bold] ({a.parameters / 1e9:,.2f}B parameters), "
+        f"[bold]{p.entry.name}[/bold]{chosen} on [bold]{a.name}[/bold] ({a.parameters / 1e9:,.2f}B parameters), "
         f"{s.gpus} x {s.gpu.name}, FSDP2; {trained}, {s.precision.name} precision, "
         f"{'' if s.checkpointing else 'no '}activation checkpointing; "
-        f"{s.batch} sequences of {s.tokens} tokens a GPU and batch{attack}"
+        f"{s.batch} sequences of {s.tokens} tokens a GPU and batch"
     )
     console.print(f"[yellow]{NOTE}[/yellow]")
     console.print(_summary(p))
@@ -126,7 +130,7 @@ def _summary(p: Plan) -> Table:
     table.add_row(f"memory of a GPU ({gigabytes(usable(s))} GB usable)", *fits)
     table.add_row("largest batch that fits, sequences a GPU", *(str(e.largest or "none") for e in both))
     table.add_row("step", *(seconds(e.seconds) for e in both))
-    where = p.defense.steps_source if s.steps == p.defense.steps else "given"
+    where = p.entry.steps_source if s.steps == p.entry.steps else "given"
     table.add_row(f"run of {s.steps:,} steps ({where})", *(duration(e.hours) for e in both))
     table.add_row("GPU hours", *(f"{e.hours * s.gpus:,.0f}" for e in both))
     table.add_row("host memory for a GPU", *(f"{gigabytes(e.host)} GB" if e.host else "-" for e in both))
@@ -188,9 +192,7 @@ def _rows(plans: Sequence[Plan]) -> list[list[str]]:
         memory = [f"{gigabytes(e.memory)}{'' if e.fits else ' (too much)'}" for e in both]
         step, run = [seconds(e.seconds) for e in both], [duration(e.hours) for e in both]
         largest = [str(e.largest or "none") for e in both]
-        rows.append(
-            [p.setting.architecture.name, p.defense.name, *memory, *step, f"{p.setting.steps:,}", *run, *largest]
-        )
+        rows.append([p.setting.architecture.name, p.entry.name, *memory, *step, f"{p.setting.steps:,}", *run, *largest])
     return rows
 
 

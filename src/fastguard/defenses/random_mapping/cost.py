@@ -1,0 +1,64 @@
+"""What a step of Random Mapping costs, here and as published: see ``plan.cost``."""
+
+from __future__ import annotations
+
+from fastguard.defenses.random_mapping.options import Options
+from fastguard.plan import parts, passes
+from fastguard.plan.cost import Cost, Recipe, moments_of
+from fastguard.plan.parts import FP32, Part, item, resident
+from fastguard.plan.setting import Setting
+
+
+def here(s: Setting, o: Options) -> Recipe:
+    """The retain batch, then the harmful one: every hidden state's distance from one set of directions, and no head."""
+    n = s.batch * s.tokens
+    states, directions = passes.hidden_states(s, s.batch), float(n * s.architecture.hidden * FP32)
+    return Recipe(
+        [
+            *passes.run(s, "retain", s.batch),
+            passes.fused_head(s, "retain: head", n),
+            *passes.run(s, "mapping", s.batch),
+            # Live states and directions are read in the forward and again in the backward, which writes a gradient.
+            Part("distance from the directions", "weights", 1,
+                 memory=3 * states + 2 * (s.architecture.layers + 1) * directions),
+            parts.outer_adamw(s),
+        ],
+        [
+            *resident(s),
+            *passes.memory(s, "retain", s.batch),
+            *passes.fused_items(s, "retain", n),
+            *passes.memory(s, "mapping", s.batch, earlier=True),
+            item("random directions", directions, *moments_of("mapping")),
+        ],
+    )  # fmt: skip
+
+
+def published(s: Setting, o: Options) -> Recipe:
+    """Full logits of both batches, the harmful one's for nothing; a V x D table, a copy of its rows for every state."""
+    a, n = s.architecture, s.batch * s.tokens
+    each = (a.layers + 1) * n * a.hidden * float(FP32)
+    widened = 0 if s.precision.compute == FP32 else 1
+    return Recipe(
+        [
+            *passes.run(s, "retain", s.batch),
+            passes.full_head(s, "retain: head", n),
+            *passes.run(s, "mapping", s.batch),
+            passes.full_head(s, "mapping: head", n, gradients="none", each=s.precision.compute),
+            # Rows gathered; both sides' norms, quotients, their product and its sum, forth and back.
+            Part("cosines with the directions", "weights", 1, memory=16 * each),
+            parts.outer_adamw(s),
+        ],
+        [
+            *resident(s),
+            item("table of directions", float(a.head * FP32)),
+            *passes.memory(s, "retain", s.batch, head="full"),
+            *passes.full_items(s, "retain", n),
+            *passes.memory(s, "mapping", s.batch, earlier=True, head="full"),
+            item("full logits", n * a.vocabulary * float(s.precision.compute), *moments_of("mapping")),
+            # Of each state: its directions, both sides divided by their norms, and the state widened to fp32.
+            item("directions and quotients", (3 + widened) * each, "mapping: loss", "mapping: last layer"),
+        ],
+    )
+
+
+COST = Cost(here, published)

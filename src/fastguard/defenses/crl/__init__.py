@@ -10,6 +10,7 @@ ENTRY = Entry(
     summary="CRL (Triplet): harmful states gather at their own mean, away from where they were; harmless ones stay.",
     method=f"{__name__}.step:CRL",
     options=f"{__name__}.options:Options",
+    cost=f"{__name__}.cost:COST",
     steps=1100,
     steps_source="published port (TamperBench)",
     package=__name__,

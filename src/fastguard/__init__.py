@@ -15,6 +15,8 @@ _HOMES = {
     "Booster": "fastguard.defenses.booster.step",
     "Vaccine": "fastguard.defenses.vaccine.step",
     "TVaccine": "fastguard.defenses.t_vaccine.step",
+    "SEAM": "fastguard.defenses.seam.step",
+    "CRL": "fastguard.defenses.crl.step",
     "SimulatedAttack": "fastguard.nested",
     "PairedCollator": "fastguard.data.collate",
     "TamperCollator": "fastguard.data.collate",

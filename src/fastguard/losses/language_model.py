@@ -65,23 +65,44 @@ class OutputScope(Scope):
 
 
 class _StatesScope(Scope):
-    """A forward whose hidden states are kept, without gradient."""
+    """A forward whose hidden states, or what ``take`` makes of each, are kept, without gradient."""
 
     states: dict[int, Tensor]
 
-    def __init__(self, device: torch.device | str | None) -> None:
+    def __init__(self, device: torch.device | str | None, take: Callable[[int, Tensor], Tensor] | None) -> None:
         super().__init__()
-        self.device = device
+        self.device, self.take = device, take
         self.end()
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
         """See `Scope.observe`: a hidden state."""
-        state = x.detach()
+        state = x.detach() if self.take is None else self.take(index, x.detach())
         self.states[index] = state if self.device is None else state.to(self.device)
 
     def end(self) -> None:
         """See `Scope.end`."""
         self.states = {}
+
+
+class _StatisticsScope(Scope):
+    """A forward of which each hidden state is worth a few numbers."""
+
+    numbers: dict[int, Tensor]
+
+    def __init__(self, statistic: Callable[[int, Tensor, bool], Tensor]) -> None:
+        super().__init__()
+        self.statistic = statistic
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: a hidden state."""
+        numbers = self.statistic(index, x, keep)
+        if keep:
+            self.numbers[index] = numbers
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.numbers = {}
 
 
 def saved_where_it_lies(original: Tensor, copy: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -250,9 +271,31 @@ class LanguageModelLoss:
         self.components = {"sequence_logp": logp.detach()}
         return self._gated(logp, scope)
 
+    def statistics(
+        self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor],
+        model: nn.Module | None = None,
+    ) -> Tensor:  # fmt: skip
+        """What ``statistic`` makes of each of the L + 1 hidden states of one forward: one vector, in their order.
+
+        Args:
+            statistic: from a state's index, the state [B, T, D] (see `hidden_states`) and whether its result is kept
+                (False in a recomputation, see ``taps.Scope``) to a vector, empty where the state is not read. It runs
+                where the state arises, so that no state is held for the loss's sake.
+            batch, model: as in a call.
+        """
+        wrapped = self._model if model is None else model
+        reshard(wrapped)
+        with self._taps.on(scope := _StatisticsScope(statistic)):
+            zero = tapped.run(self.structure, wrapped, batch)
+            numbers = scope.numbers
+        if len(numbers) != len(self.structure.layers) + 1:
+            raise tapped.silent_taps("LanguageModelLoss")
+        return self._gated(torch.cat([numbers[i] for i in range(len(numbers))]) + zero, scope)
+
     def hidden_states(
-        self, batch: Mapping[str, Tensor], model: nn.Module | None = None, device: torch.device | str | None = None
-    ) -> tuple[Tensor, ...]:
+        self, batch: Mapping[str, Tensor], model: nn.Module | None = None, device: torch.device | str | None = None,
+        take: Callable[[int, Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
         """The L + 1 hidden states [B, T, D] of one forward, without gradient: references for ``distance_to``.
 
         They are transformers' ``hidden_states``: the first layer's input, the outputs of all layers but the last,
@@ -263,7 +306,7 @@ class LanguageModelLoss:
         """
         wrapped = self._model if model is None else model
         reshard(wrapped)
-        with torch.no_grad(), self._taps.on(scope := _StatesScope(device)):
+        with torch.no_grad(), self._taps.on(scope := _StatesScope(device, take)):
             tapped.run(self.structure, wrapped, batch)
             states = scope.states
         if len(states) != len(self.structure.layers) + 1:

@@ -24,10 +24,13 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(wide, target)
 
 
-def differentiate(weights: Weights, loss: Tensor, name: str, scale: float = 1.0, only: Sequence[Tensor] = ()) -> Tensor:
+def differentiate(
+    weights: Weights, loss: Tensor, name: str, scale: float = 1.0, only: Sequence[Tensor] = (), again: bool = False
+) -> Tensor:
     """Backward of scale * loss; returns the loss, detached.
 
     only: the parameters whose gradients are wanted, where the model is neither sharded nor replicated.
+    again: the graph stays for another backward; on such a model too.
     Raises FloatingPointError, on every rank alike, where the loss is not finite.
     """
     if loss.dim() != 0:
@@ -35,7 +38,7 @@ def differentiate(weights: Weights, loss: Tensor, name: str, scale: float = 1.0,
     value = loss.detach()
     if not on_every_rank(torch.isfinite(value)):
         raise FloatingPointError(f"{name}: the loss is {float(value)} (on this rank)")
-    (scale * loss).backward(inputs=list(only) or None)
+    (scale * loss).backward(inputs=list(only) or None, retain_graph=again)
     weights.prepare()
     return value
 

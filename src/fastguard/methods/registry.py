@@ -34,6 +34,8 @@ BUILTIN = (
     "fastguard.defenses.booster",
     "fastguard.defenses.vaccine",
     "fastguard.defenses.t_vaccine",
+    "fastguard.defenses.seam",
+    "fastguard.defenses.crl",
     "fastguard.attacks.harmful_finetuning",
     "fastguard.attacks.lora",
 )

@@ -216,13 +216,19 @@ class Step:
         return self.method.loss(self.model, batch)
 
     def differentiate(
-        self, loss: Tensor, what: str, weight: float | None = None, only: Sequence[Tensor] = ()
+        self,
+        loss: Tensor,
+        what: str,
+        weight: float | None = None,
+        only: Sequence[Tensor] = (),
+        again: bool = False,
     ) -> Tensor:
-        """Backward of weight * loss, by default scale * loss; returns the loss, detached.
+        """Backward of weight * loss, by default scale * loss; returns the loss, detached. See ``passes.differentiate``.
 
         Raises FloatingPointError, on every rank alike, where the loss is not finite; ``what`` names it there.
         """
-        return differentiate(self.weights, loss, self._named(what), self.scale if weight is None else weight, only)
+        weight = self.scale if weight is None else weight
+        return differentiate(self.weights, loss, self._named(what), weight, only, again)
 
     def take(self) -> list[Tensor | None]:
         """The gradients that are on the parameters, which then have none."""

@@ -3,6 +3,7 @@
 ``attack``       K steps of an attacker's optimizer, gradients read on the way
 ``perturbation`` one step along a given direction, and how much of it the dtype kept
 ``linearised``   the same pass as base product plus scaled product, for weights that cannot hold the step
+``tangent``      the exact product of the Hessian with a direction, where a step stands for its derivative
 ``activations``  a step of the activations instead of the weights
 ``reference``    the initial weights, exchanged with the live ones for the length of a forward
 ``adversary``    an attacker that trains LoRA adapters only
@@ -22,6 +23,7 @@ from fastguard.nested.optimizers import SGD, AdamW
 from fastguard.nested.perturbation import PerturbationLostError, Realised, perturbed
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Snapshot
+from fastguard.nested.tangent import hessian_product
 from fastguard.nested.weights import Weights
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Snapshot",
     "Tampered",
     "Weights",
+    "hessian_product",
     "linearised",
     "perturbed",
 ]

@@ -70,6 +70,20 @@ class Reference:
                 guard.release()
             yield model
 
+    @contextlib.contextmanager
+    def consulted(self, model: nn.Module | None = None) -> Iterator[nn.Module]:
+        """`installed`, and without dropout: every module's own mode is put back."""
+        model = self.model if model is None else model
+        training = [module for module in model.modules() if module.training]
+        try:
+            for module in training:
+                module.training = False
+            with self.installed(model) as reference:
+                yield reference
+        finally:
+            for module in training:
+                module.training = True
+
     def _fit(self, weights: Weights, live: list[Tensor]) -> None:
         """Keep, of a reference that was taken before FSDP2, this rank's shards alone, in the dtype they have now.
 

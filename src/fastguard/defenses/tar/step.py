@@ -33,7 +33,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -336,19 +336,10 @@ class TAR(Training):
         figures.note("retain_ce", ce)
         return loss + ce
 
-    @contextlib.contextmanager
-    def _reference(self, model: nn.Module) -> Iterator[nn.Module]:
+    def _reference(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """The reference in the model's place, without dropout."""
         assert self.reference is not None
-        training = [m for m in model.modules() if m.training]
-        try:
-            for m in training:
-                m.training = False
-            with self.reference.installed(model) as reference:
-                yield reference
-        finally:
-            for m in training:
-                m.training = True
+        return self.reference.consulted(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters, with which a new object goes on as this one would.

@@ -91,8 +91,11 @@ class Entry:
         return found
 
     def build(self, model: nn.Module, options: Settings | None = None, *, seed: int = 0) -> Training:
-        """The method on a model: before compilation, DDP and FSDP2."""
-        return self.load_method().from_options(model, options or self.load_options()(), seed=seed)
+        """The method on a model: before compilation, DDP and FSDP2. Raises TypeError for another method's options."""
+        kind = self.load_options()
+        if options is not None and not isinstance(options, kind):
+            raise TypeError(f"options: expected {kind.__module__}.{kind.__name__}, got {options!r}")
+        return self.load_method().from_options(model, options or kind(), seed=seed)
 
     def config_text(self) -> str | None:
         """The method's packaged configuration, YAML; None where it has none."""

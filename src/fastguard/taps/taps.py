@@ -1,15 +1,16 @@
 """Permanent hooks that hand activations to the scope of the forward in progress.
 
 A *site* is a hook on one module. Hooks added after a model's first compiled call never fire, so sites are
-registered once and switched on and off by the scope they hold: a scope while a tapped forward runs, None
-between forwards.
+registered once and switched on and off by the scope that their `Taps` holds: a scope while a tapped forward runs,
+None between forwards. The scope is the thread's own: a forward of the same model in another thread is not tapped.
 
 A *scope* is what the taps of one forward share. Activation checkpointing runs parts of the forward again
 during backward, when the scope of that forward is long gone from the sites, or another has taken its place;
 a tap that then reads the wrong scope gives wrong gradients without a word. Hence two bindings:
 
 * the checkpoint functions of the model's modules (transformers' ``_gradient_checkpointing_func``, torch's
-  ``CheckpointWrapper.checkpoint_fn``) are wrapped so that what they run re-enters the scope it began in;
+  ``CheckpointWrapper.checkpoint_fn``) are wrapped so that what they run re-enters the scope it began in, in
+  whichever of autograd's threads it runs again;
 * under any other checkpointer the scope is that of the backward in progress, which `Gate` announces; two of
   them in one backward are an error.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -93,11 +95,10 @@ def with_first_tensor(value: Any, replacement: Tensor) -> Any:
 
 
 class Site:
-    """A forward hook: shows the output of its module to the scope it holds."""
+    """A forward hook: shows the output of its module to the scope of the moment."""
 
     def __init__(self, taps: Taps, module: nn.Module, kind: str, index: int) -> None:
         self.taps, self.module, self.kind, self.index = taps, module, kind, index
-        self.scope: Scope | None = None
 
     def register(self) -> RemovableHandle:
         """Put the hook on its module."""
@@ -110,7 +111,7 @@ class Site:
 
     def fire(self, value: Any) -> Tensor | None:
         """Let the scope observe ``value``, if there is one; returns what it put in its place."""
-        scope = self.scope
+        scope = self.taps.scope
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if scope is None and recomputing:
             scope = self.taps.scope_of_backward()
@@ -129,7 +130,7 @@ class Site:
 
 
 class InputSite(Site):
-    """A forward pre-hook: shows the first input of its module to the scope it holds."""
+    """A forward pre-hook: shows the first input of its module to the scope of the moment."""
 
     def register(self) -> RemovableHandle:
         """Put the hook on its module."""
@@ -141,21 +142,21 @@ class InputSite(Site):
 
 
 class _Bound:
-    """A function that runs with the scopes that the sites held when it was handed to a checkpoint."""
+    """A function that runs with the scopes that were on when it was handed to a checkpoint."""
 
-    def __init__(self, run: Callable[..., Any], sites: Sequence[Site]) -> None:
+    def __init__(self, run: Callable[..., Any], taps: Sequence[Taps]) -> None:
         self.run = run
-        self.bound = [(site, site.scope or OFF) for site in sites]
+        self.bound = [(each, each.scope or OFF) for each in taps]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        before = [site.scope for site, _ in self.bound]
-        for site, scope in self.bound:
-            site.scope = scope
+        before = [each.scope for each, _ in self.bound]
+        for each, scope in self.bound:
+            each.scope = scope
         try:
             return self.run(*args, **kwargs)
         finally:
-            for (site, _), previous in zip(self.bound, before, strict=True):
-                site.scope = previous
+            for (each, _), previous in zip(self.bound, before, strict=True):
+                each.scope = previous
 
 
 class BoundCheckpoint:
@@ -163,13 +164,13 @@ class BoundCheckpoint:
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.sites: list[Site] = []
+        self.taps: list[Taps] = []
 
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the checkpoint function on ``run`` bound to the scopes of this moment."""
         if torch.compiler.is_compiling():  # the compiled recompute reads graph inputs, no scope
             return self.function(run, *args, **kwargs)
-        return self.function(_Bound(run, self.sites), *args, **kwargs)
+        return self.function(_Bound(run, self.taps), *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (self.function,)
@@ -187,6 +188,12 @@ def _side_effects_under_checkpoints() -> contextlib.AbstractContextManager[Any]:
     return patch
 
 
+class _Active(threading.local):
+    """The scope of the tapped forward, or of its recomputation, that this thread runs."""
+
+    scope: Scope | None = None
+
+
 class Taps:
     """The sites of one loss on one model.
 
@@ -198,8 +205,18 @@ class Taps:
         self.model = model
         self.sites: list[Site] = []
         self._handles: list[RemovableHandle] = []
-        self._task = -1
-        self._live: list[weakref.ref[Scope]] = []
+        self.closed = False
+        self._active = _Active()
+        self._live: dict[int, list[weakref.ref[Scope]]] = {}
+
+    @property
+    def scope(self) -> Scope | None:
+        """The scope that the sites serve in this thread; None between tapped forwards."""
+        return self._active.scope
+
+    @scope.setter
+    def scope(self, scope: Scope | None) -> None:
+        self._active.scope = scope
 
     def output(self, module: nn.Module, kind: str, index: int = 0) -> None:
         """Tap the output of ``module``."""
@@ -215,18 +232,24 @@ class Taps:
 
     @contextlib.contextmanager
     def on(self, scope: Scope) -> Iterator[None]:
-        """Serve ``scope`` while one forward runs; whatever happens in it, the sites end up switched off."""
-        if any(site.scope is not None for site in self.sites):
+        """Serve ``scope`` while one forward runs; whatever happens in it, the sites end up switched off.
+
+        Raises RuntimeError inside another such forward of this thread, and after `close`.
+        """
+        if self.closed:
+            raise RuntimeError(
+                "taps: the loss or defense that they belong to was closed and its hooks are off the model; construct "
+                "it again"
+            )
+        if self.scope is not None:
             raise RuntimeError("taps: a tapped forward is already in progress on this model; it cannot be nested")
         self._bind_checkpoints()
         try:
-            for site in self.sites:
-                site.scope = scope
+            self.scope = scope
             with _side_effects_under_checkpoints():
                 yield
         finally:
-            for site in self.sites:
-                site.scope = None
+            self.scope = None
             scope.end()
 
     def _bind_checkpoints(self) -> None:
@@ -239,22 +262,19 @@ class Taps:
                 if not isinstance(function, BoundCheckpoint):
                     function = BoundCheckpoint(function)
                     setattr(module, name, function)
-                if not any(site.taps is self for site in function.sites):
-                    inside = set(module.modules())
-                    function.sites += [site for site in self.sites if site.module in inside]
+                if self not in function.taps:
+                    function.taps.append(self)
 
     def begin_backward(self, scope: Scope) -> None:
         """Note that the backward in progress belongs to ``scope`` (see `Gate`)."""
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task, self._live = task, []
-        self._live.append(weakref.ref(scope))
+        for task in [task for task, scopes in list(self._live.items()) if not any(ref() for ref in scopes)]:
+            self._live.pop(task, None)
+        self._live.setdefault(torch._C._current_graph_task_id(), []).append(weakref.ref(scope))
 
     def scope_of_backward(self) -> Scope | None:
         """The scope that the backward in progress belongs to, for a recompute that carries none of its own."""
-        if self._task != torch._C._current_graph_task_id():
-            return None
-        live = [scope for ref in self._live if (scope := ref()) is not None]
+        refs = self._live.get(torch._C._current_graph_task_id(), ())
+        live = [scope for ref in refs if (scope := ref()) is not None]
         if len(live) > 1:
             raise RuntimeError(
                 f"taps: a checkpoint recomputes in a backward of {len(live)} tapped forwards and its checkpoint "
@@ -272,10 +292,10 @@ class Taps:
             for name in CHECKPOINT_FUNCTIONS:
                 function = module.__dict__.get(name)
                 if isinstance(function, BoundCheckpoint):
-                    function.sites = [site for site in function.sites if site.taps is not self]
-                    if not function.sites:
+                    function.taps = [each for each in function.taps if each is not self]
+                    if not function.taps:
                         setattr(module, name, function.function)
-        self._handles, self.sites = [], []
+        self._handles, self.sites, self.closed = [], [], True
 
 
 class Gate(torch.autograd.Function):

@@ -135,7 +135,8 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
     "one tamper batch too many": (lambda: tar(tamper=[batch(), batch()]), "tamper"),
     "a seam without alpha": (lambda: fastguard.SEAM(model(), alpha=-1.0), "alpha"),
     "a crl on no layers": (lambda: fastguard.CRL(model(), layers=()), "layers"),
-    "options of another method": (lambda: find("tar").build(model(), find("booster").load_options()()), "options: expected fastguard.defenses.tar"),
+    "options of another method": (
+        lambda: find("tar").build(model(), find("sft").load_options()()), "options: expected"),
     "a method that is none": (lambda: find("magic"), "method"),
     # the engine
     "a torch optimizer": (lambda: attack(optimizer=torch.optim.AdamW), "optimizer"),

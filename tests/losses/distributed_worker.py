@@ -59,7 +59,7 @@ def reference(case: dict) -> tuple[list[float], dict]:
         for _ in range(case.get("calls", 1)):
             loss = loss + loss_fn(
                 harmful=harmful, harmless=harmless, retain=harmless if case.get("retain") else None,
-                sample_offset=rank * harmful["input_ids"].shape[0],
+                sample_offset=rank * harmful["input_ids"].shape[0], model=model,
             )  # fmt: skip
         loss.backward()
         losses.append(loss.item())
@@ -92,6 +92,13 @@ def run(case: dict, rank: int) -> None:
         loss_fn = RepNoiseLoss(model, **OPTIONS)
         wrapped = shard(model, case)
     harmful, harmless = batches(case["batch"])[rank]
+    if not any(hasattr(p, "device_mesh") for p in model.parameters()):  # DDP: a forgotten model= would split the ranks
+        try:
+            loss_fn(harmful=harmful, harmless=harmless)
+        except ValueError as error:
+            assert "RepNoiseLoss: model: expected the model as DDP" in str(error)
+        else:
+            raise AssertionError("a call without model= was not refused")
     retain = harmless if case.get("retain") else None
     if case.get("quiet"):  # a forward without backward leaves FSDP's root gathered; the next must not be stale
         with torch.no_grad():

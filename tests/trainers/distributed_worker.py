@@ -113,7 +113,7 @@ def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[
         def averaged(n: int) -> None:
             for rank in range(2):
                 loss_fn.call.fill_(n)
-                (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE) / (2 * ACCUMULATE)).backward()
+                (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE, model=model) / (2 * ACCUMULATE)).backward()
 
         return averaged
     made = [common.make_defense(defense, model, pairs, OPTIONS.get(defense, ()))[0] for pairs in ranks]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses import tapped
+from fastguard.losses import guards, tapped
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.taps import Gate, Lens, Scope, Structure, Taps, find_structure, tap_hidden_states
@@ -283,7 +283,7 @@ class LanguageModelLoss:
                 where the state arises, so that no state is held for the loss's sake.
             batch, model: as in a call.
         """
-        wrapped = self._model if model is None else model
+        wrapped = guards.chosen("LanguageModelLoss", self._model, model, self.structure)
         reshard(wrapped)
         with self._taps.on(scope := _StatisticsScope(statistic)):
             zero = tapped.run(self.structure, wrapped, batch)
@@ -304,7 +304,7 @@ class LanguageModelLoss:
         Args:
             batch, model: as in a call. device: where to keep them; each is moved as it arises.
         """
-        wrapped = self._model if model is None else model
+        wrapped = guards.chosen("LanguageModelLoss", self._model, model, self.structure, False)
         reshard(wrapped)
         with torch.no_grad(), self._taps.on(scope := _StatesScope(device, take)):
             tapped.run(self.structure, wrapped, batch)
@@ -318,7 +318,7 @@ class LanguageModelLoss:
         with_mean: bool = False, distance: Callable[[int, Tensor], Tensor] | None = None,
     ) -> _Read:  # fmt: skip
         """One tapped forward that reads the output at ``tokens`` and the distance of every hidden state."""
-        wrapped = self._model if model is None else model
+        wrapped = guards.chosen("LanguageModelLoss", self._model, model, self.structure)
         reshard(wrapped)
         lens = None if tokens is None else Lens(self.structure, self.filter_tol)
         scope = OutputScope(lens, tokens, with_mean, distance)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from fastguard.losses import guards
+
 MASKS = ("difference", "labels")
 BOUNDARIES = ("constant", "predicted")
 
@@ -32,6 +34,7 @@ class Rows(NamedTuple):
 def check_pair(harmful: Mapping[str, Tensor], harmless: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless the two batches have the same tensors in the same shapes."""
     for name, batch in (("harmful", harmful), ("harmless", harmless)):
+        guards.a_batch(batch, name)
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             given = "none" if ids is None else f"{type(ids).__name__} {tuple(getattr(ids, 'shape', ()))}"

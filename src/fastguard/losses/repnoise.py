@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses import paired, tapped
+from fastguard.losses import guards, paired, tapped
 from fastguard.losses.language_model import OutputScope
 from fastguard.losses.paired import Rows
 from fastguard.ops.gaussian_mmd import gaussian_mmd
@@ -29,6 +29,8 @@ from fastguard.ops.philox import gaussian_noise
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.taps import Gate, Lens, Scope, Taps, find_structure, tap_hidden_states
 from fastguard.taps.structure import reshard
+
+LENS_TRANSFORMS = ("model", "none")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -111,6 +113,8 @@ class RepNoiseLoss(nn.Module):
         retain_weight: weight of the cross-entropy on the ``retain`` batch, if one is given.
         output_alpha: weight of a further term, - output_alpha * log(CE + 1) of the harmful answers at the model's
             output alone; not in the published loss, where the output is one of L + 2 terms of a sum.
+        lens_transform: ``model``: hidden states pass the model's own soft-cap and logit scale, as its output does;
+            ``none``: they do not, as in the published code (Gemma 2, Cohere, Granite: elsewhere there is none).
         mlp_of: from a decoder layer to its MLP, where the model's structure does not tell.
 
     Attributes:
@@ -140,12 +144,16 @@ class RepNoiseLoss(nn.Module):
         layers: int | None = None,
         retain_weight: float = 1.0,
         output_alpha: float = 0.0,
+        lens_transform: str = "model",
         mlp_of: Callable[[nn.Module], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         for name, value, choices in (("mask", mask, paired.MASKS), ("boundary", boundary, paired.BOUNDARIES)):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        guards.not_negative(alpha=alpha, beta=beta, retain_weight=retain_weight, output_alpha=output_alpha)
+        if lens_transform not in LENS_TRANSFORMS:
+            raise ValueError(f"lens_transform: expected {' or '.join(LENS_TRANSFORMS)}, got {lens_transform!r}")
         self.structure = find_structure(model, mlp_of)
         entries = len(self.structure.layers) + 1
         if layers is not None and not 1 <= layers <= entries:
@@ -155,6 +163,9 @@ class RepNoiseLoss(nn.Module):
         self.mask, self.mask_padding, self.boundary = mask, mask_padding, boundary
         self.ignore_token_zero, self.norm_last_twice = ignore_token_zero, norm_last_twice
         self.layers, self.retain_weight, self.output_alpha = layers, retain_weight, output_alpha
+        self.lens_transform = lens_transform
+        self._needs_retain = False
+        self._rounded = guards.RoundedAway("RepNoiseLoss", self.structure)
         self.components: dict[str, Tensor] = {}
         self._model = (model,)  # in a tuple, so that it does not become a submodule
         self._last_noise: dict[str, Any] | None = None
@@ -169,11 +180,13 @@ class RepNoiseLoss(nn.Module):
 
         ``published``: the published code. ``short_run``: output_alpha 5, retain_weight 1.5, mask_padding, boundary
         ``predicted``; what the demo uses, with 40 steps at lr 1.5e-4 on SmolLM2-135M-Instruct (docs/demo.md has
-        what it bought and cost, and what other weights did). Give it a retain batch.
+        what it bought and cost, and what other weights did). It needs a retain batch, unless ``retain_weight=0``.
         """
         if name not in PRESETS:
             raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
-        return cls(model, **{**PRESETS[name], **changes})
+        loss = cls(model, **{**PRESETS[name], **changes})
+        loss._needs_retain = "retain_weight" in PRESETS[name] and loss.retain_weight > 0
+        return loss
 
     def _place_taps(self) -> Taps:
         parts = self.structure
@@ -211,6 +224,8 @@ class RepNoiseLoss(nn.Module):
             RuntimeError: reentrant checkpointing, or taps that did not fire.
         """
         paired.check_pair(harmful, harmless)
+        if retain is None and self._needs_retain:
+            raise ValueError("retain: expected a batch, since this preset weighs one, got None; or set retain_weight=0")
         masks = paired.token_masks(harmful, harmless, self.mask, self.mask_padding)
         options = (self.boundary, self.ignore_token_zero)
         bad = paired.surviving_rows(harmful["input_ids"], masks[0], *options)
@@ -221,7 +236,9 @@ class RepNoiseLoss(nn.Module):
                     f"{name}: no token carries loss; expected at least one position t > 0 at which the mask "
                     f"({self.mask}{', padding left out' if self.mask_padding else ''}) is set"
                 )
-        wrapped = self._model[0] if model is None else model
+        wrapped = guards.chosen("RepNoiseLoss", self._model[0], model, self.structure)
+        if torch.is_grad_enabled():
+            self._rounded.look()
         reshard(wrapped)
         batch, length = harmful["input_ids"].shape
         noise = {
@@ -229,7 +246,7 @@ class RepNoiseLoss(nn.Module):
             "call": self.call.to(harmful["input_ids"].device, copy=True),
             "sample_offset": batch * _rank() if sample_offset is None else sample_offset,
         }
-        lens = Lens(self.structure, self.filter_tol)
+        lens = Lens(self.structure, self.filter_tol, inner_transform=self.lens_transform == "model")
         good_in_pair = good._replace(rows=good.rows + batch * length)
         entries = self._drawn_entries()
         read = entries if self.norm_last_twice else entries - {len(self.structure.layers)}
@@ -260,7 +277,8 @@ class RepNoiseLoss(nn.Module):
         self.components = {name: value.detach() for name, value in parts.items()}
         wide = accumulation_dtype(lens.weight.dtype)
         self._last_noise = {**noise, "shape": (batch, length, lens.weight.shape[1]), "dtype": wide}
-        self.call += 1
+        if torch.is_grad_enabled():  # an evaluation does not move the training's noise
+            self.call += 1
         loss = parts["loss"]
         return Gate.apply(loss, self._taps, scopes) if loss.requires_grad else loss  # type: ignore[no-any-return]
 
@@ -279,7 +297,7 @@ class RepNoiseLoss(nn.Module):
         entries = len(self.structure.layers) + 1
 
         def mean(total: Tensor, rows: Rows) -> Tensor:
-            return (total + rows.boundary * log_v) / rows.total
+            return (total + rows.boundary.to(total.dtype) * log_v) / rows.total
 
         split = bad.rows.shape[0]
         harmless_ce, output_ce = mean(output[split:].sum(), good), mean(output[:split].sum(), bad)
@@ -324,6 +342,12 @@ class RepNoiseLoss(nn.Module):
         options = dict(self._last_noise)
         batch, length, width = options.pop("shape")
         return gaussian_noise(batch, length * width, layer=layer, **options).view(batch, length, width)
+
+    def __getstate__(self) -> Any:
+        raise TypeError(
+            "RepNoiseLoss: it cannot be copied or pickled, since its hooks are on one model; construct one on the "
+            "other model, and hand on its counter by state_dict()"
+        )
 
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastguard.losses import guards
 from fastguard.taps import Structure
 
 
@@ -50,6 +51,7 @@ def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]
     The tokens are the ``labels`` other than -100, else those that the attention mask keeps, else all.
     Raises a ValueError that calls the batch ``name``.
     """
+    guards.a_batch(batch, name)
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise ValueError(f"{name}: expected input_ids of shape [B, T]")

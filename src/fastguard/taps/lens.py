@@ -25,19 +25,20 @@ class Lens:
         structure: the model's parts.
         filter_tol: see ``lm_head_stats``. None is exact at the output, whose gradient passes through every layer
             and whose broad distribution leaves little to skip, and the default of the dtype at the inner states.
+        inner_transform: whether inner states too pass the model's soft-cap and logit scale.
 
     Raises:
         RuntimeError: the head or the norm does not compute what its parameters say, as inside ``nested.linearised``.
     """
 
-    def __init__(self, structure: Structure, filter_tol: float | None) -> None:
+    def __init__(self, structure: Structure, filter_tol: float | None, inner_transform: bool = True) -> None:
         for part in (structure.head, structure.norm):
             if any(hasattr(module, SHIFTED) for module in part.modules()):
                 raise RuntimeError(
                     f"{type(part).__name__}: its output is shifted by nested.linearised, which a loss that reads its "
                     "weight would miss; use a loss on the model's own logits"
                 )
-        self.structure, self.filter_tol = structure, filter_tol
+        self.structure, self.filter_tol, self.inner_transform = structure, filter_tol, inner_transform
         weight, bias = head_parameters(structure.head)
         self.weight = anchor.full(weight)
         self.bias = anchor.anchored(bias)
@@ -70,11 +71,13 @@ class Lens:
         filter_tol = 0.0 if normed and self.filter_tol is None else self.filter_tol
         # Mixed precision: products in autocast's dtype, else in the activations'; cast once for all taps.
         self.weight = self.weight.to(transforms.product_dtype(hidden))
+        plain = not normed and not self.inner_transform
+        scale, softcap = (1.0, None) if plain else (self.structure.scale, self.structure.softcap)
         stats, token = lens_stats(
             hidden, rows, self.weight, target,
             norm_kind=kind, norm_weight=None if kind == "none" else self.norm_weight,
             norm_bias=None if kind == "none" else self.norm_bias, norm_eps=self.structure.norm_eps,
-            bias=self.bias, scale=self.structure.scale, softcap=self.structure.softcap, filter_tol=filter_tol,
+            bias=self.bias, scale=scale, softcap=softcap, filter_tol=filter_tol,
             with_mean=with_mean, token=self.token if keep else self.first_token,
         )  # fmt: skip
         if keep:

@@ -128,6 +128,8 @@ def find_structure(model: nn.Module, mlp_of: Callable[[nn.Module], nn.Module] | 
         assert normed is not None
         norm_call = next((c for c in calls[:at] if _leaf(c.module) and _same(c.y, normed)), None)
         if norm_call is None or norm_call.x is None:
+            if not torch.isfinite(logits).all():
+                raise ValueError("model: its logits are not finite on a few tokens; expected finite weights")
             raise ValueError("model: no module produces the head's input; expected a final norm before the head")
         layers = _layers(base, calls, norm_call.x)
         width = norm_call.x.shape[-1]

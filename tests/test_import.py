@@ -1,7 +1,13 @@
 """`import fastguard` is cheap, touches nothing it need not, and works where only torch is installed."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+import fastguard
 
 BUDGET_S = 0.3
 
@@ -66,3 +72,58 @@ def test_missing_triton_is_named_where_it_is_asked_for():
     code += "u.find_spec = lambda name, *rest: None if name == 'triton' else real(name, *rest)\n"
     code += "from fastguard import backend; print(backend.unavailable('triton', 'cuda'))"
     assert "pip install 'fastguard-kernels[gpu]'" in python(code)
+
+
+def test_type_checkers_see_every_public_name_where_it_is():
+    tree = ast.parse(Path(fastguard.__file__).read_text())
+    [block] = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    seen = {alias.asname: (node.module, alias.name) for node in block.body for alias in node.names}
+    there = {name: (home, name) for name, home in fastguard._HOMES.items()}
+    there |= {room: ("fastguard", room) for room in fastguard._ROOMS}
+    lines = "\n".join(f"    from {home} import {name} as {name}" for home, name in sorted(there.values()))
+    assert seen == there, f"fastguard/__init__.py, under TYPE_CHECKING:\n{lines}"
+
+
+SNIPPET = """
+import fastguard
+from torch import Tensor, nn
+
+def right(model: nn.Module, rows: Tensor) -> Tensor:
+    loss: fastguard.RepNoiseLoss = fastguard.RepNoiseLoss(model, alpha=1.0, beta=0.001, mask_padding=True)
+    loss.close()
+    attack = fastguard.SimulatedAttack(model, optimizer=fastguard.nested.AdamW(lr=2e-5))
+    del attack
+    return fastguard.lm_head_stats(rows, rows, rows).cross_entropy()
+
+def wrong(model: nn.Module, rows: Tensor) -> None:
+    fastguard.RepNoiseLoss(model, alpha="much")  # arg-type
+    fastguard.RepNoiseLoss(model, gamma=1.0)  # call-arg
+    fastguard.RepNoiseLos(model)  # attr-defined
+    fastguard.nested.AdamW(lr="fast")  # arg-type
+    fastguard.lm_head_stats(rows, rows, rows).entropie()  # attr-defined
+"""
+
+
+def test_the_top_level_is_typed(tmp_path, monkeypatch):
+    """As `mypy --strict` of a user's file finds it; torch is left out, which alone takes it a minute."""
+    api = pytest.importorskip("mypy.api")
+    (tmp_path / "user.py").write_text(SNIPPET)
+    (tmp_path / "mypy.ini").write_text("[mypy]\n[mypy-torch.*,transformers.*]\nfollow_imports = skip\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MYPYPATH", str(Path(fastguard.__file__).parents[1]))
+    printed, errors, _ = api.run(["--strict", "--no-error-summary", "--hide-error-context", "user.py"])
+    found = [line for line in printed.splitlines() if ": error: " in line]
+    expected = [
+        (number, line.split("# ")[1]) for number, line in enumerate(SNIPPET.splitlines(), start=1) if "# " in line
+    ]
+    got = [(int(line.split(":")[1]), line.rsplit("[", 1)[1].rstrip("]")) for line in found]
+    assert got == expected, printed + errors
+
+
+def test_the_library_logs_and_says_nothing_unasked():
+    aloud = "import logging, sys; sys.stderr = sys.stdout"
+    asked = "logging.basicConfig(format='%(name)s: %(message)s')"
+    hidden = "sys.modules['fastguard._C'] = None\nfrom fastguard import backend\nbackend.unavailable('cpu', 'cpu')"
+    assert python(f"{aloud}\n{hidden}") == ""
+    said = python(f"{aloud}\n{asked}\n{hidden}")
+    assert said.startswith("fastguard._extension: CPU ops run on the slower portable backend: "), said

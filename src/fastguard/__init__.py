@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+import logging
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -31,10 +32,37 @@ _HOMES = {
 
 _ROOMS = ("nested", "trainers")
 
+if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
+    from fastguard import nested as nested
+    from fastguard import trainers as trainers
+    from fastguard.data.collate import ChatCollator as ChatCollator
+    from fastguard.data.collate import PairedCollator as PairedCollator
+    from fastguard.data.collate import TamperCollator as TamperCollator
+    from fastguard.defenses.booster.step import Booster as Booster
+    from fastguard.defenses.crl.step import CRL as CRL
+    from fastguard.defenses.random_mapping.step import RandomMapping as RandomMapping
+    from fastguard.defenses.seam.step import SEAM as SEAM
+    from fastguard.defenses.t_vaccine.step import TVaccine as TVaccine
+    from fastguard.defenses.tar.step import TAR as TAR
+    from fastguard.defenses.vaccine.step import Vaccine as Vaccine
+    from fastguard.losses.language_model import LanguageModelLoss as LanguageModelLoss
+    from fastguard.losses.repnoise import RepNoiseLoss as RepNoiseLoss
+    from fastguard.nested import SimulatedAttack as SimulatedAttack
+    from fastguard.ops.gaussian_mmd import gaussian_mmd as gaussian_mmd
+    from fastguard.ops.head_kl import head_kl as head_kl
+    from fastguard.ops.lens_stats import lens_stats as lens_stats
+    from fastguard.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from fastguard.ops.lm_head_stats import lm_head_stats as lm_head_stats
+    from fastguard.ops.representation_distance import representation_distance as representation_distance
+
+
 __all__ = ["__version__", *_HOMES, *_ROOMS]
 
 
-def __getattr__(name: str) -> Any:
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # what to show is the application's choice
+
+
+def _load(name: str) -> Any:
     """Public names are imported on first use, so that ``import fastguard`` stays light."""
     if name in _ROOMS:
         return importlib.import_module(f"fastguard.{name}")
@@ -43,6 +71,10 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+if not TYPE_CHECKING:  # to a type checker, any name would be there
+    __getattr__ = _load
 
 
 def __dir__() -> list[str]:

@@ -249,9 +249,8 @@ def hints(found: dict[str, Any]) -> list[str]:
         compiler = "" if found["compilers"]["c++"] else "install a C++ compiler, then "
         said.append(
             f"CPU ops run on the slower portable backend; to have the C++ kernels: {compiler}pip install "
-            "--force-reinstall --no-deps --no-cache-dir --no-build-isolation -v fastguard-kernels (or its "
-            "source; "
-            "FASTGUARD_REQUIRE_EXTENSION=1 makes it fail rather than leave them out)."
+            "--force-reinstall --no-deps --no-cache-dir --no-build-isolation -v fastguard-kernels "
+            "(or the path of its source; FASTGUARD_REQUIRE_EXTENSION=1 makes it fail rather than leave them out)."
         )
     if found["gpus"] and not found["packages"]["triton"]:
         said.append("GPU ops run on the portable backend; to have the kernels: pip install 'fastguard-kernels[gpu]'.")

@@ -93,8 +93,8 @@ for name in fastguard.__all__:
 found = metadata.distribution("fastguard-kernels")
 hidden, weight = torch.randn(5, 8), torch.randn(11, 8)
 target = torch.tensor([0, 3, 10, 2, 7])
-plain = torch.nn.functional.cross_entropy(hidden @ weight.T, target)
-error = fastguard.linear_cross_entropy(hidden, weight, target) - plain
+wanted = torch.nn.functional.cross_entropy(hidden @ weight.T, target)
+error = fastguard.linear_cross_entropy(hidden, weight, target) - wanted
 print(json.dumps({
     "home": fastguard.__file__, "metadata": str(found.locate_file("fastguard/__init__.py")), "version": found.version,
     "error": abs(float(error)), "torch": torch.__version__,

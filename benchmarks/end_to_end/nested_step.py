@@ -363,6 +363,11 @@ def bound(recipe: Recipe, parameters: int) -> int:
     return int(1.1 * (host + most)) - parameters
 
 
+def largest_pass(planned: Sequence[Run]) -> Run:
+    """The one that holds the most."""
+    return max(planned, key=lambda run: (run.of.gradients == "weights", run.head, run.of.samples))
+
+
 def peak_of(job: Job, name: str) -> dict[str, Any]:
     """Peak memory above the model of a step with its optimizer's, and of all that it holds for that.
 
@@ -375,7 +380,7 @@ def peak_of(job: Job, name: str) -> dict[str, Any]:
     model.zero_grad(set_to_none=True)
     if name == "passes":
         one = Passes(model, texts)
-        largest = max(runs(job.recipe(architecture_of(model))), key=lambda run: (run.head, run.of.samples))
+        largest = largest_pass(runs(job.recipe(architecture_of(model))))
         peak = measure.peak_bytes(lambda: one.one(largest, texts.batch(0, largest.of.samples)))
         return {"contender": name, "peak_bytes": peak, "parameter_bytes": parameter_bytes(model)}
 

@@ -134,5 +134,14 @@ def test_the_bound_counts_what_waits_on_the_host():
     assert nested_step.bound(Recipe([], [item, host, later]), 20) == int(1.1 * 110) - 20
 
 
+def test_the_largest_pass_is_one_for_weights_and_with_a_head():
+    architecture = MODELS["smollm2-135m"]
+    found = {
+        name: nested_step.largest_pass(nested_step.runs(nested_step.Job.of(name).recipe(architecture))).of.name
+        for name in ("tar", "vaccine", "random_mapping")
+    }
+    assert found == {"tar": "retain", "vaccine": "perturbed", "random_mapping": "retain"}
+
+
 def test_those_with_more_than_one_pass_are_benchmarked():
     assert {"tar", "booster", "vaccine"} <= set(nested_step.default()) and "sft" not in nested_step.default()

@@ -81,6 +81,13 @@ def test_the_passes_of_a_defense_are_those_of_its_cost(name, model, texts):
     assert all(p.requires_grad for p in model.parameters()) and gradient(model).norm() > 0
 
 
+def test_the_passes_have_the_batches_that_a_step_draws():
+    planned = nested_step.runs(job("tar", batch=2, held_out=3).recipe(MODELS["smollm2-135m"]))
+    assert {run.of.name: run.of.samples for run in planned} == {
+        "attack": 2, "tamper": 3, "reference": SAMPLES, "retain": SAMPLES,
+    }  # fmt: skip
+
+
 def test_a_fused_head_gives_the_passes_the_same_losses(model, texts):
     losses = [nested_step.step(job("booster"), name, model, texts)() for name in ("passes", "passes, fused head")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

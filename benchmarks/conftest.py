@@ -11,6 +11,10 @@ import torch
 import measure
 
 
+def pytest_addoption(parser):
+    parser.addoption("--methods", help="defenses whose steps are benchmarked, by comma (bench_nested_steps.py)")
+
+
 @pytest.hookimpl
 def pytest_benchmark_update_machine_info(config, machine_info):
     machine_info.update(measure.machine())

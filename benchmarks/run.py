@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their results and tables.
 
-    python benchmarks/run.py [--gpu] [SELECTION ...]
+    python benchmarks/run.py [--gpu] [--methods NAME,NAME] [SELECTION ...]
 
 The ops' own tests run first: no speed is reported on red tests. Results go to benchmarks/results/<name>.json with the
 machine, versions and date; the tables of docs/performance.md between ``<!-- bench:<name> -->`` markers are rewritten
@@ -20,6 +20,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
+NESTED = "benchmarks/end_to_end/bench_nested_steps.py"
 KEPT_STATS = ("min", "median", "max", "rounds")
 
 
@@ -75,6 +76,8 @@ def table(result: dict[str, Any]) -> str:
     for group, rows in groups.items():
         lines += [f"**{group}**", "", *contenders(rows), ""]
         for r in rows:
+            if "left_out" in r:
+                lines += [f"Left out: {r['left_out']}.", ""]
             if "parts" in r:
                 lines += [f"What {r['contender']}'s step does besides model passes:", "", *parts(r), ""]
     return "\n".join(lines)
@@ -142,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
     parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, gpu")
+    parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
     parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
     options = parser.parse_args()
@@ -152,10 +156,14 @@ def main() -> None:
         jobs = {"gpu": ["benchmarks/gpu"]} if options.gpu else {
             "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))],
             "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],
-            "cpu-nested": ["benchmarks/end_to_end/bench_nested_steps.py"],
+            "cpu-nested": [NESTED],
         }  # fmt: skip
         if options.selection:
             jobs = {options.name or "selection": options.selection}
+        if options.methods:
+            jobs = {name: [*s, f"--methods={options.methods}"] for name, s in jobs.items() if NESTED in s}
+            if not jobs:
+                parser.error(f"--methods: expected {NESTED} in the selection, or none")
         RESULTS.mkdir(exist_ok=True)
         for name, selection in jobs.items():
             file = RESULTS / f"{name}.json"

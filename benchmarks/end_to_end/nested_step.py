@@ -1,32 +1,35 @@
-"""One step of each nested defense on SmolLM2 with real text: the workload, its contenders, what is not a model pass.
+"""One step of a defense on SmolLM2 with real text: the workload, its contenders, what is not a model pass.
 
-    python benchmarks/end_to_end/nested_step.py tar fastguard published passes
+    python benchmarks/end_to_end/nested_step.py tar fastguard published passes --set inner_steps=4
 
 prints a JSON line per contender with the peak memory above the model, each measured in a process of its own;
-``bench_nested_steps.py`` times them. Contenders:
+``bench_nested_steps.py`` times them. The registry says which defenses there are, their roles which batches a step
+wants, and their costs on paper which passes of the model it is made of and what it holds. Contenders:
 
-passes              the model passes that the method's mathematics needs, and nothing else: Hugging Face's own forward,
-                    logits and loss, and a backward into fresh gradients
-passes, fused head  the same through ``LanguageModelLoss``, which makes no [B, T, V] logits: what the nested engine
-                    adds is its time above these
+passes              the model passes of the cost, and nothing else: Hugging Face's own forward, logits and loss, and a
+                    backward into fresh gradients. All tokens carry loss; a pass without a head ends at the last hidden
+                    state
+passes, fused head  the same through ``LanguageModelLoss``, which makes no [B, T, V] logits: what the defense adds is
+                    its time above these
 fastguard           the defense
-published           the published algorithm, written eagerly (tests/defenses)
+published           the published algorithm, written eagerly: ``contender`` of tests/defenses/published_NAME.py, a
+                    function of (model, options, the batches of a step by name) that returns the step
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
+import dataclasses
+import gc
+import importlib
+import importlib.util
 import json
 import math
 import os
 import statistics
 import subprocess
 import sys
-import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,138 +42,249 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
 import measure  # noqa: E402
 from end_to_end.step import load, prose  # noqa: E402
+from fastguard import methods  # noqa: E402
+from fastguard.plan.architecture import MODELS, Architecture, from_config  # noqa: E402
+from fastguard.plan.command import assignments  # noqa: E402
+from fastguard.plan.cost import Recipe  # noqa: E402
+from fastguard.plan.parts import Pass, held, moments  # noqa: E402
+from fastguard.plan.setting import PRECISIONS, Setting  # noqa: E402
+from fastguard.settings import Settings, build  # noqa: E402
 
-METHODS = ("tar", "booster", "vaccine")
 CONTENDERS = ("passes", "passes, fused head", "fastguard", "published")
-INNER, EVERY = 8, 4
-"""TAR's inner steps here and how often the gradient is read; published: 64 and 4, of which every part but the retain
-pass, the reference and the snapshot is a multiple."""
+SAMPLES, TOKENS = 8, 64
 LR = 2e-5
-TOKENS = {"tar": 512, "booster": 512, "vaccine": 512}
-"""Of the largest batch of a step."""
+POOL = 96
+"""Passages of which batches are made; a step's batches have few of them in common."""
 
 Batch = dict[str, Tensor]
 Step = Callable[[], float]
 
 
-def batches(tokenizer: Any, count: int, samples: int, tokens: int) -> list[Batch]:
-    """Different passages of Wikipedia, every token of which carries loss."""
-    ids = prose(tokenizer, count * samples, tokens).split(samples)
-    return [{"input_ids": x, "attention_mask": torch.ones_like(x), "labels": x.clone()} for x in ids]
+@dataclass(frozen=True)
+class Job:
+    """A step that is measured: the defense, its options (those ``given`` by name), and the run's samples and tokens."""
 
-
-@dataclass
-class Work:
-    """The batches of a step, by the names that the method gives them."""
-
-    attack: list[Batch]
-    tamper: Batch
-    retain: Batch
-    harmful: Batch
-    harmless: Batch
+    entry: methods.Entry
+    options: Settings
+    given: frozenset[str]
+    samples: int = SAMPLES
+    tokens: int = TOKENS
 
     @staticmethod
-    def of(method: str, tokenizer: Any) -> Work:
-        """TAR: 4 x 64 tokens for attackers and tamper loss, 8 x 64 to retain; the others 4 x 128."""
-        if method == "tar":
-            *attack, tamper = batches(tokenizer, INNER + 1, 4, 64)
-            retain = batches(tokenizer, 10, 8, 64)[-1]
-            return Work(attack, tamper, retain, tamper, retain)
-        harmful, harmless = batches(tokenizer, 2, 4, 128)
-        return Work([], harmful, harmless, harmful, harmless)
+    def of(name: str, changes: Mapping[str, Any] | None = None, samples: int = SAMPLES, tokens: int = TOKENS) -> Job:
+        """With what the defense says that its steps are timed with, ``changes`` on top. Raises ValueError."""
+        entry = methods.find(name, "defense")
+        kind = entry.load_options()
+        values = {**kind.timed, **(changes or {})}
+        return Job(entry, build(kind, values), frozenset(values), samples, tokens)
 
-    def largest(self) -> Batch:
-        """The batch whose activations are the largest."""
-        return max((self.retain, self.tamper), key=lambda b: b["input_ids"].numel())
+    def recipe(self, architecture: Architecture) -> Recipe:
+        """The parts and items of the step on one device in fp32. Raises ValueError where it cannot be planned."""
+        setting = self.setting(architecture)
+        return self.entry.load_cost().here(setting, self.options)
+
+    def setting(self, architecture: Architecture) -> Setting:
+        """The job as the planner takes it."""
+        return Setting(
+            architecture, gpus=1, batch=self.samples, tokens=self.tokens, precision=PRECISIONS["fp32"],
+            checkpointing=False, given=self.given,
+        )  # fmt: skip
+
+    @property
+    def title(self) -> str:
+        """For the head of a table."""
+        changes = self.options.describe()
+        return f"{self.entry.title} step{f' ({changes})' if changes else ''}"
 
 
-def flops(method: str, parameters: int = 134_515_008, body: int = 106_203_456) -> float:
-    """Of the model passes, attention's own products left out: 2 a token and weight, forward and for each gradient."""
-    passes = {
-        "tar": 6 * parameters * (INNER + INNER // EVERY) * 256 + (2 * body + 6 * parameters) * 512,
-        "booster": 3 * 6 * parameters * 512,
-        "vaccine": (4 + 6) * parameters * 512,
-    }
-    return float(passes[method])
+def default() -> list[str]:
+    """The defenses that are benchmarked unless others are named: those whose step has more than one model pass."""
+    found = []
+    for name, entry in methods.defenses().items():
+        if entry.cost is None:
+            continue
+        planned = runs(Job.of(name).recipe(MODELS["smollm2-135m"]))
+        if sum(run.count for run in planned) > 1:
+            found.append(name)
+    return found
+
+
+def architecture_of(model: Any) -> Architecture:
+    """Of a Hugging Face model."""
+    return from_config(model.config.to_dict(), type(model).__name__)
+
+
+# The batches
+
+
+class Streams:
+    """Batches by role and number out of a pool of passages [n, T].
+
+    Every token carries loss, of pairs those of the second half.
+    """
+
+    def __init__(self, pool: Tensor, samples: int) -> None:
+        self.pool, self.samples = pool, samples
+
+    def batch(self, number: int, samples: int | None = None) -> Batch:
+        """A plain batch."""
+        count = samples or self.samples
+        ids = self.pool[torch.arange(number * count, (number + 1) * count) % len(self.pool)]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+    def pair(self, number: int, samples: int | None = None) -> tuple[Batch, Batch]:
+        """The same first halves, and other second halves."""
+        one, other = self.batch(2 * number, samples), self.batch(2 * number + 1, samples)
+        half = self.pool.shape[1] // 2
+        other["input_ids"][:, :half] = one["input_ids"][:, :half]
+        for batch in (one, other):
+            batch["labels"] = batch["input_ids"].clone()
+            batch["labels"][:, :half] = -100
+        return one, other
+
+    def of(self, roles: Mapping[str, Any]) -> dict[str, Callable[[int], Any]]:
+        """A stream for each role of a method; each begins elsewhere in the pool."""
+        return {name: self._stream(role, 7 * i) for i, (name, role) in enumerate(roles.items())}
+
+    def _stream(self, role: Any, shift: int) -> Callable[[int], Any]:
+        names = {"pair": ("harmful", "harmless"), "preference": ("rejected", "chosen")}.get(role.data)
+        if names is not None:
+            return lambda n: dict(zip(names, self.pair(n + shift, role.count), strict=True))
+        return lambda n: self.batch(n + shift, role.count)
+
+
+def streams(job: Job, tokenizer: Any) -> Streams:
+    """Of Wikipedia passages."""
+    return Streams(prose(tokenizer, POOL, job.tokens), job.samples)
 
 
 # The model passes
 
 
+@dataclass(frozen=True)
+class Run:
+    """A pass that a step makes ``count`` times: a forward, with ``head`` or without, and so many backwards of it."""
+
+    of: Pass
+    count: int
+    head: bool
+    backwards: int
+
+
+def runs(recipe: Recipe) -> list[Run]:
+    """The model passes of a recipe, in its order; one of which less than half a step is made is left out.
+
+    A backward without a forward of its own is another backward of the next pass.
+    """
+    heads = {part.name.partition(": ")[0] for part in recipe.parts if part.kind == "head"}
+    found: dict[str, Run] = {}
+    waiting = 0
+    for part in recipe.parts:
+        if part.of is None:
+            continue
+        name = part.of.name
+        if part.name == f"{name}: forward":
+            found[name] = Run(part.of, round(part.count), name in heads, waiting)
+            waiting = 0
+        elif name in found:
+            found[name] = dataclasses.replace(found[name], backwards=found[name].backwards + 1)
+        else:
+            waiting += 1
+    if waiting:
+        raise ValueError(f"recipe: {waiting} backwards come after the last forward")
+    return [run for run in found.values() if run.count]
+
+
+def flops(recipe: Recipe, architecture: Architecture, tokens: int) -> float:
+    """Of the passes as Hugging Face computes them: the layers' by the recipe, and a head with full logits."""
+    products = {"none": 0, "activations": 1, "weights": 2}
+    heads = sum(
+        run.count * 2.0 * run.of.samples * tokens * architecture.head * (1 + products[run.of.gradients] * run.backwards)
+        for run in runs(recipe) if run.head
+    )  # fmt: skip
+    return heads + sum(part.flops for part in recipe.parts if part.of is not None and round(part.count))
+
+
 class Passes:
-    """Forwards and backwards of the model, each backward into fresh gradients."""
+    """Forwards and backwards of the model, each backward into fresh gradients, by Hugging Face's loss or by ours."""
 
-    def __init__(self, model: Any, loss: Callable[[Batch, str], Tensor]) -> None:
-        self.model, self.loss = model, loss
+    def __init__(self, model: Any, streams: Streams, fused: bool = False) -> None:
+        from fastguard.taps import find_structure
 
-    def full(self, batch: Batch, kind: str = "cross_entropy") -> float:
-        """A forward and a backward."""
-        self.model.zero_grad(set_to_none=True)
-        loss = self.loss(batch, kind)
-        loss.backward()
+        self.model, self.streams = model, streams
+        self.attentions = find_structure(model).attentions
+        self.loss: Callable[[Batch], Tensor] = lambda batch: model(**batch).loss
+        if fused:
+            from fastguard.losses.language_model import LanguageModelLoss
+
+            language = LanguageModelLoss(model)
+            self.loss = lambda batch: language(batch)
+
+    def all(self, planned: Sequence[Run]) -> float:
+        """All passes of one step; the last loss."""
+        value, number = math.nan, 0
+        for run in planned:
+            for _ in range(run.count):
+                value = self.one(run, self.streams.batch(number, run.of.samples))
+                number += 1
+        return value
+
+    def one(self, run: Run, batch: Batch) -> float:
+        """One pass; its loss."""
+        if run.of.gradients == "none":
+            with torch.no_grad():
+                return float(self._forward(run, batch))
+        if run.of.gradients == "activations":
+            return self._activations(run, batch)
+        loss = self._forward(run, batch)
+        for left in reversed(range(run.backwards)):
+            self.model.zero_grad(set_to_none=True)
+            loss.backward(retain_graph=left > 0)
         return float(loss.detach())
 
-    @torch.no_grad()
-    def states(self, batch: Batch) -> None:
-        """A forward without gradients, as far as the last hidden state."""
-        self.model(**{k: v for k, v in batch.items() if k != "labels"}, logits_to_keep=1)
+    def _forward(self, run: Run, batch: Batch) -> Tensor:
+        if run.head:
+            return self.loss(batch)
+        states = self.model.base_model(**{k: v for k, v in batch.items() if k != "labels"}).last_hidden_state
+        return states.square().mean()
 
-    def activations(self, batch: Batch) -> float:
-        """A forward and a backward for activations alone, which ends at the first attention block's output."""
+    def _activations(self, run: Run, batch: Batch) -> float:
+        """A forward and a backward for activations alone, which ends at an attention block's output."""
         lowest: list[Tensor] = []
 
         def leaf(module: nn.Module, args: Any, output: Any) -> Any:
             lowest.append(output[0].detach().requires_grad_())
             return (lowest[0], *output[1:])
 
-        handle = self.model.model.layers[0].self_attn.register_forward_hook(leaf)
-        self.model.requires_grad_(False)
+        handle = self.attentions[round(run.of.stop or 0)].register_forward_hook(leaf)
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        for p in trained:
+            p.requires_grad = False
         try:
-            loss = self.loss(batch, "cross_entropy")
+            loss = self._forward(run, batch)
             torch.autograd.grad(loss, lowest[0])
         finally:
-            self.model.requires_grad_(True)
+            for p in trained:
+                p.requires_grad = True
             handle.remove()
         return float(loss.detach())
-
-    def of(self, method: str, work: Work) -> float:
-        """All passes of one step; the last loss."""
-        if method == "tar":
-            for i, batch in enumerate(work.attack):
-                self.full(batch)
-                if (i + 1) % EVERY == 0:
-                    self.full(work.tamper, "max_entropy")
-            self.states(work.retain)
-            return self.full(work.retain)
-        if method == "booster":
-            self.full(work.harmful)
-            self.full(work.harmful)
-            return self.full(work.harmless)
-        self.activations(work.harmless)
-        return self.full(work.harmless)
-
-
-def passes(model: Any, fused: bool) -> Passes:
-    """The passes with Hugging Face's own cross-entropy everywhere, or with `LanguageModelLoss`."""
-    if not fused:
-        return Passes(model, lambda batch, kind: model(**batch).loss)
-    from fastguard.losses.language_model import LanguageModelLoss
-
-    language = LanguageModelLoss(model)
-    return Passes(model, lambda batch, kind: language(batch, kind))
 
 
 # The contenders
 
 
-def step(method: str, name: str, model: Any, work: Work) -> Step:
-    """A function that runs one step of a contender and returns a loss; defenses leave their gradients."""
-    if name.startswith("passes"):
-        run = passes(model, name != "passes")
-        return lambda: run.of(method, work)
+def step(job: Job, name: str, model: Any, streams: Streams) -> Step:
+    """A function that runs one step of a contender and returns its loss, NaN where it has none to tell.
+
+    Defenses leave their gradients. ``fastguard``: the first call is step 0, every later one is step 1 again.
+    Raises ValueError for a name that is not known, LookupError where there is no such contender.
+    """
+    if name.startswith("passes") and name in CONTENDERS:
+        passes, planned = Passes(model, streams, name != "passes"), runs(job.recipe(architecture_of(model)))
+        return lambda: passes.all(planned)
     if name not in CONTENDERS:
         raise ValueError(f"contender: expected one of {', '.join(CONTENDERS)}, got {name!r}")
-    once = (_fastguard if name == "fastguard" else _published)(method, model, work)
+    once = (_fastguard if name == "fastguard" else _published)(job, model, streams)
 
     def cleared() -> float:
         model.zero_grad(set_to_none=True)
@@ -179,159 +293,48 @@ def step(method: str, name: str, model: Any, work: Work) -> Step:
     return cleared
 
 
-def _fastguard(method: str, model: Any, work: Work) -> Step:
-    if method == "tar":
-        from fastguard.defenses.tar.step import TAR, Adversary
+def _fastguard(job: Job, model: Any, streams: Streams) -> Step:
+    method = job.entry.build(model, job.options)
+    data, after_first = streams.of(method.roles), None
 
-        tar = TAR(model, steps=INNER, every=EVERY)
+    def once() -> float:
+        nonlocal after_first
+        if after_first is not None:
+            method.load_state_dict(after_first)
+        loss = float(method.backward(**method.draw(data))["loss"])
+        after_first = after_first or method.state_dict()
+        return loss
 
-        def outer() -> float:
-            adversary = Adversary("harmful", LR, work.attack)
-            return float(tar.backward(retain=work.retain, tamper=work.tamper, adversaries=[adversary])["loss"])
-
-        return outer
-    if method == "booster":
-        from fastguard.defenses.booster.step import Booster
-
-        booster = Booster(model)
-        return lambda: float(booster.backward(harmful=work.harmful, harmless=work.harmless)["loss"])
-    from fastguard.defenses.vaccine.step import Vaccine
-
-    vaccine = Vaccine(model)
-    return lambda: float(vaccine.backward(harmless=work.harmless)["loss"])
+    return once
 
 
-def _published(method: str, model: Any, work: Work) -> Step:
-    if method == "tar":
-        from defenses.published_tar import outer_step
+def _published(job: Job, model: Any, streams: Streams) -> Step:
+    missing = no_published(job.entry.name)
+    if missing:
+        raise LookupError(missing)
+    method = job.entry.build(model, job.options)
+    method.step = 1
+    batches = method.draw(streams.of(method.roles))
+    method.close()
+    del method
+    gc.collect()  # it may hold as much as a model
+    once = importlib.import_module(f"defenses.published_{job.entry.name}").contender(model, job.options, **batches)
 
-        frozen = copy.deepcopy(model).requires_grad_(False)
-        return lambda: outer_step(
-            model, frozen, work.retain, [work.tamper], [(LR, work.attack)], steps=INNER, every=EVERY
-        )["retain"]
-    if method == "booster":
-        from defenses.published_booster import published_booster
+    def run() -> float:
+        loss = once()
+        return math.nan if loss is None else float(loss)
 
-        return lambda: _no_loss(published_booster(model, work.harmful, work.harmless))
-    from defenses.published_vaccine import published_vaccine
-
-    return lambda: _no_loss(published_vaccine(model, work.harmless))
-
-
-def _no_loss(nothing: None) -> float:
-    """Where a contender does not say what its loss was."""
-    return math.nan
+    return run
 
 
-# What is not a model pass
-
-
-class Parts:
-    """Seconds and bytes of everything in a step that is not a model pass, by its name.
-
-    Functions of the package are wrapped for the length of a ``with``; each is charged its own time, without that of
-    wrapped functions that it calls. Bytes are what the arithmetic has to read and write, of parameter-sized tensors.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.bytes: dict[str, int] = defaultdict(int)
-        self._inner = [0.0]
-        self._undo: list[Callable[[], None]] = []
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One a part, the longest first."""
-        order = sorted(self.seconds, key=lambda part: -self.seconds[part])
-        return [{"part": p, "seconds": self.seconds[p], "bytes": self.bytes[p]} for p in order if p]
-
-    @contextlib.contextmanager
-    def span(self, part: str, size: int = 0) -> Iterator[None]:
-        """Charge what runs inside to ``part`` ("": to nobody)."""
-        start = time.perf_counter()
-        self._inner.append(0.0)
-        try:
-            yield
-        finally:
-            whole = time.perf_counter() - start
-            self.seconds[part] += whole - self._inner.pop()
-            self.bytes[part] += size
-            self._inner[-1] += whole
-
-    def __enter__(self) -> Parts:
-        import fastguard.ops.multi_tensor  # noqa: F401
-        from fastguard import ops
-        from fastguard.losses import language_model
-        from fastguard.nested import activations, attack, guard, optimizers, reference, snapshot, weights
-        from fastguard.taps import taps
-
-        op = ops.multi_tensor
-        for function, part, times in (
-            (op.squared_norm, "norms", 1), (op.dot, "norms", 2), (op.accumulate_, "accumulate", 3),
-            (op.perturb_, "perturb", 3), (op.adamw_, "inner AdamW", 7),
-        ):  # fmt: skip
-            self._everywhere(function, part, lambda a, times=times: times * _size(a[0]))
-        self._method(optimizers._AdamW, "step", "inner AdamW, its moments made", None)
-        self._method(snapshot.Snapshot, "take", "snapshot", lambda a: 2 * a[0].bytes)
-        self._method(snapshot.Snapshot, "restore_", "restore", lambda a: 2 * a[0].bytes)
-        self._context(reference.Reference, "installed", "reference exchange", lambda a: 4 * a[0].bytes)
-        self._everywhere(guard.own_random_numbers, "random numbers", None, context=True)
-        for name in ("__init__", "prepare", "local", "take_gradients", "put_gradients", "refuse_waiting_gradients"):
-            self._method(weights.Weights, name, "parameter lists", None)
-        self._method(attack.Tampered, "check", "finite losses", None)
-        for site in (taps.Site, taps.InputSite):
-            self._method(site, "__call__", "hooks", None)
-        self._method(language_model.OutputScope, "observe", "", None)  # the head, and so part of the model pass
-        self._method(language_model._Distance, "__call__", "representation distance (forward)", None)
-        self._method(activations._Shift, "observe", "activation perturbation", lambda a: 3 * _size([a[3]]))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for undo in reversed(self._undo):
-            undo()
-        self._undo.clear()
-
-    def _wrapped(self, function: Any, part: str, size: Any) -> Any:
-        def timed(*args: Any, **options: Any) -> Any:
-            with self.span(part, size(args) if size else 0):
-                return function(*args, **options)
-
-        return timed
-
-    def _method(self, owner: Any, name: str, part: str, size: Any) -> None:
-        self._put(owner, name, self._wrapped(owner.__dict__[name], part, size))
-
-    def _context(self, owner: Any, name: str, part: str, size: Any) -> None:
-        factory = getattr(owner, name)
-        self._put(owner, name, lambda *a, **o: _TimedContext(factory(*a, **o), self, part, size(a) if size else 0))
-
-    def _everywhere(self, function: Any, part: str, size: Any, context: bool = False) -> None:
-        """Wrap a function under every name that a module of the package has for it."""
-        for module in [m for name, m in list(sys.modules.items()) if name.startswith("fastguard.")]:
-            for name in [n for n, value in vars(module).items() if value is function]:
-                if context:
-                    self._context(module, name, part, size)
-                else:
-                    self._put(module, name, self._wrapped(function, part, size))
-
-    def _put(self, owner: Any, name: str, value: Any) -> None:
-        before = owner.__dict__[name]
-        setattr(owner, name, value)
-        self._undo.append(lambda: setattr(owner, name, before))
-
-
-class _TimedContext:
-    """A context manager whose entry and exit are charged to a part, each moving ``size`` bytes."""
-
-    def __init__(self, inner: Any, parts: Parts, part: str, size: int) -> None:
-        self.inner, self.parts, self.part, self.size = inner, parts, part, size
-
-    def __enter__(self) -> Any:
-        with self.parts.span(self.part, self.size):
-            return self.inner.__enter__()
-
-    def __exit__(self, *error: Any) -> Any:
-        with self.parts.span(self.part, self.size):
-            return self.inner.__exit__(*error)
+def no_published(name: str) -> str:
+    """Why there is no published contender; empty where there is one."""
+    module = f"defenses.published_{name}"
+    if importlib.util.find_spec(module) is None:
+        return f"published: there is no tests/defenses/published_{name}.py"
+    if not hasattr(importlib.import_module(module), "contender"):
+        return f"published: tests/defenses/published_{name}.py has no contender()"
+    return ""
 
 
 def row(contender: str, seconds: list[float], ratio: float, peak: int | None = None) -> dict[str, Any]:
@@ -341,45 +344,44 @@ def row(contender: str, seconds: list[float], ratio: float, peak: int | None = N
     return found if peak is None else {**found, "peak_bytes": peak}
 
 
-def _size(tensors: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 # Memory
 
 
 def parameter_bytes(model: nn.Module) -> int:
     """Of all trainable parameters, and so of one gradient, one snapshot, one moment, one accumulator in fp32."""
-    return _size([p for p in model.parameters() if p.requires_grad])
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-HELD = {
-    "tar": {"gradients": 1, "accumulator": 1, "outer AdamW": 2, "inner AdamW": 2, "snapshot": 1},
-    "booster": {"gradients": 1, "accumulator": 1, "outer AdamW": 2, "snapshot": 1},
-    "vaccine": {"gradients": 1, "outer AdamW": 2},
-}
-"""What a step may hold above the model and the activations of a pass, in multiples of the parameters."""
+def bound(recipe: Recipe, parameters: int) -> int:
+    """The aim for the peak above the model: what the cost holds at its worst moment, plus 10%, the model's included.
+
+    On a CPU what waits on the host is in the same memory.
+    """
+    host = sum(i.bytes for i in recipe.items if i.host and i.moments is None)
+    beside = [dataclasses.replace(i, host=False) for i in recipe.items if not (i.host and i.moments is None)]
+    most = max(sum(i.bytes for i in held(beside, moment)) for moment in moments(beside))
+    return int(1.1 * (host + most)) - parameters
 
 
-def bound(method: str, parameters: int, activations: int) -> int:
-    """The aim for the peak above the model: what must be held, plus 10% of that and of the model."""
-    needed = parameters * (1 + sum(HELD[method].values())) + activations
-    return int(1.1 * needed) - parameters
+def largest_pass(planned: Sequence[Run]) -> Run:
+    """The one that holds the most."""
+    return max(planned, key=lambda run: (run.of.gradients == "weights", run.head, run.of.samples))
 
 
-def peak_of(method: str, name: str) -> dict[str, Any]:
+def peak_of(job: Job, name: str) -> dict[str, Any]:
     """Peak memory above the model of a step with its optimizer's, and of all that it holds for that.
 
-    TAR reads twice in four inner steps here: what is held is the same as in 64.
+    ``passes``: of its largest pass alone.
     """
     model, tokenizer = load()
-    work = Work.of(method, tokenizer)
-    tiny = {k: v[:1, :8] for k, v in work.retain.items()}
-    passes(model, False).full(tiny)  # what a process allocates once
+    texts = streams(job, tokenizer)
+    warm = Run(Pass("warm", 1), 1, True, 1)
+    Passes(model, texts).one(warm, {k: v[:, :8] for k, v in texts.batch(0, 1).items()})  # what is allocated once
     model.zero_grad(set_to_none=True)
     if name == "passes":
-        one = passes(model, False)
-        peak = measure.peak_bytes(lambda: one.full(work.largest()))
+        one = Passes(model, texts)
+        largest = largest_pass(runs(job.recipe(architecture_of(model))))
+        peak = measure.peak_bytes(lambda: one.one(largest, texts.batch(0, largest.of.samples)))
         return {"contender": name, "peak_bytes": peak, "parameter_bytes": parameter_bytes(model)}
 
     def whole() -> None:
@@ -387,31 +389,40 @@ def peak_of(method: str, name: str) -> dict[str, Any]:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         outer.step()  # its states are there from the second step of a training on
-        once = step(method, name, model, work)
+        once = step(job, name, model, texts)
         once()
         outer.step()
 
     return {"contender": name, "peak_bytes": measure.peak_bytes(whole), "parameter_bytes": parameter_bytes(model)}
 
 
-def peak_in_fresh_process(method: str, name: str) -> dict[str, Any]:
+def peak_in_fresh_process(job: Job, name: str) -> dict[str, Any]:
     """`peak_of` in a process of its own, which gives freed memory back to the system at once: what is live counts."""
-    command = [sys.executable, __file__, method, name, "--here"]
+    command = [sys.executable, __file__, job.entry.name, name, "--here"]
+    command += ["--samples", str(job.samples), "--tokens", str(job.tokens)]
+    values = job.options.to_dict()
+    command += [text for key in sorted(job.given) for text in ("--set", f"{key}={json.dumps(values[key])}")]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    out = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if out.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{out.stderr[-3000:]}")
     return json.loads(out.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
 def main() -> None:
-    global INNER, EVERY
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=list(methods.defenses()))
     parser.add_argument("contenders", nargs="+", choices=CONTENDERS)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--here", action="store_true", help="in this process (one contender)")
     options = parser.parse_args()
-    INNER, EVERY = 4, 2
+    job = Job.of(options.method, assignments(options.set), options.samples, options.tokens)
     for name in options.contenders:
-        print(json.dumps((peak_of if options.here else peak_in_fresh_process)(options.method, name)))
+        missing = no_published(options.method) if name == "published" else ""
+        found = {"left_out": missing} if missing else (peak_of if options.here else peak_in_fresh_process)(job, name)
+        print(json.dumps({"contender": name, **found}))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,14 @@ _TESTS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """A section of settings. ``quick``: what makes its work small enough for a test machine."""
+    """A section of settings.
+
+    ``quick``: what makes its work small enough for a test machine. ``timed``: of a method, with what its step is timed
+    where the defaults would take minutes or leave out a part.
+    """
 
     quick: ClassVar[Mapping[str, Any]] = {}
+    timed: ClassVar[Mapping[str, Any]] = {}
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

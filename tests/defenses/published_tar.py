@@ -7,8 +7,9 @@ as before.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +117,18 @@ def outer_step(
         grad = trained[name].grad
         trained[name].grad = value if grad is None else grad + value
     return {"retain": float(loss.detach()), "tamper": sum(losses) / len(losses)}
+
+
+def contender(
+    model: nn.Module, options: Any, retain: Batch, tamper: Any, adversaries: Sequence[Any]
+) -> Callable[[], float]:
+    """An outer step for the benchmarks, which clear the gradients before. adversaries: with ``lr`` and ``batches``."""
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    attacks = [(one.lr, list(one.batches)) for one in adversaries]
+    return lambda: outer_step(
+        model, frozen, retain, [tamper] * len(attacks), attacks, steps=options.inner_steps, every=options.read_every,
+        grad_scale=options.grad_scale, tamper_loss=options.tamper_loss,
+    )["retain"]  # fmt: skip
 
 
 def random_mapping_step(model: nn.Module, harmful: Batch, retain: Batch, table: Tensor) -> dict[str, float]:

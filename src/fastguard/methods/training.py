@@ -27,6 +27,7 @@ from fastguard.losses.language_model import LanguageModelLoss
 from fastguard.methods.passes import Batch, Loss, differentiate, finite_norm
 from fastguard.nested.gradients import added_gradients
 from fastguard.nested.guard import derived_seed, own_random_numbers, rank
+from fastguard.nested.profile import span
 from fastguard.nested.weights import Select, Weights
 from fastguard.ops.multi_tensor import accumulate_
 from fastguard.settings import Settings
@@ -259,7 +260,9 @@ class Step:
 def add(into: list[Tensor | None], gradients: Sequence[Tensor | None], weight: float) -> None:
     """into += weight * gradients, in place; a parameter without a gradient has a zero one."""
     both = [(a, g) for a, g in zip(into, gradients, strict=True) if a is not None and g is not None]
-    accumulate_([a for a, _ in both], [g for _, g in both], weight)
+    sums = [a for a, _ in both]
+    with span("accumulate", sums, 3):
+        accumulate_(sums, [g for _, g in both], weight)
     for i, g in enumerate(gradients):
         if into[i] is None and g is not None:
             into[i] = weight * g

@@ -13,6 +13,7 @@
 ``narrow``       how much of an attacker's steps bf16 keeps, and masters that keep all
 ``snapshot``     where the original waits in the meantime
 ``optimizers``   the attacker's optimizers
+``profile``      what of a step is no model pass: the rest of the engine reports it while somebody listens
 """
 
 from fastguard.nested.activations import ActivationPerturbation

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastguard.nested.guard import Restoring, on_every_rank
 from fastguard.nested.perturbation import Realised, realised
+from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
 from fastguard.taps import Gate, Scope, Taps
 from fastguard.taps.structure import reshard
@@ -66,11 +67,12 @@ class _Shift(Scope):
                 f"activation perturbation: module {index} gives {tuple(x.shape)}, but its gradient was recorded for "
                 f"{tuple(shift.shape)}; both passes need the same batch"
             )
-        moved = x + shift.to(x.dtype)
-        if keep:
-            with torch.no_grad():
-                done = moved - x
-                self.sums[index] = torch.stack([squared_norm([shift]), squared_norm([done]), dot([shift], [done])])
+        with span("activation perturbation", [x], 3):
+            moved = x + shift.to(x.dtype)
+            if keep:
+                with torch.no_grad(), span("norms", [x], 4):
+                    done = moved - x
+                    self.sums[index] = torch.stack([squared_norm([shift]), squared_norm([done]), dot([shift], [done])])
         return moved
 
     def end(self) -> None:
@@ -144,9 +146,10 @@ class ActivationPerturbation:
         missing = wanted - scope.gradients.keys()
         if missing:
             raise RuntimeError(f"activation perturbation: no gradient reached modules {sorted(missing)}")
-        squares = {i: squared_norm([scope.gradients[i]]) for i in sorted(wanted)}
-        total = torch.stack(list(squares.values())).sum().sqrt()
-        norm = float(total)
+        with span("norms", list(scope.gradients.values()), 1):
+            squares = {i: squared_norm([scope.gradients[i]]) for i in sorted(wanted)}
+            total = torch.stack(list(squares.values())).sum().sqrt()
+            norm = float(total)
         if not on_every_rank(torch.isfinite(total) & (total > 0)):
             raise FloatingPointError(
                 f"activation perturbation: the gradient's norm is {norm} (on this rank); expected a finite number "

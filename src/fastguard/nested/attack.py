@@ -33,6 +33,7 @@ from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_r
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
 from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
 from fastguard.nested.perturbation import WARN_BELOW, Realised
+from fastguard.nested.profile import span
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Select, Weights
 from fastguard.ops.multi_tensor import accumulate_
@@ -222,7 +223,9 @@ class Tampered:
             if grad is not None and self._accumulated[i] is None:
                 self._accumulated[i] = torch.zeros_like(grad, dtype=accumulation_dtype(grad.dtype))
         given = [(a, g) for a, g in zip(self._accumulated, gradients, strict=True) if a is not None and g is not None]
-        accumulate_([a for a, _ in given], [g for _, g in given], weight)
+        sums = [a for a, _ in given]
+        with span("accumulate", sums, 3):
+            accumulate_(sums, [g for _, g in given], weight)
 
     def _gradients(self, loss: Tensor, weights: Weights, what: str) -> list[Tensor | None]:
         if self.over:
@@ -250,11 +253,12 @@ class Tampered:
         Checked when the defender reads and at the end, not at every step: an attacker's steps need not wait for the
         host.
         """
-        self._check_losses()
-        found = self._running.measure() if isinstance(self._running, Sampled) else None
-        if found is not None:
-            self.realised = found
-            self._judge(found, self.steps)
+        with span("finite losses"):
+            self._check_losses()
+            found = self._running.measure() if isinstance(self._running, Sampled) else None
+            if found is not None:
+                self.realised = found
+                self._judge(found, self.steps)
 
     def _check_losses(self) -> None:
         if not self._losses:

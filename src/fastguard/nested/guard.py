@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastguard.nested.profile import span
+
 
 class Restoring:
     """Puts back what a block has changed, whatever is raised in it; Ctrl-C can cut neither the change nor this short.
@@ -126,9 +128,15 @@ def own_random_numbers(seed: int, devices: list[torch.device]) -> Iterator[None]
     cuda = sorted(
         {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
     )
-    with torch.random.fork_rng(devices=cuda):
-        torch.random.default_generator.manual_seed(seed)
-        for index in cuda:
-            with torch.cuda.device(index):
-                torch.cuda.manual_seed(seed)
-        yield
+    with contextlib.ExitStack() as before:
+        with span("random numbers"):
+            before.enter_context(torch.random.fork_rng(devices=cuda))
+            torch.random.default_generator.manual_seed(seed)
+            for index in cuda:
+                with torch.cuda.device(index):
+                    torch.cuda.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with span("random numbers"):
+                before.close()

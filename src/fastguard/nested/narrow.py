@@ -16,6 +16,7 @@ from torch import Tensor
 from fastguard.nested.guard import derived_seed, summed_over_ranks
 from fastguard.nested.optimizers import Optimizer, Running
 from fastguard.nested.perturbation import Realised, realised
+from fastguard.nested.profile import span
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -104,7 +105,8 @@ class Mastered:
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         """See `Running.step`."""
         self._running.step(gradients)
-        torch._foreach_copy_(self._weights, self._masters)
+        with span("weights from masters", [*self._weights, *self._masters], 1):
+            torch._foreach_copy_(self._weights, self._masters)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import accumulate_, adamw_
 from fastguard.ops.precision import accumulation_dtype
 
@@ -83,22 +84,29 @@ class _AdamW:
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         given = [i for i, g in enumerate(gradients) if g is not None]
+        with span("inner AdamW, its moments made"):
+            self._count(given)
+        by_step: dict[int, list[int]] = {}  # one launch, unless a parameter missed a gradient (an expert not routed to)
+        for i in given:
+            by_step.setdefault(self.steps[i], []).append(i)
+        for step, at in by_step.items():
+            tensors = [self.tensors[i] for i in at]
+            with span("inner AdamW", tensors, 7):
+                adamw_(
+                    tensors, [g for i in at if (g := gradients[i]) is not None],
+                    [self.first[i] for i in at], [self.second[i] for i in at], step,
+                    lr=self.rule.lr, beta1=self.rule.betas[0], beta2=self.rule.betas[1], eps=self.rule.eps,
+                    weight_decay=self.rule.weight_decay,
+                )  # fmt: skip
+
+    def _count(self, given: Sequence[int]) -> None:
+        """One more step of these tensors; before the first, their moments."""
         for i in given:
             if i not in self.first:
                 t = self.tensors[i]
                 dtype = self.rule.state_dtype or accumulation_dtype(t.dtype)
                 self.first[i], self.second[i] = (torch.zeros(t.shape, dtype=dtype, device=t.device) for _ in range(2))
             self.steps[i] = self.steps.get(i, 0) + 1
-        by_step: dict[int, list[int]] = {}  # one launch, unless a parameter missed a gradient (an expert not routed to)
-        for i in given:
-            by_step.setdefault(self.steps[i], []).append(i)
-        for step, at in by_step.items():
-            adamw_(
-                [self.tensors[i] for i in at], [g for i in at if (g := gradients[i]) is not None],
-                [self.first[i] for i in at], [self.second[i] for i in at], step,
-                lr=self.rule.lr, beta1=self.rule.betas[0], beta2=self.rule.betas[1], eps=self.rule.eps,
-                weight_decay=self.rule.weight_decay,
-            )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,4 +130,6 @@ class _SGD:
 
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         given = [(t, g) for t, g in zip(self.tensors, gradients, strict=True) if g is not None]
-        accumulate_([t for t, _ in given], [g for _, g in given], -self.rule.lr)
+        tensors = [t for t, _ in given]
+        with span("inner SGD", tensors, 3):
+            accumulate_(tensors, [g for _, g in given], -self.rule.lr)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastguard.nested.guard import Restoring
+from fastguard.nested.profile import span
 from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Weights
 from fastguard.ops.multi_tensor import perturb_
@@ -170,10 +171,12 @@ def _move(
     """Write the step, and compare it with what was meant, over all shards."""
     total = torch.zeros(3, dtype=torch.float64)
     for at in weights.by_sharding():
-        sums = perturb_(
-            [tensors[i] for i in at], [directions[i] for i in at], scale,
-            source=None if masters is None else [masters[i] for i in at], through=through,
-        )  # fmt: skip
-        total += weights.reduce(sums, at[0]).double().cpu()
+        moved = [tensors[i] for i in at]
+        with span("perturb", moved, 3):
+            sums = perturb_(
+                moved, [directions[i] for i in at], scale,
+                source=None if masters is None else [masters[i] for i in at], through=through,
+            )  # fmt: skip
+            total += weights.reduce(sums, at[0]).double().cpu()
     rounds = masters is not None or (through is not None and any(t.dtype != through for t in tensors))
     return realised(total.tolist(), dithered=rounds)

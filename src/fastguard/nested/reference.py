@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.nested.guard import Restoring
+from fastguard.nested.profile import span
 from fastguard.nested.weights import Select, Weights
+
+EXCHANGE = "reference exchange"
+"""The part of a profile; each tensor is cloned and copied over, and the clone copied back."""
 
 
 class Reference:
@@ -58,16 +62,18 @@ class Reference:
 
         def restore(finished: bool) -> None:
             weights.prepare()
-            for mine, theirs in exchanged:
-                _exchange(mine, theirs)
+            with span(EXCHANGE, self._host, 4):
+                for mine, theirs in exchanged:
+                    _exchange(mine, theirs)
 
         with torch.no_grad(), Restoring() as guard:
             guard.on_exit(restore)
-            for mine, theirs in zip(live, self._host, strict=True):
-                guard.hold()  # a tensor is exchanged whole or not at all
-                _exchange(mine, theirs)
-                exchanged.append((mine, theirs))
-                guard.release()
+            with span(EXCHANGE, self._host, 4):
+                for mine, theirs in zip(live, self._host, strict=True):
+                    guard.hold()  # a tensor is exchanged whole or not at all
+                    _exchange(mine, theirs)
+                    exchanged.append((mine, theirs))
+                    guard.release()
             yield model
 
     @contextlib.contextmanager

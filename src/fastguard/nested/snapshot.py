@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import copy_
 
 Where = str | int | Sequence[Tensor]
@@ -55,14 +56,16 @@ class Snapshot:
     def take(self) -> None:
         """Copy the tensors, or make sure that the masters can stand in for a copy."""
         if self._masters is not None:
-            for i, (t, m) in enumerate(zip(self.tensors, self._masters, strict=True)):
-                if not _same_bits(t, m.to(t.device, t.dtype)):
-                    raise ValueError(f"snapshot: parameter {i} is not its master rounded to {t.dtype}")
+            with span("snapshot", [*self.tensors, *self._masters], 1):
+                for i, (t, m) in enumerate(zip(self.tensors, self._masters, strict=True)):
+                    if not _same_bits(t, m.to(t.device, t.dtype)):
+                        raise ValueError(f"snapshot: parameter {i} is not its master rounded to {t.dtype}")
             return
-        if self._copy is None:
-            self._copy = [self._like(t) for t in self.tensors]
-        copy_(self._copy, self.tensors)
-        _synchronize(self.tensors, self.location)
+        with span("snapshot", self.tensors, 2):
+            if self._copy is None:
+                self._copy = [self._like(t) for t in self.tensors]
+            copy_(self._copy, self.tensors)
+            _synchronize(self.tensors, self.location)
 
     def _like(self, t: Tensor) -> Tensor:
         if self.location == "host" and t.device.type == "cuda":
@@ -73,15 +76,17 @@ class Snapshot:
     def restore_(self) -> None:
         """Write the tensors back, bit for bit; the copy on a device is let go of."""
         if self._masters is not None:
-            for t, m in zip(self.tensors, self._masters, strict=True):
-                t.copy_(m)
+            with span("restore", [*self.tensors, *self._masters], 1):
+                for t, m in zip(self.tensors, self._masters, strict=True):
+                    t.copy_(m)
             return
         if self._copy is None:
             raise RuntimeError("snapshot: restore_ before take")
-        copy_(self.tensors, self._copy)
-        _synchronize(self.tensors, self.location)
-        if self.location == "device":
-            self._copy = None
+        with span("restore", self.tensors, 2):
+            copy_(self.tensors, self._copy)
+            _synchronize(self.tensors, self.location)
+            if self.location == "device":
+                self._copy = None
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

@@ -14,9 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.nested import fsdp2
+from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
 
 Select = Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter] | None
+
+LISTS = "parameter lists"
+"""The part of a profile that all this is."""
 
 
 class Weights:
@@ -38,15 +42,16 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, select: Select = None, argument: str = "select") -> None:
-        self.model = model
-        _refuse_other_sharding(model)
-        modules = list(model.modules())
-        self._groups = fsdp2.groups_of(modules)
-        self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
-        self.refuse_waiting_gradients()
-        self.prepare()
-        self._choose(select, argument)
-        fsdp2.refuse_unsharded_among_shards(model)
+        with span(LISTS):
+            self.model = model
+            _refuse_other_sharding(model)
+            modules = list(model.modules())
+            self._groups = fsdp2.groups_of(modules)
+            self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
+            self.refuse_waiting_gradients()
+            self.prepare()
+            self._choose(select, argument)
+            fsdp2.refuse_unsharded_among_shards(model)
 
     def _choose(self, select: Select, argument: str) -> None:
         model = self.model
@@ -77,11 +82,12 @@ class Weights:
 
     def among(self, select: Select, argument: str = "select") -> Weights:
         """Another choice from the same model, whose modules are not walked again; raises as the constructor."""
-        self.refuse_waiting_gradients()
-        self.prepare()
-        chosen = copy.copy(self)
-        chosen._choose(select, argument)
-        return chosen
+        with span(LISTS):
+            self.refuse_waiting_gradients()
+            self.prepare()
+            chosen = copy.copy(self)
+            chosen._choose(select, argument)
+            return chosen
 
     def subset(self, at: Sequence[int]) -> Weights:
         """The parameters of these indices, in this order."""
@@ -100,13 +106,15 @@ class Weights:
         Raises nothing, as restorations rely on it. No gradient waited at construction: what waits now is left over from
         a backward that was cut short, and is dropped.
         """
-        fsdp2.prepare(self._groups)
-        for replica in self._replicas:
-            replica.require_backward_grad_sync = True
+        with span(LISTS):
+            fsdp2.prepare(self._groups)
+            for replica in self._replicas:
+                replica.require_backward_grad_sync = True
 
     def refuse_waiting_gradients(self) -> None:
         """Raise a RuntimeError if FSDP2 holds gradients that it has not reduced."""
-        fsdp2.refuse_waiting_gradients(self._groups)
+        with span(LISTS):
+            fsdp2.refuse_waiting_gradients(self._groups)
 
     @property
     def replicated(self) -> bool:
@@ -120,33 +128,38 @@ class Weights:
 
     def local(self) -> list[Tensor]:
         """The parameters' local tensors, detached; writing to them writes to the parameters."""
-        return [_local(p.detach()) for p in self.parameters]
+        with span(LISTS):
+            return [_local(p.detach()) for p in self.parameters]
 
     def take_gradients(self) -> list[Tensor | None]:
         """The local gradients, taken off the parameters; None where there is none."""
-        for name, p in zip(self.names, self.parameters, strict=True):
-            if p.grad is not None and p.grad.is_sparse:
-                raise ValueError(f"{name}: its gradient is sparse; expected a dense one")
-        views = any(getattr(replica, "gradient_as_bucket_view", False) for replica in self._replicas)
-        taken: list[Tensor | None] = []
-        for p in self.parameters:
-            grad, p.grad = p.grad, None
-            taken.append(None if grad is None else _local(grad.clone() if views else grad))
-        return taken
+        with span(LISTS):
+            for name, p in zip(self.names, self.parameters, strict=True):
+                if p.grad is not None and p.grad.is_sparse:
+                    raise ValueError(f"{name}: its gradient is sparse; expected a dense one")
+            views = any(getattr(replica, "gradient_as_bucket_view", False) for replica in self._replicas)
+            taken: list[Tensor | None] = []
+            for p in self.parameters:
+                grad, p.grad = p.grad, None
+                taken.append(None if grad is None else _local(grad.clone() if views else grad))
+            return taken
 
     def put_gradients(self, gradients: Sequence[Tensor | None]) -> None:
         """Make local ``gradients`` the parameters' own, in the parameters' dtype."""
-        for p, sharding, grad in zip(self.parameters, self._sharding, gradients, strict=True):
-            if grad is None:
-                p.grad = None
-                continue
-            value: Tensor = grad.to(p.dtype)
-            if sharding is not None:
-                from torch.distributed.tensor import DTensor
+        with span(LISTS):
+            for p, sharding, grad in zip(self.parameters, self._sharding, gradients, strict=True):
+                if grad is None:
+                    p.grad = None
+                    continue
+                value: Tensor = grad.to(p.dtype)
+                if sharding is not None:
+                    from torch.distributed.tensor import DTensor
 
-                mesh, placements = sharding
-                value = DTensor.from_local(value, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
-            p.grad = value
+                    mesh, placements = sharding
+                    value = DTensor.from_local(
+                        value, mesh, placements, run_check=False, shape=p.shape, stride=p.stride()
+                    )
+                p.grad = value
 
     def shard(self, whole: Tensor, index: int) -> Tensor:
         """This rank's part of ``whole``, of the shape of parameter ``index``, on the device of ``whole``."""
@@ -160,11 +173,13 @@ class Weights:
 
     def norm(self, tensors: Sequence[Tensor]) -> Tensor:
         """The 2-norm over all tensors, one a parameter, and over all ranks' shards of them; 0-dim, no host sync."""
-        return self._sum(lambda at: squared_norm([tensors[i] for i in at])).sqrt()
+        with span("norms", tensors, 1):
+            return self._sum(lambda at: squared_norm([tensors[i] for i in at])).sqrt()
 
     def dot(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         """The inner product over all tensors and all ranks' shards; 0-dim."""
-        return self._sum(lambda at: dot([a[i] for i in at], [b[i] for i in at]))
+        with span("norms", a, 2):
+            return self._sum(lambda at: dot([a[i] for i in at], [b[i] for i in at]))
 
     def _sum(self, local: Callable[[list[int]], Tensor]) -> Tensor:
         """The sum of ``local(indices)`` over parameters of one sharding, reduced over its ranks, over all shardings."""

@@ -13,6 +13,21 @@ from fastguard.plan.setting import FP32, Setting
 
 
 @dataclass(frozen=True)
+class Pass:
+    """A pass of the model over one batch, of which a part is the forward or the backward.
+
+    Attributes:
+        samples: sequences of the batch. gradients: that the backward is for: ``weights``, ``activations`` or ``none``.
+        stop: the layer at whose attention output the backward ends; None: at the embedding.
+    """
+
+    name: str
+    samples: int
+    gradients: str = "weights"
+    stop: float | None = None
+
+
+@dataclass(frozen=True)
 class Part:
     """One GPU's share of some work in a step.
 
@@ -20,7 +35,7 @@ class Part:
         kind: ``model`` (layers, forward and backward), ``head`` (everything against the vocabulary) or ``weights``
             (element-wise passes over the weights, noise, statistics).
         count: how often a step does it; the other figures are for all of them.
-        flops: of matrix products. memory, network, host: bytes.
+        flops: of matrix products. memory, network, host: bytes. of: the pass that it is a direction of.
     """
 
     name: str
@@ -30,6 +45,7 @@ class Part:
     memory: float = 0.0
     network: float = 0.0
     host: float = 0.0
+    of: Pass | None = None
 
     def times(self, count: float) -> Part:
         """This part so many times a step."""

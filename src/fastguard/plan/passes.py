@@ -6,7 +6,7 @@ the keys, V vocabulary, c bytes of a number in the compute dtype. Activations ar
 
 from __future__ import annotations
 
-from fastguard.plan.parts import FP32, Item, Part, item
+from fastguard.plan.parts import FP32, Item, Part, Pass, item
 from fastguard.plan.setting import Setting
 
 LOSS, LAST, FIRST, END = "loss", "last layer", "first layer", "end"
@@ -140,6 +140,7 @@ def run(
     gradients.
     """
     a, p = s.architecture, s.precision
+    of = Pass(name, samples, gradients, stop)
     kept = a.layers * inner_bytes(s, samples)
     weights = a.parameters * p.compute
     adapter = 0 if s.lora is None else s.trainable * p.compute
@@ -147,7 +148,7 @@ def run(
     parts = [
         Part(
             f"{name}: forward", "model", 1, forward_flops(s, samples), weights + 2 * kept,
-            (weights + adapter) * s.moved,
+            (weights + adapter) * s.moved, of=of,
         )
     ]  # fmt: skip
     if gradients != "none":
@@ -158,7 +159,7 @@ def run(
         parts.append(
             Part(
                 f"{name}: backward", "model", 1, backward_flops(s, samples, wanted, stop, tapped),
-                weights + written + passes * kept, again + reduced,
+                weights + written + passes * kept, again + reduced, of=of,
             )
         )  # fmt: skip
     return [part.times(count) for part in parts]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from fastguard.settings import Settings, choice, number
 
@@ -12,6 +14,8 @@ BOUNDARIES = ("constant", "predicted")
 @dataclass(frozen=True)
 class Options(Settings):
     """See ``fastguard.RepNoiseLoss``."""
+
+    timed: ClassVar[Mapping[str, Any]] = {"retain_weight": 1.0}  # with the retain batch that runs have
 
     alpha: float = number(1.0, at_least=0)  # ascent on the harmful loss of output and layers
     beta: float = number(0.001, at_least=0)  # noise asked of the MLP outputs

@@ -13,9 +13,10 @@ def batches(s: Setting, o: Options) -> tuple[int, int]:
     """Sequences a GPU of an attacker's batch and of the held-out one.
 
     Published: 4 where retain batches have 8, so half of ``s.batch``, and a held-out batch that is assumed to be whole.
-    ``batch`` that was given holds for both, as it does in a run. DPO's held-out batch is of pairs.
+    One that was given is as it is in a run. DPO's held-out batch is of pairs.
     """
-    attacked, held_out = (o.batch, o.batch) if "batch" in s.given else (max(s.batch // 2, 1), s.batch)
+    attacked = o.batch if "batch" in s.given else max(s.batch // 2, 1)
+    held_out = o.held_out if "held_out" in s.given else s.batch
     return attacked, held_out * (2 if o.tamper_loss == "dpo" else 1)
 
 

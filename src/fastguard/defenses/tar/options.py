@@ -26,6 +26,7 @@ class Options(Settings):
     """See ``fastguard.TAR``, where ``inner_steps`` is ``steps``, ``read_every`` ``every``, ``inner_lr`` ``lrs``."""
 
     quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2, "held_out": 2}
+    timed: ClassVar[Mapping[str, Any]] = {"inner_steps": 8, "batch": 4, "held_out": 4}  # as many reads a step
 
     inner_steps: int = number(64, at_least=1)
     inner_lr: tuple[float, ...] = numbers((2e-5, 4e-5), above=0)

@@ -18,8 +18,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from fastguard import methods
 from plan.live import Watch, held_by
-from plan.workloads import STEPS, TINY, build, planned, setting
+from plan.workloads import PUBLISHED, TINY, Method, build, clear, for_options, options_of, planned, setting
 
 CASES = {
     "published sft": {"checkpointing": True},
@@ -27,7 +28,9 @@ CASES = {
     "sft": {"checkpointing": True},
     "booster": {"checkpointing": True},
     "tar": {"checkpointing": True},
+    "random_mapping": {"checkpointing": True},
 }
+"""A method's name, here or as published, and after a comma what is special."""
 
 
 def shard(model: torch.nn.Module) -> None:
@@ -41,25 +44,25 @@ def shard(model: torch.nn.Module) -> None:
 def run(name: str, checkpointing: bool) -> dict[str, float]:
     torch.manual_seed(0)
     model = build(TINY, "fp32", checkpointing)
-    prepare, recipe = STEPS[name.partition(",")[0]]
-    if name != "tar":
-        step, beside = prepare(model)
-        shard(model)
-    else:  # its reference is of the shards
-        shard(model)
-        step, beside = prepare(model)
-    step()  # FSDP2 makes its buffers
-    for p in model.parameters():
-        p.grad = None
-    watch = Watch([*held_by(model), *beside])
-    with watch.on():
-        step()
     s = setting(model, "mixed", checkpointing, gpus=2)
-    flops, memory = planned(recipe(s))
+    name, published = name.partition(",")[0].removeprefix("published "), name.startswith("published ")
+    entry = methods.find(name)
+    options = options_of(entry)
+    s = for_options(s, options)
+    recipe = (entry.load_cost().published if published else entry.load_cost().here)(s, options)
+    shard(model)  # before the method: what it keeps of the weights is of the shards
+    step = PUBLISHED[name](model)[0] if published else Method(entry, model, s, options).step
+    watch = Watch(held_by(model))
+    with watch.on():
+        step()  # FSDP2 makes its buffers
+        clear(model)
+        watch.reset()
+        step()
+    flops, memory = planned(recipe)
     return {
         "flops": watch.flops, "planned_flops": flops, "memory": watch.peak, "planned_memory": memory,
         "network": (watch.gathered + watch.scattered) * s.moved,
-        "planned_network": sum(part.network for part in recipe(s).parts),
+        "planned_network": sum(part.network for part in recipe.parts),
     }  # fmt: skip
 
 

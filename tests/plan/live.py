@@ -65,6 +65,10 @@ class Watch(TorchDispatchMode):
         """Bytes now."""
         return sum(s.nbytes() for ref in list(self._storages.values()) if (s := ref()) is not None)
 
+    def reset(self) -> None:
+        """Count anew what happens; what is held stays known."""
+        self.peak = self.flops = self.gathered = self.scattered = 0
+
     @contextlib.contextmanager
     def on(self) -> Iterator[Watch]:
         """Count in here, inside fastguard's ops too."""

@@ -1,4 +1,7 @@
-"""Models of known shape, the steps that run on them, and the plans of these steps."""
+"""Models of known shape, the steps that run on them, and the plans of these steps.
+
+`compare_method` holds the plan of any method of the registry against a step of it.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastguard import settings
+from fastguard.methods import Entry
+from fastguard.methods.training import Role, Stream
 from fastguard.plan.architecture import from_config
-from fastguard.plan.defenses import Recipe, defenses
+from fastguard.plan.cost import Recipe
 from fastguard.plan.parts import peak
 from fastguard.plan.setting import PRECISIONS, Setting
+from fastguard.settings import Settings
 from plan.live import Watch, held_by
 
 TINY: dict[str, Any] = dict(
@@ -50,8 +57,7 @@ def setting(model: nn.Module, precision: str = "fp32", checkpointing: bool = Tru
     """One process, no sharding."""
     options = dict(
         gpus=1, batch=BATCH, tokens=TOKENS, precision=PRECISIONS[precision], checkpointing=checkpointing,
-        attention="eager", adversary_batch=BATCH // 2, inner_steps=4, read_every=2, live=1.0,
-        rows=(TOKENS // 2 - 1) / TOKENS,
+        attention="eager", live=1.0, rows=(TOKENS // 2 - 1) / TOKENS,
     )  # fmt: skip
     return Setting(from_config(model.config.to_dict()), **{**options, **changes})
 
@@ -60,9 +66,9 @@ def ids(seed: int, batch: int = BATCH, tokens: int = TOKENS, vocabulary: int = 1
     return torch.randint(1, vocabulary, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
-def pair(**shape: int) -> dict[str, dict[str, Tensor]]:
+def pair(seed: int = 0, **shape: int) -> dict[str, dict[str, Tensor]]:
     """Harmful and harmless answers in the second half of each sequence; at every position they differ."""
-    harmful, other = ids(1, **shape), ids(2, **shape)
+    harmful, other = ids(seed + 1, **shape), ids(seed + 2, **shape)
     half = harmful.shape[1] // 2
     harmless = torch.cat([harmful[:, :half], torch.where(other == harmful, other % 7 + 1, other)[:, half:]], 1)
     harmless[:, half:] += (harmless == harmful)[:, half:].long()
@@ -73,22 +79,71 @@ Step = tuple[Callable[[], Any], list[Tensor]]
 """What is run, and tensors that it holds beside the model: not on the GPU in the plan."""
 
 
-def fused(model: nn.Module) -> Step:
-    from fastguard.losses.language_model import LanguageModelLoss
+# Methods of the registry: built with their options, fed by role.
 
-    loss = LanguageModelLoss(model)
-    return lambda: loss({"input_ids": ids(0)}).backward(), []
+
+STEADY: dict[str, dict[str, Any]] = {"t_vaccine": {"layers": 4, "every": 1, "probe_every": 1}}
+"""Options with which a method that draws, or does something now and then, has steps that are all the average one."""
+
+
+def options_of(entry: Entry, **changes: Any) -> Settings:
+    """A method's quick options, steady, with changes laid over them."""
+    kind = entry.load_options()
+    return settings.build(kind, {**kind.quick, **STEADY.get(entry.name, {}), **changes}, entry.name)
+
+
+def for_options(s: Setting, options: Settings) -> Setting:
+    """The setting in which every option holds as it stands."""
+    return dataclasses.replace(s, given=frozenset(f.name for f in dataclasses.fields(options)))
+
+
+def stream(role: Role, s: Setting, seed: int) -> Stream:
+    """Batches for a role: ``role.count`` sequences or the setting's, all tokens of which carry loss."""
+    shape = {"batch": role.count or s.batch, "tokens": s.tokens, "vocabulary": s.architecture.vocabulary}
+
+    def batch(number: int) -> Any:
+        if role.data == "pair":
+            return pair(seed + 3 * number, **shape)
+        if role.data == "preference":
+            return dict(zip(("chosen", "rejected"), pair(seed + 3 * number, **shape).values(), strict=True))
+        return {"input_ids": ids(seed + 3 * number, **shape)}
+
+    return batch
+
+
+class Method:
+    """A method of the registry at work on a model.
+
+    Args:
+        s: the job; batches are drawn in its shape.
+    """
+
+    def __init__(self, entry: Entry, model: nn.Module, s: Setting, options: Settings) -> None:
+        self.training = entry.build(model, options)
+        if hasattr(self.training, "allow_lost"):  # tiny steps in bf16 are rounded away
+            self.training.allow_lost = True
+        roles = self.training.roles.items()
+        self.data = {name: stream(role, s, 1000 * i) for i, (name, role) in enumerate(roles)}
+
+    def step(self) -> None:
+        """One backward."""
+        self.training.backward(**self.training.draw(self.data))
+
+
+def method(entry: Entry, s: Setting, options: Settings) -> Callable[[nn.Module], Step]:
+    """A step of a method of the registry, as the published programs below are given."""
+
+    def prepare(model: nn.Module) -> Step:
+        return Method(entry, model, s, options).step, []
+
+    return prepare
+
+
+# Published programs.
 
 
 def full(model: nn.Module) -> Step:
     return lambda: model(input_ids=ids(0), labels=ids(0), use_cache=False).loss.backward(), []
-
-
-def repnoise(model: nn.Module) -> Step:
-    from fastguard import RepNoiseLoss
-
-    loss = RepNoiseLoss(model, filter_tol=0.0)
-    return lambda: loss(**pair()).backward(), []
 
 
 def published_repnoise(model: nn.Module) -> Step:
@@ -102,42 +157,24 @@ def published_repnoise(model: nn.Module) -> Step:
     )[0].backward(), []  # fmt: skip
 
 
-def tar(model: nn.Module) -> Step:
-    from fastguard.defenses.tar.step import TAR
-
-    defense = TAR(model, steps=4, every=2, kinds=(("harmful",),))
+def published_random_mapping(model: nn.Module) -> Step:
+    """With the copy of the directions for every state that the published program makes."""
+    table = torch.randn(model.config.vocab_size, model.config.hidden_size)
 
     def step() -> None:
-        adversaries = defense.adversaries({"harmful": lambda n: {"input_ids": ids(n, batch=BATCH // 2)}})
-        defense.backward(retain={"input_ids": ids(1)}, tamper={"input_ids": ids(2)}, adversaries=adversaries)
+        model(input_ids=ids(0), labels=ids(0), use_cache=False).loss.backward()
+        output = model(input_ids=ids(1), output_hidden_states=True, use_cache=False)  # and its logits stay
+        rows = [table[ids(1)] for _ in output.hidden_states]
+        cosines = [nn.functional.cosine_similarity(h, r, -1) for h, r in zip(output.hidden_states, rows, strict=True)]
+        torch.stack([(1 - c.abs()).mean() for c in cosines]).mean().backward()
 
-    return step, list(defense.reference._host)
-
-
-def booster(model: nn.Module) -> Step:
-    from fastguard.defenses.booster.step import Booster
-
-    defense = Booster(model, allow_lost=True)
-    return lambda: defense.backward(**pair()), []
+    return step, [table]
 
 
-def vaccine(model: nn.Module) -> Step:
-    from fastguard.defenses.vaccine.step import Vaccine
-
-    defense = Vaccine(model, allow_lost=True)
-    return lambda: defense.backward(harmless={"input_ids": ids(1)}), []
-
-
-STEPS: dict[str, tuple[Callable[[nn.Module], Step], Callable[[Setting], Recipe]]] = {
-    "sft": (fused, defenses()["sft"].recipe),
-    "published sft": (full, defenses()["sft"].published),
-    "repnoise": (repnoise, defenses()["repnoise"].recipe),
-    "published repnoise": (published_repnoise, defenses()["repnoise"].published),
-    "tar": (tar, defenses()["tar"].recipe),
-    "booster": (booster, defenses()["booster"].recipe),
-    "vaccine": (vaccine, defenses()["vaccine"].recipe),
-}
-"""What runs here, and its plan."""
+PUBLISHED: dict[str, Callable[[nn.Module], Step]] = {
+    "sft": full, "repnoise": published_repnoise, "random_mapping": published_random_mapping,
+}  # fmt: skip
+"""The published programs that are at hand, by method."""
 
 
 @dataclasses.dataclass
@@ -156,22 +193,50 @@ class Compared:
         )
 
 
+ASIDE = ("weights", "outer optimizer", "table of directions")
+"""Items that a run under the watch does not count: made before it, or never."""
+
+
 def planned(recipe: Recipe) -> tuple[float, float]:
-    """Flops and peak memory of a recipe, beside weights and outer optimizer."""
-    items = [i for i in recipe.items if i.name not in ("weights", "outer optimizer")]
+    """Flops and peak memory of a recipe, beside weights and outer optimizer. Here the host's memory is the device's."""
+    items = [dataclasses.replace(i, host=False) for i in recipe.items if i.name not in ASIDE]
     return sum(part.flops for part in recipe.parts), peak(items)[1]
 
 
-def compare(name: str, model: nn.Module, s: Setting) -> Compared:
+def compare(run: Callable[[], Any], beside: list[Tensor], model: nn.Module, recipe: Recipe) -> Compared:
     """Run a step under the watch."""
-    prepare, recipe = STEPS[name]
-    run, beside = prepare(model)
-    for p in model.parameters():
-        p.grad = None
+    clear(model)
     watch = Watch([*held_by(model), *beside])
     with watch.on():
         run()
+    clear(model)
+    return Compared(watch.flops, planned(recipe)[0], watch.peak, planned(recipe)[1])
+
+
+def compare_method(
+    entry: Entry, model: nn.Module, s: Setting, options: Settings | None = None, steps: int = 1
+) -> Compared:
+    """Build any method of the registry on a model and run it under the watch, its construction included.
+
+    Flops are the mean of so many steps, memory is that of the worst. What a method keeps from its construction on
+    counts, as the plan's memory of the host does.
+
+    Args:
+        options: None: `options_of` the entry. All of them count as given, and all batches that it takes are there.
+    """
+    options = options_of(entry) if options is None else options
+    clear(model)
+    watch = Watch(held_by(model))
+    with watch.on():
+        at_work = Method(entry, model, s, options)
+        for _ in range(steps):
+            at_work.step()
+            clear(model)
+    at_work.training.close()
+    flops, memory = planned(entry.load_cost().here(for_options(s, options), options))
+    return Compared(watch.flops / steps, flops, watch.peak, memory)
+
+
+def clear(model: nn.Module) -> None:
     for p in model.parameters():
         p.grad = None
-    flops, memory = planned(recipe(s))
-    return Compared(watch.flops, flops, watch.peak, memory)

@@ -8,7 +8,7 @@ import torch
 import tiny
 from fastguard import methods
 from fastguard.evaluation.scores import mean_answer_loss
-from run.test_repnoise_run import corpus, immunized, recipe  # noqa: F401, a fixture
+from recipes import corpus, immunized, recipe  # noqa: F401, a fixture
 
 SHORT = {
     "tar": {"inner_steps": 2, "inner_lr": 1e-3, "read_every": 1, "batch": 2},

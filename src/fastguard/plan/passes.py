@@ -12,7 +12,7 @@ from fastguard.plan.setting import Setting
 LOSS, LAST, FIRST, END = "loss", "last layer", "first layer", "end"
 """Moments of a pass: between forward and backward; in the last layer's backward; in the first layer's; after it."""
 
-PASSING = ("logits tile", "full logits", "gathered weights")
+PASSING = ("logits tile", "full logits", "gathered weights", "gradients")
 """Items that a pass holds between forward and backward only if no other pass comes between them."""
 
 TILE = 128

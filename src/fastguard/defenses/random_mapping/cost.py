@@ -55,8 +55,11 @@ def published(s: Setting, o: Options) -> Recipe:
             *passes.full_items(s, "retain", n),
             *passes.memory(s, "mapping", s.batch, earlier=True, head="full"),
             item("full logits", n * a.vocabulary * float(s.precision.compute), *moments_of("mapping")),
-            # Of each state: its directions, both sides divided by their norms, and the state widened to fp32.
-            item("directions and quotients", (3 + widened) * each, "mapping: loss", "mapping: last layer"),
+            item("directions, a copy for every state", each, *moments_of("mapping")),
+            # Of each state: both sides divided by their norms, and the state widened to fp32. Their backward comes
+            # before the layers', for which the states' gradients wait.
+            item("quotients", (2 + widened) * each, "mapping: loss"),
+            item("gradients of the states", passes.hidden_states(s, s.batch), "mapping: last layer"),
         ],
     )
 

@@ -62,6 +62,7 @@ def here(s: Setting, o: Options) -> Recipe:
         parts.outer_adamw(s),
     ]
     initial = s.shard * w if s.lora is None else 0.0
+    earlier = [item("gradients of the attacks before", s.shard * w, *attack)] if attackers > 1 else []
     return Recipe(
         [part for part in steps if part.flops + part.memory + part.host > 0],
         [
@@ -69,6 +70,7 @@ def here(s: Setting, o: Options) -> Recipe:
             item("inner optimizer", 2 * s.shard * FP32, *attack),
             parts.snapshot_item(s, *attack),
             item("outer accumulator", s.shard * FP32, *attack),
+            *earlier,
             Item("initial weights", initial, host=True),
             *asked_items,
             *passes.memory(s, "attack", adversary),

@@ -49,7 +49,7 @@ def run(case: dict, rank: int) -> None:
     states = [LanguageModelLoss(model_of(case, 1)).hidden_states(batch_of(r)) for r in range(2)]
     model = model_of(case)
     loss_fn = LanguageModelLoss(model, filter_tol=0.0)
-    losses = [total(loss_fn, batch_of(r), states[r]) for r in range(2)]
+    losses = [total(loss_fn, batch_of(r), states[r], model) for r in range(2)]
     (sum(losses) / 2).backward()
     expected = gradients(model)
     own = loss_fn.hidden_states(batch_of(rank))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastguard import __version__, _extension, backend, methods
+from fastguard.machine import cores, cpu_name
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -78,8 +79,8 @@ def _cpu() -> dict[str, Any]:
     lines = dict(_pair(line) for line in text.splitlines() if ":" in line)
     flags = lines.get("flags", lines.get("Features", "")).split()
     return {
-        "name": lines.get("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "name": cpu_name(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "simd": torch.backends.cpu.get_cpu_capability(),

@@ -10,20 +10,25 @@ import sys
 from pathlib import Path
 
 
+def distributed() -> bool:
+    """Whether this process is one of a torch.distributed job."""
+    import torch
+
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def rank() -> int:
     """This process's rank in its torch.distributed job, 0 where there is none."""
     import torch
 
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
+    return torch.distributed.get_rank() if distributed() else 0
 
 
 def ranks() -> int:
     """Processes of the job, 1 where there is none."""
     import torch
 
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+    return torch.distributed.get_world_size() if distributed() else 1
 
 
 def cpu_name() -> str:
@@ -48,7 +53,7 @@ def peak_memory() -> int:
 def write_atomically(file: Path, content: bytes) -> None:
     """Make ``file`` one of ``content``, whole or not at all, on disk when this returns."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    partial = file.with_name(file.name + ".partial")
     try:
         with open(partial, "wb") as handle:
             handle.write(content)

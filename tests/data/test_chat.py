@@ -1,10 +1,8 @@
-from itertools import islice
-
 import pytest
 import torch
 
 import tiny
-from fastguard.data.chat import IGNORED, collate, collate_pairs, encode, encode_prompt, endless_indices
+from fastguard.data.chat import IGNORED, collate, collate_pairs, encode, encode_prompt
 from fastguard.data.sets import Example
 
 
@@ -37,11 +35,3 @@ def test_pairs_have_one_shape_and_one_prompt():
     assert torch.equal(a["input_ids"][0, : bad[0].prompt], b["input_ids"][0, : good[0].prompt])
     with pytest.raises(ValueError, match="pair 0"):
         collate_pairs(bad, [encode(tokenizer, Example("ho", "no"), 16)], pad=1)
-
-
-def test_every_item_comes_once_before_any_comes_again():
-    drawn = [i for batch in islice(endless_indices(10, 4, seed=3), 5) for i in batch]
-    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
-    assert drawn[:10] != drawn[10:]
-    with pytest.raises(ValueError, match="batch of 0"):
-        next(endless_indices(3, 0, 0))

@@ -104,3 +104,12 @@ def test_an_order_is_a_function_of_the_number():
     assert all(sorted(passes[k : k + 5]) == list(range(5)) for k in range(0, 20, 5))
     with pytest.raises(ValueError, match="at least one of each"):
         Order(0, 2, 0)
+
+
+def test_every_item_comes_once_before_any_comes_again():
+    order = Order(10, 4, seed=3)
+    drawn = [i for number in range(5) for i in order(number)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:]
+    with pytest.raises(ValueError, match="batch of 0"):
+        Order(3, 0, 0)

@@ -93,6 +93,6 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     two = torch.optim.AdamW([{"params": [model.late]}, {"params": list(model[2].parameters())}])
     with pytest.raises(ValueError, match="optimizer: expected 1 parameter groups, got 2"):
         load(tmp_path, model, two, {"defense": Counter()})
-    monkeypatch.setattr(checkpoint, "_ranks", lambda: 4)
+    monkeypatch.setattr(checkpoint, "ranks", lambda: 4)
     with pytest.raises(ValueError, match="saved by 1 ranks; expected as many as there are now, 4"):
         load(tmp_path, model, optimizer, {"defense": Counter()})

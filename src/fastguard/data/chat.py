@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -134,23 +133,3 @@ def collate_pairs(
     both = collate([*harmful, *harmless], pad, device)
     half = len(harmful)
     return {k: v[:half] for k, v in both.items()}, {k: v[half:] for k, v in both.items()}
-
-
-def endless(items: Sequence[Encoded], count: int, seed: int) -> Iterator[list[Encoded]]:
-    """Batches of ``count`` items for ever: every item once, in a new order, before any comes again."""
-    return ([items[i] for i in chosen] for chosen in endless_indices(len(items), count, seed))
-
-
-def endless_indices(total: int, count: int, seed: int) -> Iterator[list[int]]:
-    """Batches of ``count`` numbers below ``total`` for ever, without replacement within a pass."""
-    if total < 1 or count < 1:
-        raise ValueError(f"batches: got {total} items and a batch of {count}, expected at least one of each")
-    rng = random.Random(seed)
-    queue: list[int] = []
-    while True:
-        while len(queue) < count:
-            fresh = list(range(total))
-            rng.shuffle(fresh)
-            queue += fresh
-        yield queue[:count]
-        del queue[:count]

@@ -87,6 +87,17 @@ def _candidates(
             yield i, j
 
 
+def _largest_first(clusters: Sequence[int], rng: random.Random) -> list[list[int]]:
+    """The items of each cluster; clusters of one size in random order."""
+    members: dict[int, list[int]] = {}
+    for item, cluster in enumerate(clusters):
+        members.setdefault(cluster, []).append(item)
+    groups = list(members.values())
+    rng.shuffle(groups)
+    groups.sort(key=len, reverse=True)
+    return groups
+
+
 def split_by_cluster(clusters: Sequence[int], sizes: Mapping[str, int], seed: int = 0) -> dict[str, list[int]]:
     """Divide items into named parts of the given sizes; each cluster is used by one part only.
 
@@ -96,12 +107,7 @@ def split_by_cluster(clusters: Sequence[int], sizes: Mapping[str, int], seed: in
     not suffice.
     """
     rng = random.Random(seed)
-    members: dict[int, list[int]] = {}
-    for item, cluster in enumerate(clusters):
-        members.setdefault(cluster, []).append(item)
-    groups = list(members.values())
-    rng.shuffle(groups)
-    groups.sort(key=len, reverse=True)
+    groups = _largest_first(clusters, rng)
     parts: dict[str, list[int]] = {name: [] for name in sizes}
     for group in groups:
         name = max(sizes, key=lambda part: sizes[part] - len(parts[part]))
@@ -127,12 +133,7 @@ def split_whole_clusters(clusters: Sequence[int], targets: Mapping[str, int], se
     Parts of size 0 stay empty. Returns item numbers in random order.
     """
     rng = random.Random(seed)
-    members: dict[int, list[int]] = {}
-    for item, cluster in enumerate(clusters):
-        members.setdefault(cluster, []).append(item)
-    groups = list(members.values())
-    rng.shuffle(groups)
-    groups.sort(key=len, reverse=True)
+    groups = _largest_first(clusters, rng)
     parts: dict[str, list[int]] = {name: [] for name in targets}
     wanted = [name for name, size in targets.items() if size > 0]
     for group in groups:

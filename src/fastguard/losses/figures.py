@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from fastguard.losses.repnoise import RepNoiseLoss
 
 
 def figures_of(components: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -17,3 +22,17 @@ def figures_of(components: Mapping[str, Tensor]) -> dict[str, Tensor]:
         figures["harmful_ce"] = components["harmful_ce"][0]
         figures["lens_ce"] = components["harmful_ce"][1:].nanmean()
     return figures
+
+
+def evaluated(loss_fn: RepNoiseLoss, batches: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """The figures and the ``loss`` of held-out batches, without gradients; ``components`` stay those of training.
+
+    The noise counter stays too: a call without gradients does not move it.
+    """
+    components = loss_fn.components
+    try:
+        with torch.no_grad():
+            loss = loss_fn(**batches, model=model)
+        return {**figures_of(loss_fn.components), "loss": loss}
+    finally:
+        loss_fn.components = components

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from fastguard.losses import guards, paired, tapped
 from fastguard.losses.language_model import OutputScope
 from fastguard.losses.paired import Rows
+from fastguard.machine import rank
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.philox import gaussian_noise
 from fastguard.ops.precision import accumulation_dtype
@@ -244,7 +245,7 @@ class RepNoiseLoss(nn.Module):
         noise = {
             "seed": self.seed,
             "call": self.call.to(harmful["input_ids"].device, copy=True),
-            "sample_offset": batch * _rank() if sample_offset is None else sample_offset,
+            "sample_offset": batch * rank() if sample_offset is None else sample_offset,
         }
         lens = Lens(self.structure, self.filter_tol, inner_transform=self.lens_transform == "model")
         good_in_pair = good._replace(rows=good.rows + batch * length)
@@ -352,8 +353,3 @@ class RepNoiseLoss(nn.Module):
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""
         self._finalizer()
-
-
-def _rank() -> int:
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.losses.language_model import LanguageModelLoss
+from fastguard.machine import rank
 from fastguard.methods.passes import Batch, Loss, differentiate, finite_norm
 from fastguard.nested.gradients import added_gradients
-from fastguard.nested.guard import derived_seed, own_random_numbers, rank
+from fastguard.nested.guard import derived_seed, own_random_numbers
 from fastguard.nested.profile import span
 from fastguard.nested.weights import Select, Weights
 from fastguard.ops.multi_tensor import accumulate_
@@ -41,6 +42,10 @@ Stream = Callable[[int], Any]
 
 Data = Mapping[str, Stream]
 """Streams by role."""
+
+
+PAIR = "pair"
+"""The role whose draw is two batches, ``harmful`` and ``harmless``."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +155,8 @@ class Training:
         return self.complete({name: data[name](self.step) for name in self.roles if name in data}, data)
 
     def complete(self, batches: Mapping[str, Any], data: Data) -> dict[str, Any]:
-        """Batches of a trainer's own loader, and what the method draws beside them."""
-        return dict(batches)
+        """Batches of a trainer's own loader, a ``pair`` as its two, and what the method draws beside them."""
+        return {**batches.get(PAIR, {}), **{name: batch for name, batch in batches.items() if name != PAIR}}
 
     def evaluate(self, batches: Mapping[str, Any], model: nn.Module | None = None) -> Figures:
         """Figures of held-out batches by name, without gradients, and nothing of the training is moved.
@@ -168,24 +173,22 @@ class Training:
         return {"loss": torch.stack(harmless or list(found.values())).mean(), **found}
 
     def _check(self, batches: Mapping[str, Any]) -> None:
-        known = {**dict.fromkeys(self.arguments(), True), **self.optional()}
-        missing = [name for name, needed in known.items() if needed and batches.get(name) is None]
-        unknown = [name for name in batches if name not in known]
-        if missing or unknown:
-            needed = ", ".join(name for name, wanted in known.items() if wanted)
-            also = ", ".join(name for name, wanted in known.items() if not wanted)
+        needed, also = self.arguments(), self.optional()
+        if any(batches.get(name) is None for name in needed) or not batches.keys() <= {*needed, *also}:
+            optionally = f", optionally {', '.join(also)}" if also else ""
             raise TypeError(
-                f"{type(self).__name__}.backward: expected batches {needed}{f', optionally {also}' if also else ''}; "
+                f"{type(self).__name__}.backward: expected batches {', '.join(needed)}{optionally}; "
                 f"got {', '.join(batches) or 'none'}"
             )
 
     def arguments(self) -> tuple[str, ...]:
         """The batches that `backward` needs."""
-        return tuple(name for name, role in self.roles.items() if not role.optional)
+        needed = [name for name, role in self.roles.items() if not role.optional]
+        return tuple(one for name in needed for one in (("harmful", "harmless") if name == PAIR else (name,)))
 
-    def optional(self) -> dict[str, bool]:
+    def optional(self) -> tuple[str, ...]:
         """The batches that `backward` takes and does without."""
-        return {name: False for name, role in self.roles.items() if role.optional}
+        return tuple(name for name, role in self.roles.items() if role.optional)
 
     def state_dict(self) -> dict[str, Any]:
         """What a new object needs to go on as this one would."""

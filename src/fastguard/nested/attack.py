@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers, rank
+from fastguard.machine import rank
+from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
 from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
 from fastguard.nested.perturbation import WARN_BELOW, Realised

@@ -90,12 +90,6 @@ class Restoring:
                     self._before(*self._kept)
 
 
-def rank() -> int:
-    """This process's rank, 0 where there is but one."""
-    distributed = torch.distributed
-    return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
-
-
 def on_every_rank(flag: Tensor) -> bool:
     """Whether ``flag`` (0-dim bool) holds on every rank of the job, so that all of them raise, or none does."""
     distributed = torch.distributed

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from fastguard import methods
 from fastguard.data.options import UserData
@@ -68,9 +68,28 @@ class AlignConfig(Settings):
     seed: int = 0
 
 
+class MethodConfig(Settings):
+    """A section that names a method of the registry and its options."""
+
+    kind: ClassVar[str]
+    method: str
+    options: Mapping[str, Any]
+
+    @property
+    def entry(self) -> methods.Entry:
+        """The method."""
+        return methods.find(self.method, self.kind)
+
+    def chosen(self) -> Settings:
+        """The method's options."""
+        return build(self.entry.load_options(), self.options, "options")
+
+
 @dataclass(frozen=True)
-class ImmunizeConfig(Settings):
+class ImmunizeConfig(MethodConfig):
     """The defense: which, on how much data, for how long."""
+
+    kind: ClassVar[str] = "defense"
 
     run: bool = True
     method: str = "repnoise"  # `fastguard doctor` lists them
@@ -89,15 +108,6 @@ class ImmunizeConfig(Settings):
         """A method that exists, with options that it has."""
         self.chosen()
 
-    @property
-    def entry(self) -> methods.Entry:
-        """The method."""
-        return methods.find(self.method, "defense")
-
-    def chosen(self) -> Settings:
-        """The method's options."""
-        return build(self.entry.load_options(), self.options, "options")
-
 
 @dataclass(frozen=True)
 class ControlConfig(Settings):
@@ -108,8 +118,10 @@ class ControlConfig(Settings):
 
 
 @dataclass(frozen=True)
-class AttackConfig(Settings):
+class AttackConfig(MethodConfig):
     """The attack, the same for every model."""
+
+    kind: ClassVar[str] = "attack"
 
     run: bool = True
     method: str = "harmful_finetuning"
@@ -129,15 +141,6 @@ class AttackConfig(Settings):
         """A method that exists, with options that it has; steps in order."""
         _check_steps("scored_steps", self.scored_steps)
         self.chosen()
-
-    @property
-    def entry(self) -> methods.Entry:
-        """The method."""
-        return methods.find(self.method, "attack")
-
-    def chosen(self) -> Settings:
-        """The method's options."""
-        return build(self.entry.load_options(), self.options, "options")
 
 
 @dataclass(frozen=True)

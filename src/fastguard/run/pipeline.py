@@ -14,14 +14,14 @@ import importlib.metadata
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fastguard import __version__, models
-from fastguard.data.chat import Encoded, collate
+from fastguard.data.chat import Encoded
 from fastguard.data.corpus import Corpus, build_corpus
 from fastguard.data.sources import describe
 from fastguard.defenses.sft.step import SFT
@@ -33,7 +33,7 @@ from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
 from fastguard.run.config import Config, ControlConfig, ImmunizeConfig, shortened
 from fastguard.run.stages import Stages
-from fastguard.run.streams import Order, Streams
+from fastguard.run.streams import Streams
 from fastguard.run.train import Curve, Report, train, trainable
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class _Job:
     ) -> Training:
         """The stage that makes a model out of another."""
         folder = self.folder(name)
-        reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.dtype, "data": self._training_data()}
+        reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.dtype, "data": self._training_data}
         found: Training = self.stages.run(stage, reads, work, folder)
         self.folders[name], self.digests[name] = str(folder), self.stages.digest(stage)
         return found
@@ -243,17 +243,24 @@ class _Job:
             notes=[*NOTES, *self.corpus.notes],
         )
 
+    @cached_property
     def _training_data(self) -> str:
+        """A key of what models are made from."""
         c = self.corpus
         parts = [part.get(name) for part in (c.harmful, c.safe, c.harmless) for name in ("align", "immunize")]
         return content_key(parts)
 
     def _reads(self, name: str, *parts: object) -> object:
         """What measuring or attacking a model depends on."""
+        return {"model": self.digests[name], "parts": parts, "dtype": self.dtype, "data": self._measured_data}
+
+    @cached_property
+    def _measured_data(self) -> str:
+        """A key of what models are measured and attacked with."""
         c = self.corpus
         data = [c.harmful.get("attack"), c.harmful.get("measure"), c.benign_train, c.benign_measure, c.requests]
         shown = [c.instructions, c.edgy, c.perplexity(self.config.evaluate.perplexity_tokens)]
-        return {"model": self.digests[name], "parts": parts, "dtype": self.dtype, "data": content_key([data, shown])}
+        return content_key([data, shown])
 
     def load(self, name: str) -> PreTrainedModel:
         """A model of this run, or ``base``."""
@@ -269,16 +276,14 @@ class _Job:
 
     def align(self, report: Report) -> Training:
         """Teach the base model to refuse."""
-        part, corpus = self.config.align, self.corpus
-        model = self.load("base")
+        part, model = self.config.align, self.load("base")
+        streams = Streams(self.corpus, str(model.device), part.refusals, part.harmless, part.seed, "align")
         trainable(model, freeze_embedding=True)
-        steps, wall, curve = train(
-            SFT(model, loss=answer_loss), {"harmless": _aligning(corpus, part, str(model.device))}, part.lr,
-            steps=part.steps, report=report,
-        )  # fmt: skip
+        method = SFT(model, loss=answer_loss)
+        steps, wall, curve = train(method, streams.of(method.roles), part.lr, steps=part.steps, report=report)
         self.save(model, "aligned")
-        method = f"supervised: {part.refusals} refusals and {part.harmless} harmless answers a step"
-        return Training(parent="base", method=method, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
+        said = f"supervised: {part.refusals} refusals and {part.harmless} harmless answers a step"
+        return Training(parent="base", method=said, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
 
     def immunize(self, part: ImmunizeConfig, name: str, report: Report) -> Training:
         """The defense, or a variant of it, on the aligned model."""
@@ -304,19 +309,6 @@ class _Job:
             self.load(name), self.tokenizer, self.corpus, self.config.attack, self.config.evaluate.score_tokens, lr,
             seed, report,
         )  # fmt: skip
-
-
-def _aligning(corpus: Corpus, part: Any, device: str) -> Callable[[int], Any]:
-    """Refusals and, beside them, ordinary answers as one batch."""
-    refusals = Order(len(corpus.safe["align"]), part.refusals, part.seed)
-    harmless = Order(len(corpus.harmless["align"]), part.harmless, part.seed + 1) if part.harmless else None
-
-    def batch(number: int) -> Any:
-        rows = [corpus.safe["align"][i] for i in refusals(number)]
-        rows += [corpus.harmless["align"][i] for i in harmless(number)] if harmless else []
-        return collate(rows, corpus.pad, device)
-
-    return batch
 
 
 def content_key(parts: Sequence[Any]) -> str:

@@ -38,10 +38,12 @@ class Streams:
     """Batches of a corpus's part.
 
     Args:
-        corpus, device: of the run. pairs, retain: samples of a step. seed: of the order.
+        corpus, device: of the run. pairs, retain: samples of a step; without ``retain``, ``safe`` is refusals alone.
+        seed: of the order. part: of the corpus.
     """
 
-    def __init__(self, corpus: Corpus, device: str, pairs: int, retain: int, seed: int) -> None:
+    def __init__(self, corpus: Corpus, device: str, pairs: int, retain: int, seed: int, part: str = "immunize") -> None:
+        self.part = part
         self.corpus, self.device, self.pairs, self.retain, self.seed = corpus, device, pairs, retain, seed
         self._makers: Mapping[str, Callable[[int | None], Stream]] = {
             "harmful": lambda n: self._of(self._harmful, n or pairs, 2),
@@ -64,16 +66,16 @@ class Streams:
 
     @property
     def _harmful(self) -> list[Encoded]:
-        return self.corpus.harmful["immunize"]
+        return self.corpus.harmful[self.part]
 
     @property
     def _safe(self) -> list[Encoded]:
         """Refusals of the same requests, item by item."""
-        return self.corpus.safe["immunize"]
+        return self.corpus.safe[self.part]
 
     @property
     def _harmless(self) -> list[Encoded]:
-        return self.corpus.harmless["immunize"]
+        return self.corpus.harmless[self.part]
 
     @property
     def _middle(self) -> int:
@@ -90,10 +92,13 @@ class Streams:
 
     def _together(self) -> Stream:
         refusals = Order(len(self._safe), self.pairs, self.seed)
-        answers = Order(len(self._harmless), self.retain, self.seed + 1)
-        return lambda number: self.collate(
-            [*(self._safe[i] for i in refusals(number)), *(self._harmless[i] for i in answers(number))]
-        )
+        answers = Order(len(self._harmless), self.retain, self.seed + 1) if self.retain else None
+
+        def together(number: int) -> Batch:
+            kept = [self._harmless[i] for i in answers(number)] if answers else []
+            return self.collate([*(self._safe[i] for i in refusals(number)), *kept])
+
+        return together
 
     def _paired(self, count: int) -> Stream:
         order = Order(len(self._harmful), count, self.seed)

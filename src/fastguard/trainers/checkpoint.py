@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastguard.machine import distributed, rank, ranks, sync_folder, write_atomically
 from fastguard.taps.structure import reshard
 
 POINTER = "latest"
@@ -57,7 +58,7 @@ def save(
     partial = final.with_suffix(".partial")
     if _pointed_to(folder) == final:
         return final
-    if _rank() == 0:
+    if rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in (*folder.glob("*.partial"), final):
             if leftover.is_dir():
@@ -65,12 +66,12 @@ def save(
     _barrier()
     reshard(model)
     own, moments = _own_state(step, model, optimizer, counted or {})
-    dcp.save({**_moving(model), **moments, f"rank {_rank()}": own}, checkpoint_id=partial)
+    dcp.save({**_moving(model), **moments, f"rank {rank()}": own}, checkpoint_id=partial)
     _barrier()
-    if _rank() == 0:
-        _sync(partial)
+    if rank() == 0:
+        sync_folder(partial)
         os.rename(partial, final)
-        _sync(folder)
+        sync_folder(folder)
         write_atomically(folder / POINTER, final.name.encode())
         for old in sorted(folder.glob("step-????????"))[:-keep]:
             shutil.rmtree(old)
@@ -121,17 +122,6 @@ def load(
     return int(saved["step"])
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Make ``path`` a file of ``content``, whole or not at all, on disk when this returns."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    _sync(path.parent)
-
-
 def packed(state: Any) -> bytes:
     """A small state as bytes; `unpacked` refuses anything but tensors and plain values."""
     buffer = io.BytesIO()
@@ -172,7 +162,7 @@ def _own_state(
                 scalars.setdefault(name, {})[slot] = value
     own = {
         "step": step,
-        "ranks": _ranks(),
+        "ranks": ranks(),
         "moments": slots,
         "scalars": scalars,
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
@@ -187,12 +177,12 @@ def _own_state(
 def _read_own(path: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
 
-    ranks = [k for k in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if k.startswith("rank ")]
-    if len(ranks) != _ranks():
-        raise ValueError(f"{path}: it was saved by {len(ranks)} ranks; expected as many as there are now, {_ranks()}")
-    own: dict[str, Any] = {f"rank {_rank()}": b""}
+    saved_by = [k for k in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if k.startswith("rank ")]
+    if len(saved_by) != ranks():
+        raise ValueError(f"{path}: it was saved by {len(saved_by)} ranks; expected as many as there are now, {ranks()}")
+    own: dict[str, Any] = {f"rank {rank()}": b""}
     dcp.load(own, checkpoint_id=path)
-    found: dict[str, Any] = unpacked(own[f"rank {_rank()}"])
+    found: dict[str, Any] = unpacked(own[f"rank {rank()}"])
     return found
 
 
@@ -213,27 +203,6 @@ def _pointed_to(folder: Path) -> Path | None:
     return folder / pointer.read_text().strip() if pointer.exists() else None
 
 
-def _sync(folder: Path) -> None:
-    """Make a folder's entries outlive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
-
-
-def _ranks() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
 def _barrier() -> None:
-    if _distributed():
+    if distributed():
         torch.distributed.barrier()

@@ -11,15 +11,16 @@ kind of batches is measured without touching the training: its figures are logge
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses.figures import figures_of
-from fastguard.trainers.checkpoint import Counted, packed, unpacked, write_atomically
+from fastguard.losses.figures import evaluated, figures_of
+from fastguard.machine import write_atomically
+from fastguard.trainers.checkpoint import Counted, packed, unpacked
 
 if TYPE_CHECKING:
     from transformers import Trainer as _Base
@@ -164,9 +165,7 @@ class RepNoiseMixin(_Counting):
     def _measured(self, model: nn.Module, inputs: dict[str, Any]) -> Mapping[str, Tensor] | None:
         if "harmful" not in inputs:
             return None
-        with _kept(self.loss_fn):
-            loss = self.loss_fn(**inputs, model=model)
-            return {**figures_of(self.loss_fn.components), "loss": loss}
+        return evaluated(self.loss_fn, inputs, model)
 
 
 class MethodMixin(_Counting):
@@ -230,15 +229,3 @@ class NestedMixin(MethodMixin):
     def __init__(self, *args: Any, defense: Training, **kwargs: Any) -> None:
         super().__init__(*args, method=defense, **kwargs)
         self.defense = defense
-
-
-@contextlib.contextmanager
-def _kept(loss_fn: RepNoiseLoss) -> Iterator[None]:
-    """What an evaluation must not move: the noise counter, and the components of the last training call."""
-    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    components = loss_fn.components
-    try:
-        yield
-    finally:
-        loss_fn.load_state_dict(state)
-        loss_fn.components = components

@@ -109,12 +109,13 @@ class Booster(Training):
         add(gradients, difference, step.scale * self.lam)
         figures["gradient_norm"] = step.put(gradients)
         gain = figures["harmful"] - figures["harmful_perturbed"]
-        self._warn_of_a_long_step(float(gain), float(figures["harmful"]))
+        if not self._warned:  # asks the device
+            self._warn_of_a_long_step(float(gain), float(figures["harmful"]))
         return {"loss": figures["harmless"] + self.lam * gain, **figures}
 
     def _warn_of_a_long_step(self, gain: float, loss: float) -> None:
         """g_h - grad h(w') is a second-order quantity; after a long step it is mostly lambda g_h: it teaches harm."""
-        if self._warned or not gain > LONG * loss:
+        if not gain > LONG * loss:
             return
         self._warned = True
         warnings.warn(

@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
-from fastguard.losses.figures import figures_of
+from fastguard.losses.figures import evaluated, figures_of
 from fastguard.losses.repnoise import RepNoiseLoss
 from fastguard.methods.passes import Batch
-from fastguard.methods.training import Data, Figures, Role, Step, Training
+from fastguard.methods.training import Figures, Role, Step, Training
 
 
 class RepNoise(Training):
@@ -32,14 +31,6 @@ class RepNoise(Training):
         self.loss_fn = RepNoiseLoss(model, seed=seed, **changes)
         super().__init__(model, loss=_no_plain_loss, seed=seed)
 
-    def arguments(self) -> tuple[str, ...]:
-        """See `Training.arguments`."""
-        return ("harmful", "harmless")
-
-    def complete(self, batches: Mapping[str, Any], data: Data) -> dict[str, Any]:
-        """With the two batches of a ``pair``."""
-        return {**batches.get("pair", {}), **{name: batch for name, batch in batches.items() if name != "pair"}}
-
     def gradient(  # type: ignore[override]
         self, step: Step, *, harmful: Batch, harmless: Batch, retain: Batch | None = None
     ) -> Figures:
@@ -54,15 +45,7 @@ class RepNoise(Training):
 
     def evaluate(self, batches: Mapping[str, Any], model: nn.Module | None = None) -> Figures:
         """See `Training.evaluate`: the loss and its components."""
-        state, components = self.loss_fn.state_dict(), self.loss_fn.components
-        kept = {name: value.clone() for name, value in state.items()}
-        try:
-            with torch.no_grad():
-                loss = self.loss_fn(**batches, model=self.model if model is None else model)
-            return {**figures_of(self.loss_fn.components), "loss": loss}
-        finally:
-            self.loss_fn.load_state_dict(kept)
-            self.loss_fn.components = components
+        return evaluated(self.loss_fn, batches, self.model if model is None else model)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Training.state_dict`: the counter of steps, and that of the noise."""

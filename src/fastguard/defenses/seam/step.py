@@ -43,7 +43,7 @@ from fastguard.defenses.seam.options import Options
 from fastguard.losses import paired, tapped
 from fastguard.losses.paired import Rows
 from fastguard.methods.passes import Batch
-from fastguard.methods.training import Data, Figures, Role, Step, Training, add
+from fastguard.methods.training import Figures, Role, Step, Training, add
 from fastguard.nested.guard import on_every_rank
 from fastguard.nested.linearised import linearised
 from fastguard.nested.perturbation import Realised, perturbed
@@ -106,14 +106,6 @@ class SEAM(Training):
         self.alpha, self.beta, self.eps, self.product = alpha, beta, eps, product
         self.mask_padding, self.boundary, self.filter_tol = mask_padding, boundary, filter_tol
         self.snapshot, self.through, self.allow_lost = snapshot, through, allow_lost
-
-    def arguments(self) -> tuple[str, ...]:
-        """See `Training.arguments`."""
-        return ("harmful", "harmless", "benign")
-
-    def complete(self, batches: Any, data: Data) -> dict[str, Any]:
-        """With the two batches of a ``pair``."""
-        return {**batches.get("pair", {}), **{name: batch for name, batch in batches.items() if name != "pair"}}
 
     def gradient(  # type: ignore[override]
         self, step: Step, *, harmful: Batch, harmless: Batch, benign: Batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import re
 import subprocess
@@ -13,7 +15,9 @@ import pytest
 pytest.importorskip("typer")
 from typer.testing import CliRunner
 
-from fastguard import cli
+import fastguard
+from fastguard import cli, methods
+from fastguard.plan import command
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "plan.md"
 HEADLINE = ("llama-3-8b", "llama-3-70b", "--table")
@@ -23,16 +27,19 @@ def run(*arguments):
     return CliRunner().invoke(cli.app, ["plan", *map(str, arguments)], env={"COLUMNS": "160"})
 
 
+def flat(result):
+    return re.sub(r"\s+", " ", result.output)
+
+
 def test_one_plan_is_shown_in_full():
     result = run("llama-3-8b", "--defense", "tar", "--gpus", 64, "--gpu", "h100")
     assert result.exit_code == 0, result.output
-    flat = re.sub(r"\s+", " ", result.output)
     for said in (
         "8.03B parameters", "64 x h100", "snapshot", "inner optimizer", "outer accumulator", "reference: second model",
         "initial weights (host)", "attack: backward", "inner AdamW", "run of 750 steps (published)",
         "Nothing here was measured on a GPU", "40% of 989 Tflop/s", "largest batch that fits",
     ):  # fmt: skip
-        assert said in flat, said
+        assert said in flat(result), said
 
 
 def test_the_same_as_json(tmp_path):
@@ -61,8 +68,71 @@ def test_options_reach_the_plan():
     assert seconds("--defense", "sft", "--no-checkpointing") < sft and seconds("--defense", "sft", "--lora", 16) < sft
     assert seconds("--defense", "sft", "--gpu", "a100-80g") > 3 * sft
     tar = seconds("--defense", "tar")
-    assert seconds("--defense", "tar", "--inner-steps", 32) == pytest.approx(tar / 2, rel=0.05)
-    assert seconds("--defense", "tar", "--adversary-batch", 8) > 1.5 * tar
+    assert seconds("--defense", "tar", "--set", "inner_steps=32") == pytest.approx(tar / 2, rel=0.05)
+    assert seconds("--defense", "tar", "--set", "batch=8") > 1.5 * tar
+    assert seconds("--defense", "tar", "--set", "inner_steps=32", "--set", "adversaries=2") == pytest.approx(tar, 0.05)
+    assert seconds("--defense", "repnoise", "--set", "layers=1") < 0.9 * seconds("--defense", "repnoise")
+
+
+def plan_of(*arguments):
+    return json.loads(run("llama-3-8b", "--json", "-", *arguments).output)["plans"][0]
+
+
+def test_an_attackers_batch_follows_the_defenders_unless_it_was_given():
+    def heads(*arguments):
+        plan = plan_of("--defense", "tar", *arguments)
+        return {p["name"]: p["flops"] / p["count"] for p in plan["fastguard"]["parts"] if p["name"].endswith("head")}
+
+    usual, wide, given = heads(), heads("--batch", 16), heads("--batch", 16, "--set", "batch=4")
+    held_out = heads("--set", "held_out=4")
+    assert usual["retain: head"] == usual["tamper: head"] == 2 * usual["attack: head"]
+    assert wide == {name: pytest.approx(2 * flops) for name, flops in usual.items()}
+    assert given["attack: head"] == usual["attack: head"]
+    assert given["tamper: head"] == wide["tamper: head"]  # what it holds out is an option of its own
+    assert held_out["tamper: head"] == pytest.approx(usual["tamper: head"] / 2)
+
+
+def test_the_options_are_shown_and_written():
+    arguments = ("--defense", "tar", "--set", "inner_steps=8", "--set", "inner_lr=[1e-5, 2e-5]")
+    plan = plan_of(*arguments)
+    assert plan["options"]["inner_steps"] == 8 and plan["options"]["inner_lr"] == [1e-5, 2e-5]
+    assert plan["options"]["read_every"] == 4 and plan["setting"]["given"] == ["inner_lr", "inner_steps"]
+    assert "tar (inner steps 8, inner lr 1e-05 and 2e-05) on" in run("llama-3-8b", *arguments).output
+
+
+def test_a_name_with_a_hyphen_is_that_with_an_underscore():
+    hyphen, underscore = (plan_of("--defense", name) for name in ("t-vaccine", "t_vaccine"))
+    assert hyphen == underscore and hyphen["defense"] == "t_vaccine"
+
+
+def test_the_planner_names_no_method():
+    """Neither by name nor by title; what they cost they say themselves."""
+    names = {n for e in methods.entries().values() if e.cost for n in (e.name, e.title, e.name.replace("_", "-"))}
+    assert len(names) > 7
+    sources = [p.read_text() for p in (Path(fastguard.__file__).parent / "plan").glob("*.py")]
+    assert len(sources) > 7
+    for name in names:
+        for text in (*sources, inspect.getsource(cli.plan)):
+            assert not re.search(rf"\b{name}\b", text, re.IGNORECASE), name
+
+
+@pytest.fixture
+def without_cost(monkeypatch):
+    """A defense of another package that says nothing about its cost."""
+    entry = dataclasses.replace(methods.find("sft"), name="prayer", cost=None)
+    known = methods.defenses()
+    monkeypatch.setattr(methods, "defenses", lambda: {**known, entry.name: entry})
+    return entry
+
+
+def test_a_method_without_a_cost_is_left_out_and_refused_by_name(without_cost):
+    found = command.plans(["smollm2"], None, "h100", "mixed", "", {})
+    assert [p.entry.name for p in found] == [name for name in methods.defenses() if name != "prayer"]
+    result = run("smollm2", "--defense", "prayer")
+    assert result.exit_code == 2
+    assert "defense: prayer has no cost that could be planned; expected one of sft," in flat(result)
+    with pytest.raises(ValueError, match="prayer has no cost"):
+        without_cost.load_cost()
 
 
 def test_several_models_are_an_overview():
@@ -81,11 +151,33 @@ def test_several_models_are_an_overview():
         (("llama-3-8b", "--gpus", "0"), "gpus: expected an integer of 1 or more"),
         (("llama-3-8b", "--table", "nowhere.md"), "table: no file"),
         (("mixtral-8x7b", "--lora", "8"), "mixture of experts"),
+        (("smollm2", "--set", "batch=3"), "set: expected a defense whose options these are, got batch without one"),
+        (
+            ("smollm2", "--defense", "tar", "--set", "inner_stepz=3"),
+            "set.inner_stepz: unknown key; expected one of inner",
+        ),
+        (
+            ("smollm2", "--defense", "tar", "--set", "read_every=65"),
+            "set.read_every: expected at most inner_steps (64)",
+        ),
+        (("smollm2", "--defense", "tar", "--set", "batch"), "set: expected KEY=VALUE, got 'batch'"),
+        (("smollm2", "--defense", "tar", "--set", "batch=2", "--set", "batch=3"), "set: batch is given twice"),
+        (("smollm2", "--defense", "tar", "--set", "batch=many"), "set.batch: expected int, got 'many'"),
+        (("smollm2", "--defense", "tar", "--set", "batch=[3"), "set: batch: expected a value as in YAML"),
+        (
+            ("smollm2", "--defense", "t_vaccine", "--set", "layers=31"),
+            "layers: expected 1 to 30, the layers of smollm2",
+        ),
+        (("smollm2", "--defense", "repnoise", "--set", "layers=32"), "layers: expected 1 to 31, the hidden states of"),
+        (
+            ("smollm2", "--defense", "booster", "--set", "mode=linearised"),
+            "mode: expected weights, the one that can be",
+        ),
     ],
 )
 def test_mistakes_end_with_2_and_say_what_was_expected(arguments, said):
     result = run(*arguments)
-    assert result.exit_code == 2 and said in re.sub(r"\s+", " ", result.output), result.output
+    assert result.exit_code == 2 and said in flat(result), result.output
     assert "Traceback" not in result.output
 
 

@@ -136,7 +136,7 @@ def test_what_is_dropped_and_cut_is_counted(wrote):
             if prompt_of(e) == turn(rows[5]["prompt"])]  # fmt: skip
     assert len(both) == 2
     assert describe(made.sources)[0].endswith(
-        f"46 rows; dropped: duplicate 2, empty 2, prompt too long 1; answers cut {source['cut']}"
+        f"46 rows; left out: duplicate 2, empty 2, prompt too long 1, answers cut {source['cut']}"
         "; align 9, immunize 16, attack 10, measure 6"
     )
 

@@ -24,12 +24,16 @@ class DataSource(TypedDict):
     splits: dict[str, Split]  # by name: align, immunize, attack, measure, ...
 
 
+def left_out(one: DataSource) -> str:
+    """What was dropped of a set and why, and how many answers were cut; empty where nothing was."""
+    said = [f"{reason} {count}" for reason, count in one["dropped"].items()]
+    return ", ".join(said + ([f"answers cut {one['cut']}"] if one["cut"] else []))
+
+
 def describe(sources: dict[str, DataSource]) -> list[str]:
     """One line a set: what was read, what was dropped and why, what became of the rest."""
     lines = []
     for role, one in sources.items():
-        dropped = ", ".join(f"{reason} {count}" for reason, count in one["dropped"].items())
         parts = ", ".join(f"{part} {split['prompts']}" for part, split in one["splits"].items())
-        cut = f"; answers cut {one['cut']}" if one["cut"] else ""
-        lines.append(f"{role}: {one['source']}: {one['rows']} rows; dropped: {dropped or 'none'}{cut}; {parts}")
+        lines.append(f"{role}: {one['source']}: {one['rows']} rows; left out: {left_out(one) or 'none'}; {parts}")
     return lines

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fastguard import methods
+from fastguard.data.sources import left_out
 from fastguard.evaluation.figures import SERIES, Line, Panel, svg
 from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model, Utility
 
@@ -106,7 +107,7 @@ def render(metrics: Metrics) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"number": number, "duration": duration, "memory": memory}
+    environment.filters |= {"number": number, "duration": duration, "memory": memory, "left_out": left_out}
     series = _series(metrics)
     return environment.get_template("report.html.j2").render(
         run=metrics,

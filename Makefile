@@ -2,10 +2,12 @@
 #   make install CONSTRAINTS=      the newest versions that pyproject.toml allows, instead of constraints.txt
 #   make test VENV=/some/venv      another environment
 #   make test TESTS="tests/ops"    a part of the tests
+#   make test JOBS=0               in one process; otherwise one a core, up to eight
 VENV        ?= .venv
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
 TESTS       ?= tests
+JOBS        ?= auto
 OUT         ?= runs/demo
 
 BIN    := $(VENV)/bin
@@ -49,7 +51,7 @@ $(BENCH): $(STAMP) requirements-bench.txt
 	touch $@
 
 test: install
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -n $(JOBS) --maxprocesses 8 --dist worksteal $(TESTS)
 	$(MAKE) --no-print-directory lint
 
 lint: install

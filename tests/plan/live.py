@@ -117,9 +117,9 @@ def _key(tensor: Tensor) -> int:
 
 
 def _plain(leaves: Iterable[Any]) -> list[Tensor]:
-    """Tensors with memory of their own; a DTensor's local part."""
+    """Tensors with memory of their own, which forward mode's zeros have not; a DTensor's local part."""
     tensors = [getattr(leaf, "_local_tensor", leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-    return [t for t in tensors if type(t) in (Tensor, torch.nn.Parameter)]
+    return [t for t in tensors if type(t) in (Tensor, torch.nn.Parameter) and not t._is_zerotensor()]
 
 
 def held_by(model: torch.nn.Module) -> list[Tensor]:

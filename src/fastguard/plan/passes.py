@@ -139,7 +139,8 @@ def run(
 ) -> list[Part]:
     """Forward and, unless ``gradients`` is ``none``, backward of the layers.
 
-    gradients: ``weights``, ``activations`` (no parameter's) or ``none``. adapted: as for `products`, of a forward alone.
+    gradients: ``weights``, ``activations`` (no parameter's) or ``none``. adapted: as for `products`, of a
+    forward alone.
 
     Bytes: weights read once a direction, every kept activation written and read once a direction. Collectives of
     FSDP2: the forward gathers all weights, the backward gathers the layers' again (the root's stay) and reduces the
@@ -228,8 +229,8 @@ def memory(
 def tangent_bytes(s: Setting, samples: int) -> float:
     """What one layer keeps for the backward of a pass with tangents: all that it keeps else, twice, and more.
 
-    Attention is plain. silu(x) is made as x sigmoid(x), which keeps the sigmoid and its tangent, 2 F c; a norm keeps one
-    more tensor in fp32, 4 D; the softmax's tangent four of T x T a head in fp32.
+    Attention is plain. silu(x) is made as x sigmoid(x), which keeps the sigmoid and its tangent, 2 F c; a norm keeps
+    one more tensor in fp32, 4 D; the softmax's tangent four of T x T a head in fp32.
     """
     a, c = s.architecture, s.precision.compute
     more = 2 * a.intermediate * (a.active or 1) * c + a.norms * a.hidden * FP32 + 4 * FP32 * a.heads * s.tokens
@@ -239,9 +240,9 @@ def tangent_bytes(s: Setting, samples: int) -> float:
 def tangent_run(s: Setting, name: str, samples: int, rows: float) -> list[Part]:
     """Forward and backward of layers and head with tangents, nothing recomputed; the weights' are as many bytes again.
 
-    Of a product of two things that both move, three are made: x W, dx W, x dW. Frozen weights do not move, but a tangent
-    of zeros is multiplied all the same. Only what is in front of all weights that move is spared: with adapters the
-    first layer's input, whose tangent and gradient nobody asks for.
+    Of a product of two things that both move, three are made: x W, dx W, x dW. Frozen weights do not move, but a
+    tangent of zeros is multiplied all the same. Only what is in front of all weights that move is spared: with adapters
+    the first layer's input, whose tangent and gradient nobody asks for.
     """
     a, c = s.architecture, s.precision.compute
     plain = replace(s, attention="eager", checkpointing=False)

@@ -11,6 +11,7 @@ import sys
 import warnings
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fastguard import methods
 from plan.live import Watch, held_by
-from plan.workloads import PUBLISHED, TINY, Method, build, clear, for_options, options_of, planned, setting
+from plan.workloads import PUBLISHED, TINY, Method, build, clear, for_options, ids, options_of, planned, setting
 
 CASES = {
     "published sft": {"checkpointing": True},
@@ -29,6 +30,8 @@ CASES = {
     "booster": {"checkpointing": True},
     "tar": {"checkpointing": True},
     "random_mapping": {"checkpointing": True},
+    "crl": {"checkpointing": True},
+    "seam, product": {"checkpointing": True, "product": "difference"},
 }
 """A method's name, here or as published, and after a comma what is special."""
 
@@ -41,20 +44,20 @@ def shard(model: torch.nn.Module) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def run(name: str, checkpointing: bool) -> dict[str, float]:
+def run(name: str, checkpointing: bool, **changes: Any) -> dict[str, float]:
     torch.manual_seed(0)
-    model = build(TINY, "fp32", checkpointing)
+    model = build({**TINY, "num_hidden_layers": 3}, "fp32", checkpointing)
     s = setting(model, "mixed", checkpointing, gpus=2)
     name, published = name.partition(",")[0].removeprefix("published "), name.startswith("published ")
     entry = methods.find(name)
-    options = options_of(entry)
+    options = options_of(entry, **changes)
     s = for_options(s, options)
     recipe = (entry.load_cost().published if published else entry.load_cost().here)(s, options)
     shard(model)  # before the method: what it keeps of the weights is of the shards
     step = PUBLISHED[name](model)[0] if published else Method(entry, model, s, options).step
-    watch = Watch(held_by(model))
+    watch = Watch(held_by(model), resized=True)
     with watch.on():
-        step()  # FSDP2 makes its buffers
+        model(input_ids=ids(0), use_cache=False).logits.sum().backward()  # FSDP2 makes its buffers
         clear(model)
         watch.reset()
         step()

@@ -30,15 +30,19 @@ class Watch(TorchDispatchMode):
 
     Args:
         held: tensors that are not counted, whatever happens to them: the model's parameters, say.
+        resized: whether storages shrink and grow where no operator sees it, as FSDP2's do; all are asked then, each
+            time.
 
     Attributes:
         peak: bytes of live tensors at the worst moment, which was after the operator ``at``. flops: of products.
         gathered, scattered: bytes of all-gathers' outputs and of reduce-scatters' inputs.
     """
 
-    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+    def __init__(self, held: Iterable[Tensor] = (), resized: bool = False) -> None:
         super().__init__()
         self._storages: dict[int, Any] = {}
+        self._sizes: dict[int, int] = {}
+        self._live, self._resized = 0, resized
         self._held = {_key(t) for t in _plain(held)}
         self.peak = self.flops = self.gathered = self.scattered = 0
         self.at = ""
@@ -63,7 +67,9 @@ class Watch(TorchDispatchMode):
 
     def live(self) -> int:
         """Bytes now."""
-        return sum(s.nbytes() for ref in list(self._storages.values()) if (s := ref()) is not None)
+        if self._resized:
+            return sum(s.nbytes() for ref in list(self._storages.values()) if (s := ref()) is not None)
+        return self._live
 
     def reset(self) -> None:
         """Count anew what happens; what is held stays known."""
@@ -82,9 +88,17 @@ class Watch(TorchDispatchMode):
 
     def _note(self, tensor: Tensor) -> None:
         key = _key(tensor)
-        if key not in self._held and key not in self._storages:
-            storages = self._storages
-            storages[key] = weakref.ref(tensor.untyped_storage(), lambda _: storages.pop(key, None))
+        if key in self._held:
+            return
+        if key not in self._storages:
+            self._storages[key] = weakref.ref(tensor.untyped_storage(), lambda _: self._forget(key))
+        size = tensor.untyped_storage().nbytes()
+        self._live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+
+    def _forget(self, key: int) -> None:
+        self._storages.pop(key, None)
+        self._live -= self._sizes.pop(key, 0)
 
     def _count(self, name: str, tensors: Any) -> None:
         largest = max((t.numel() * t.element_size() for t in tree_leaves(tensors) if isinstance(t, Tensor)), default=0)
@@ -117,9 +131,9 @@ def _key(tensor: Tensor) -> int:
 
 
 def _plain(leaves: Iterable[Any]) -> list[Tensor]:
-    """Tensors with memory of their own; a DTensor's local part."""
+    """Tensors with memory of their own, which forward mode's zeros have not; a DTensor's local part."""
     tensors = [getattr(leaf, "_local_tensor", leaf) for leaf in leaves if isinstance(leaf, Tensor)]
-    return [t for t in tensors if type(t) in (Tensor, torch.nn.Parameter)]
+    return [t for t in tensors if type(t) in (Tensor, torch.nn.Parameter) and not t._is_zerotensor()]
 
 
 def held_by(model: torch.nn.Module) -> list[Tensor]:

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 import fastguard
 from fastguard import cli, methods
-from fastguard.plan import command
+from fastguard.plan import command, show
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "plan.md"
+DOCUMENTS = Path(__file__).parents[2] / "docs"
 HEADLINE = ("llama-3-8b", "llama-3-70b", "--table")
 
 
@@ -100,6 +100,19 @@ def test_the_options_are_shown_and_written():
     assert "tar (inner steps 8, inner lr 1e-05 and 2e-05) on" in run("llama-3-8b", *arguments).output
 
 
+def test_what_shards_cannot_have_is_planned_otherwise_and_said():
+    """Tangents are a default that several GPUs cannot have."""
+    several, asked = plan_of("--defense", "seam"), plan_of("--defense", "seam", "--set", "product=difference")
+    [said] = several["fastguard"]["deviations"]
+    assert said.startswith("product is difference here") and asked["fastguard"]["deviations"] == []
+    assert several["fastguard"]["parts"] == asked["fastguard"]["parts"]
+    assert f"{said}." in flat(run("llama-3-8b", "--defense", "seam"))
+    alone = plan_of("--defense", "seam", "--gpus", 1, "--dtype", "bf16")["fastguard"]
+    names = [p["name"] for p in alone["parts"]]
+    assert alone["deviations"] == [] and "benign moved: forward and backward with tangents" in names
+    assert "perturb" not in names and "snapshot" not in [i["name"] for i in alone["memory"]]
+
+
 def test_a_name_with_a_hyphen_is_that_with_an_underscore():
     hyphen, underscore = (plan_of("--defense", name) for name in ("t-vaccine", "t_vaccine"))
     assert hyphen == underscore and hyphen["defense"] == "t_vaccine"
@@ -173,6 +186,8 @@ def test_several_models_are_an_overview():
             ("smollm2", "--defense", "booster", "--set", "mode=linearised"),
             "mode: expected weights, the one that can be",
         ),
+        (("smollm2", "--defense", "seam", "--set", "product=tangent"), "expected difference, or tangent on 1 GPU"),
+        (("smollm2", "--defense", "seam", "--set", "product=linearised"), "expected tangent or difference, those"),
     ],
 )
 def test_mistakes_end_with_2_and_say_what_was_expected(arguments, said):
@@ -192,10 +207,11 @@ def test_a_table_needs_its_markers(tmp_path):
 
 
 def test_the_documentation_shows_what_the_command_writes(tmp_path):
-    copy = tmp_path / "plan.md"
-    copy.write_text(DOCUMENT.read_text())
-    assert run(*HEADLINE, copy).exit_code == 0
-    assert copy.read_text() == DOCUMENT.read_text(), f"run: fastguard plan {' '.join(HEADLINE)} docs/plan.md"
+    written = run(*HEADLINE, "-").output.strip()
+    for name in ("plan.md", "performance.md"):
+        document = (DOCUMENTS / name).read_text()
+        said = f"run: fastguard plan {' '.join(HEADLINE)} docs/{name}"
+        assert document == show.rewritten(document, written), said
 
 
 def test_planning_needs_no_torch():

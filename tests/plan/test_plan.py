@@ -45,9 +45,6 @@ from tiny_models import ARCHITECTURES, COMMON
 
 TENTH = 0.10
 
-EXACT = [name for name in known() if name not in ("seam", "crl")]
-"""Methods whose plan is held to a step of theirs; SEAM's tangent pass is not planned, CRL's flops are 8% short."""
-
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -71,10 +68,13 @@ def close(found: float, expected: float, tolerance: float = TENTH) -> bool:
 # Against runs.
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+BOTH_WAYS = [("fp32", True), ("bf16", False)]
+"""Precision and checkpointing. The other two pairs have nothing that one of these has not."""
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # bf16 rounds attackers' steps: memory and flops are the same
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(("precision", "checkpointing"), BOTH_WAYS)
+@pytest.mark.parametrize("name", known())
 def test_a_step_multiplies_and_holds_what_the_plan_says(name, checkpointing, precision, monkeypatch):
     monkeypatch.setattr("fastguard.nested.narrow.SAMPLE", 2**10)  # watched in bf16; as large as this model otherwise
     model = build(TINY, precision, checkpointing)
@@ -83,8 +83,7 @@ def test_a_step_multiplies_and_holds_what_the_plan_says(name, checkpointing, pre
     assert close(found.planned_memory, found.memory), str(found)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(("precision", "checkpointing"), BOTH_WAYS)
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_step_of_the_published_program_multiplies_and_holds_what_the_plan_says(name, checkpointing, precision):
     model = build(TINY, precision, checkpointing)
@@ -101,6 +100,7 @@ def test_a_step_of_the_published_program_multiplies_and_holds_what_the_plan_says
         ("tar", {"inner_steps": 5, "read_every": 2}),
         ("tar", {"batch": 3}),
         ("tar", {"adversaries": 2, "tamper_loss": "dpo"}),
+        ("seam", {"product": "difference"}),
     ],
 )
 def test_options_change_the_step_and_the_plan_alike(name, changes):
@@ -113,12 +113,14 @@ def test_options_change_the_step_and_the_plan_alike(name, changes):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # bf16 rounds attackers' steps: memory and flops are the same
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("name", EXACT)
+@pytest.mark.parametrize(
+    ("name", "checkpointing"), [*((name, False) for name in known()), ("sft", True), ("tar", True)]
+)
 def test_a_step_that_trains_lora_adapters(name, checkpointing):
+    """Two with checkpointing: what is recomputed is a matter of the pass, not of the method."""
     model, s = adapted(checkpointing)
     found = compare_method(methods.find(name), model, s)
-    assert close(found.planned_flops, found.flops, 0.015), str(found)
+    assert close(found.planned_flops, found.flops, 0.01), str(found)
     assert close(found.planned_memory, found.memory), str(found)
 
 
@@ -181,10 +183,12 @@ def test_memory_of_llama_8b():
     assert flops == watch.flops and close(memory, watch.peak), memory / watch.peak
 
 
-def test_smollm2_step_on_this_machine():
-    model = build(SMOLLM2)
+def test_a_step_of_smollm2s_width_and_vocabulary():
+    whole = build(SMOLLM2, device="meta")
+    known = from_config(whole.config.to_dict()).parameters
+    assert known == sum(p.numel() for p in whole.parameters()) == find("smollm2").parameters
+    model = build({**SMOLLM2, "num_hidden_layers": 4})
     s = setting(model, batch=2, tokens=64)
-    assert s.architecture.parameters == sum(p.numel() for p in model.parameters()) == find("smollm2").parameters
     from fastguard.losses.language_model import LanguageModelLoss
 
     loss = LanguageModelLoss(model)

@@ -57,7 +57,7 @@ def setting(model: nn.Module, precision: str = "fp32", checkpointing: bool = Tru
     """One process, no sharding."""
     options = dict(
         gpus=1, batch=BATCH, tokens=TOKENS, precision=PRECISIONS[precision], checkpointing=checkpointing,
-        attention="eager", live=1.0, rows=(TOKENS // 2 - 1) / TOKENS,
+        attention="eager", cpu=True, live=1.0, rows=(TOKENS // 2 - 1) / TOKENS,
     )  # fmt: skip
     return Setting(from_config(model.config.to_dict()), **{**options, **changes})
 

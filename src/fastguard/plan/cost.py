@@ -18,10 +18,15 @@ from fastguard.plan.setting import Setting
 
 @dataclass(frozen=True)
 class Recipe:
-    """The parts of a step, and what one GPU holds during it."""
+    """The parts of a step, and what one GPU holds during it.
+
+    Attributes:
+        deviations: in what the plan is not of the options as they stand, a sentence each without its stop.
+    """
 
     parts: list[Part]
     items: list[Item]
+    deviations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,7 @@ def as_dict(e: Estimate) -> dict[str, Any]:
         "run_hours": e.hours,
         "gpu_hours": e.hours * s.gpus,
         "largest_batch": e.largest,
+        "deviations": list(e.recipe.deviations),
         "memory": [
             {
                 "name": i.name, "bytes": i.bytes, "host": i.host, "at_peak": i in held(e.recipe.items, e.moment),

@@ -6,6 +6,8 @@ the keys, V vocabulary, c bytes of a number in the compute dtype. Activations ar
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastguard.plan.parts import FP32, Item, Part, Pass, item
 from fastguard.plan.setting import Setting
 
@@ -19,10 +21,13 @@ TILE = 128
 """Rows of logits that the fused head holds at a time, and that share one record of live columns."""
 
 
-def products(s: Setting, samples: int) -> float:
-    """Forward flops of the layers' products with weights: 2 flops a weight and token."""
+def products(s: Setting, samples: int, adapted: bool = True) -> float:
+    """Forward flops of the layers' products with weights: 2 flops a weight and token.
+
+    adapted: with the adapters; a reference is the model without them.
+    """
     a = s.architecture
-    adapter = 0 if s.lora is None else a.adapter(s.lora)
+    adapter = 0 if s.lora is None or not adapted else a.adapter(s.lora)
     return 2.0 * samples * s.tokens * (a.layers * a.products + adapter)
 
 
@@ -33,9 +38,9 @@ def scores(s: Setting, samples: int) -> float:
     return full / 2 if s.attention == "flash" else full
 
 
-def forward_flops(s: Setting, samples: int) -> float:
+def forward_flops(s: Setting, samples: int, adapted: bool = True) -> float:
     """Of the layers, without the head."""
-    return products(s, samples) + scores(s, samples)
+    return products(s, samples, adapted) + scores(s, samples)
 
 
 def backward_flops(
@@ -130,10 +135,12 @@ def run(
     gradients: str = "weights",
     stop: float | None = None,
     tapped: bool = False,
+    adapted: bool = True,
 ) -> list[Part]:
     """Forward and, unless ``gradients`` is ``none``, backward of the layers.
 
-    gradients: ``weights``, ``activations`` (no parameter's) or ``none``.
+    gradients: ``weights``, ``activations`` (no parameter's) or ``none``. adapted: as for `products`, of a
+    forward alone.
 
     Bytes: weights read once a direction, every kept activation written and read once a direction. Collectives of
     FSDP2: the forward gathers all weights, the backward gathers the layers' again (the root's stay) and reduces the
@@ -143,11 +150,11 @@ def run(
     of = Pass(name, samples, gradients, stop)
     kept = a.layers * inner_bytes(s, samples)
     weights = a.parameters * p.compute
-    adapter = 0 if s.lora is None else s.trainable * p.compute
+    adapter = 0 if s.lora is None or not adapted else s.trainable * p.compute
     again = (a.layers * a.layer * p.compute + adapter) * s.moved
     parts = [
         Part(
-            f"{name}: forward", "model", 1, forward_flops(s, samples), weights + 2 * kept,
+            f"{name}: forward", "model", 1, forward_flops(s, samples, adapted), weights + 2 * kept,
             (weights + adapter) * s.moved, of=of,
         )
     ]  # fmt: skip
@@ -216,6 +223,62 @@ def memory(
     return items
 
 
+# The same with a tangent on everything: forward mode over the backward. Plain tensors of one process, by full logits.
+
+
+def tangent_bytes(s: Setting, samples: int) -> float:
+    """What one layer keeps for the backward of a pass with tangents: all that it keeps else, twice, and more.
+
+    Attention is plain. silu(x) is made as x sigmoid(x), which keeps the sigmoid and its tangent, 2 F c; a norm keeps
+    one more tensor in fp32, 4 D; the softmax's tangent four of T x T a head in fp32.
+    """
+    a, c = s.architecture, s.precision.compute
+    more = 2 * a.intermediate * (a.active or 1) * c + a.norms * a.hidden * FP32 + 4 * FP32 * a.heads * s.tokens
+    return 2 * inner_bytes(replace(s, attention="eager"), samples) + float(samples * s.tokens * more)
+
+
+def tangent_run(s: Setting, name: str, samples: int, rows: float) -> list[Part]:
+    """Forward and backward of layers and head with tangents, nothing recomputed; the weights' are as many bytes again.
+
+    Of a product of two things that both move, three are made: x W, dx W, x dW. Frozen weights do not move, but a
+    tangent of zeros is multiplied all the same. Only what is in front of all weights that move is spared: with adapters
+    the first layer's input, whose tangent and gradient nobody asks for.
+    """
+    a, c = s.architecture, s.precision.compute
+    plain = replace(s, attention="eager", checkpointing=False)
+    flops = 3 * (forward_flops(plain, samples) + backward_flops(plain, samples))
+    if s.lora is not None:
+        projected = a.hidden * (a.attention_width + 2 * a.kv_width)
+        flops -= 2.0 * samples * s.tokens * (5 * projected + 9 * a.hidden * s.lora)
+    kept, weights, written = a.layers * tangent_bytes(s, samples), 2 * a.parameters * c, 2 * s.trainable * c
+    head = full_head(s, "", rows)
+    return [
+        Part(f"{name}: forward and backward with tangents", "model", 1, flops, 2 * weights + written + 4 * kept),
+        replace(head, name=f"{name}: head with tangents", flops=3 * head.flops, memory=3 * head.memory),
+    ]
+
+
+def tangent_memory(s: Setting, name: str, samples: int, rows: float) -> list[Item]:
+    """What a pass with tangents holds beside the weights and the direction, which is their tangent."""
+    a, p = s.architecture, s.precision
+    loss, last, first, end = (f"{name}: {m}" for m in (LOSS, LAST, FIRST, END))
+    inner, norm = tangent_bytes(s, samples), 2.0 * samples * s.tokens * a.hidden * (FP32 + 2 * p.compute)
+    gradients = 2.0 * s.shard * p.weights
+    missing = 0.0 if s.lora is not None else (a.layer + a.head) / a.parameters
+    items = [
+        item("activations and tangents", a.layers * inner + norm, loss, last),
+        item("one layer's activations", inner, first),
+        item("one layer's gradients in flight", 2 * passing_bytes(s, samples), last, first),
+        # At the log-softmax's backward, values and tangents: logits, log-softmax, gradients, their products and sums.
+        item("full logits", 14.0 * FP32 * rows * a.vocabulary, loss),
+        item("gradients and tangents", gradients * (1 - missing), first),
+        item("gradients and tangents", gradients, end),
+    ]
+    if s.gathers:
+        items.append(item("gathered weights", 2.0 * (a.layer + a.root) * p.compute, loss, last, first))
+    return items
+
+
 # The head: hidden states against the vocabulary.
 
 
@@ -240,11 +303,12 @@ def fused_head(s: Setting, name: str, rows: float, count: float = 1, *, gradient
     return Part(name, "head", 1, flops, moved * a.head * c + written, gathered).times(count)
 
 
-def lens_head(s: Setting, name: str, rows: float, count: float) -> Part:
+def lens_head(s: Setting, name: str, rows: float, count: float, *, backwards: int = 1) -> Part:
     """One hidden state's rows through norm and head: 2 N D V forward, 6 N D C backward over the C live columns."""
     a, c = s.architecture, s.precision.compute
-    flops = 2.0 * rows * a.hidden * a.vocabulary * (1 + s.live * (2 if s.lora is not None else 3))
-    return Part(name, "head", 1, flops, a.head * c * (1 + s.live) + 4 * rows * a.hidden * c).times(count)
+    flops = 2.0 * rows * a.hidden * a.vocabulary * (1 + backwards * s.live * (2 if s.lora is not None else 3))
+    moved = a.head * c * (1 + backwards * s.live) + 2 * (1 + backwards) * rows * a.hidden * c
+    return Part(name, "head", 1, flops, moved).times(count)
 
 
 def full_head(

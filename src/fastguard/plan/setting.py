@@ -82,6 +82,7 @@ class Setting:
             lens computes (docs/performance.md, live columns).
         given: the options of the method that were asked for by name. Where the published run has a proportion (an
             attacker's batch to the defender's) a cost keeps it, unless the option was given.
+        cpu: whether it is a CPU's kernels that compute, of which some make fewer products: for what is run in tests.
         attention: ``flash`` computes half of the causal scores and keeps none; ``eager`` computes and keeps all.
         lora: rank of adapters on all projections, the rest frozen in the compute dtype; None trains all weights.
         snapshot: where the original waits during a simulated attack, ``device`` or ``host``.
@@ -98,6 +99,7 @@ class Setting:
     precision: Precision = PRECISIONS["mixed"]
     checkpointing: bool = True
     attention: str = "flash"
+    cpu: bool = False
     lora: int | None = None
     snapshot: str = "device"
     given: frozenset[str] = frozenset()

@@ -99,6 +99,8 @@ def show(p: Plan, console: Console | None = None) -> None:
         f"{s.batch} sequences of {s.tokens} tokens a GPU and batch"
     )
     console.print(f"[yellow]{NOTE}[/yellow]")
+    for deviation in p.here.recipe.deviations:
+        console.print(f"[yellow]{deviation}.[/yellow]")
     console.print(_summary(p))
     console.print(_memory(p))
     for name, e in (("fastguard", p.here), ("published code", p.published)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastguard.defenses.crl.options import Options
 from fastguard.plan import parts, passes
 from fastguard.plan.cost import Cost, Recipe, moments_of
@@ -20,9 +22,12 @@ def read(s: Setting, o: Options) -> int:
 
 
 def here(s: Setting, o: Options) -> Recipe:
-    """Harmful and harmless as one batch of 2 B: once through the initial weights, once through the live ones."""
+    """Harmful and harmless as one batch of 2 B: once through the initial weights, once through the live ones.
+
+    Every token is one of a response: nothing is known of the prompts' share.
+    """
     a, c, w = s.architecture, s.precision.compute, s.precision.weights
-    rows, samples, layers = s.rows * s.batch * s.tokens, 2 * s.batch, read(s, o)
+    rows, samples, layers = s.batch * s.tokens, 2 * s.batch, read(s, o)
     exchange = 4 * w if s.lora is None else 0  # there and back, both ways
     state = 2 * rows * a.hidden  # numbers of both batches' response tokens at one state
     wide = 0 if c == FP32 else FP32
@@ -39,15 +44,25 @@ def here(s: Setting, o: Options) -> Recipe:
         items.append(item("reference: head", float(a.head * c), *moments_of("pair")))
     steps: list[Part] = [
         over_weights(s, "exchange with the initial weights", exchange, host_each=exchange),
-        *passes.run(s, "reference", samples, gradients="none"),
+        *passes.run(s, "reference", samples, gradients="none", adapted=False),
         *passes.run(s, "pair", samples),
-        # Two products forth; both again and the student's two gradients back: 12 N D V where a cross-entropy has 8.
-        passes.fused_head(s, "divergence", rows, 1.5),
+        divergence(s, rows),
         # Live and frozen rows are gathered and read forth, read back, and a gradient is written.
         Part("hinges", "weights", 1, memory=7.0 * layers * state * c),
         parts.outer_adamw(s),
     ]
     return Recipe([part for part in steps if part.flops + part.memory + part.host > 0], items)
+
+
+def divergence(s: Setting, rows: float) -> Part:
+    """Two products forth, both again and the student's two gradients back: 12 N D V where a cross-entropy has 8.
+
+    A frozen head has one gradient: 10 N D V, and 6 on a CPU, which makes it in the forward while it has the logits.
+    """
+    part = passes.fused_head(s, "divergence", rows, 1.5)
+    if s.lora is None:  # the reference's head is there after its forward: the live one alone is gathered and reduced
+        return replace(part, network=part.network / 1.5)
+    return replace(part, flops=(6.0 if s.cpu else 10.0) * rows * s.architecture.head)
 
 
 def published(s: Setting, o: Options) -> Recipe:

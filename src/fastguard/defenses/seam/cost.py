@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastguard.defenses.seam.options import Options
 from fastguard.plan import parts, passes
 from fastguard.plan.cost import Cost, Recipe, moments_of
@@ -12,24 +14,23 @@ MOVED = ("harmful moved", "benign moved")
 
 
 def here(s: Setting, o: Options) -> Recipe:
-    """Gradients of four losses, and of two of them again at moved weights; the harmful forward serves two losses.
+    """Gradients of four losses; the harmful forward serves two of them. Then two products with a Hessian.
 
-    The ``product`` is taken to be ``difference``, which is what shards can have, unless another was given. Raises
-    ValueError for that: the work of a tangent pass is not known here.
+    One is a pass with tangents, or a gradient once more at moved weights, see `planned_product`.
     """
-    if "product" in s.given and o.product != "difference":
-        raise ValueError(f"product: expected difference, the one that can be planned, got {o.product!r}")
+    product, deviations = planned_product(s, o)
     a, w = s.architecture, s.precision.weights
     rows, n = s.rows * s.batch * s.tokens, s.batch * s.tokens
-    harmful = passes.run(s, "harmful", s.batch)
-    if s.gpus == 1:  # not wrapped: its backward alone, of the forward that the unlearning makes
-        harmful = harmful[1:]
+    harmful, head = passes.run(s, "harmful", s.batch), passes.fused_head(s, "harmful: head", rows)
+    alone = s.gpus == 1
+    if alone:  # not wrapped: its backward alone, of the forward that the unlearning makes; it meets the lenses too
+        harmful, head = harmful[1:], replace(head, flops=head.flops - 2.0 * rows * a.head)
     steps: list[Part] = [
         *harmful,
-        passes.fused_head(s, "harmful: head", rows),
+        head,
         *passes.run(s, "unlearning", s.batch),
         passes.fused_head(s, "unlearning: output", rows),
-        passes.lens_head(s, "lenses", rows, a.layers + 1),
+        passes.lens_head(s, "lenses", rows, a.layers + 1, backwards=2 if alone else 1),
         *passes.run(s, "refusal", s.batch),
         passes.fused_head(s, "refusal: head", rows),
     ]
@@ -45,26 +46,56 @@ def here(s: Setting, o: Options) -> Recipe:
         item("accumulator", s.shard * w, *moments_of("benign", *MOVED)),
         item("stored gradient, benign", s.shard * w, *moments_of(*MOVED)),
         item("direction", s.shard * w, *moments_of(*MOVED)),
-        parts.snapshot_item(s, *moments_of(*MOVED)),
+        *passes.memory(s, "benign", s.batch),
+        *passes.fused_items(s, "benign", n),
     ]
-    for name, count in (("benign", n), (MOVED[0], rows), (MOVED[1], n)):
-        steps += [*passes.run(s, name, s.batch), passes.fused_head(s, f"{name}: head", count)]
-        items += [*passes.memory(s, name, s.batch), *passes.fused_items(s, name, count)]
-    return Recipe(
-        [
-            *steps,
-            over_weights(s, "norms of the gradients", w, 4),
-            over_weights(s, "inner product of the gradients", 2 * w),
-            over_weights(s, "directions", 5 * w, 2),
+    steps += [*passes.run(s, "benign", s.batch), passes.fused_head(s, "benign: head", n)]
+    for name, count in zip(MOVED, (rows, n), strict=True):
+        if product == "tangent":
+            steps += passes.tangent_run(s, name, s.batch, count)
+            items += passes.tangent_memory(s, name, s.batch, count)
+        else:
+            steps += [*passes.run(s, name, s.batch), passes.fused_head(s, f"{name}: head", count)]
+            items += [*passes.memory(s, name, s.batch), *passes.fused_items(s, name, count)]
+    there: list[Part] = []
+    if product == "difference":
+        items.append(parts.snapshot_item(s, *moments_of(*MOVED)))
+        there = [
+            over_weights(s, "norms of the directions", w, 2),
             parts.snapshot(s).times(2),
             over_weights(s, "perturb", 3 * w, 2),
             parts.restore(s).times(2),
             over_weights(s, "differences of the gradients", 3 * w, 2),
+        ]
+    return Recipe(
+        [
+            *steps,
+            over_weights(s, "norms of the gradients", w, 2),
+            over_weights(s, "inner product of the gradients", 2 * w),
+            over_weights(s, "directions", 5 * w, 2),
+            *there,
             over_weights(s, "accumulate", 3 * w, 2),
             parts.outer_adamw(s),
         ],
         items,
+        deviations,
     )
+
+
+def planned_product(s: Setting, o: Options) -> tuple[str, tuple[str, ...]]:
+    """Which ``product`` a step has, and what is to be said of it.
+
+    That of the options, where it can be had: tangents are not for shards, so that on several GPUs the default gives way
+    to ``difference``. Raises ValueError for one that was given and cannot be had, or not be planned.
+    """
+    if o.product == "linearised":
+        raise ValueError("product: expected tangent or difference, those that can be planned, got 'linearised'")
+    if o.product == "tangent" and s.gpus > 1:
+        if "product" in s.given:
+            raise ValueError(f"product: expected difference, or tangent on 1 GPU, got 'tangent' on {s.gpus}: it is not "
+                             "for shards")  # fmt: skip
+        return "difference", ("product is difference here: tangent, the default, is not for shards",)
+    return o.product, ()
 
 
 def published(s: Setting, o: Options) -> Recipe:

@@ -40,7 +40,7 @@ def here(s: Setting, o: Options) -> Recipe:
         name = "preferences of the reference"
         asked = [
             over_weights(s, f"{name}: exchange", exchange, attackers, host_each=exchange),
-            *passes.run(s, name, held_out, attackers, gradients="none"),
+            *passes.run(s, name, held_out, attackers, gradients="none", adapted=False),
             passes.fused_head(s, f"{name}: head", tampered, attackers, gradients="none"),
         ]
         asked_items = passes.memory(s, name, held_out, gradients="none")
@@ -55,7 +55,7 @@ def here(s: Setting, o: Options) -> Recipe:
         parts.accumulate(s, "accumulate", reads),
         parts.restore(s).times(attackers),
         over_weights(s, "exchange with the initial weights", exchange, host_each=exchange),
-        *passes.run(s, "reference", s.batch, gradients="none"),
+        *passes.run(s, "reference", s.batch, gradients="none", adapted=False),
         *passes.run(s, "retain", s.batch),
         passes.fused_head(s, "retain: head", n),
         representation_distance(s),

@@ -529,7 +529,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
         with pytest.raises(RuntimeError, match="layer 2 is out"):
             call(batch)
     hook.remove()
-    assert loss_fn._taps.scope is None
+    assert loss_fn._tapped.taps.scope is None
     assert_equal_losses(model, loss_fn(batch, distance_to=states), eager(model, batch, "cross_entropy"))
 
 

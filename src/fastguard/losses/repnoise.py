@@ -16,7 +16,7 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,7 @@ from fastguard.machine import rank
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.philox import gaussian_noise
 from fastguard.ops.precision import accumulation_dtype
-from fastguard.taps import Gate, Lens, Scope, Taps, find_structure, tap_hidden_states
-from fastguard.taps.structure import reshard
+from fastguard.taps import Lens, find_structure
 
 LENS_TRANSFORMS = ("model", "none")
 
@@ -40,12 +39,21 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Named settings for `RepNoiseLoss.preset`."""
 
 
-class _PairScope(Scope):
+class _Pair(NamedTuple):
+    """What the pair's forward found: of the output's rows [N], of each hidden state that is read, of each MLP."""
+
+    output: Tensor
+    hidden: dict[int, Tensor]
+    mmd: dict[int, Tensor]
+
+
+class _PairScope(tapped.Reading[_Pair]):
     """The concatenated forward: harmful samples first, harmless samples after them.
 
     Args:
         lens: the head. batch: samples of one half. harmful, harmless: their rows in the concatenation.
-        entries: the hidden states to read. noise, mask: arguments of ``gaussian_mmd``.
+        entries: the hidden states to read. layers: how many MLPs there are. noise, mask: arguments of
+            ``gaussian_mmd``.
     """
 
     output: Tensor | None
@@ -54,11 +62,11 @@ class _PairScope(Scope):
 
     def __init__(
         self, lens: Lens, batch: int, harmful: Rows, harmless: Rows, entries: frozenset[int],
-        noise: dict[str, Any], mask: Tensor,
+        layers: int, noise: dict[str, Any], mask: Tensor,
     ) -> None:  # fmt: skip
         super().__init__()
         self.lens, self.batch, self.harmful, self.entries = lens, batch, harmful, entries
-        self.noise, self.mask = noise, mask
+        self.layers, self.noise, self.mask = layers, noise, mask
         self.rows = torch.cat([harmful.rows, harmless.rows])
         self.target = torch.cat([harmful.target, harmless.target])
         self.end()
@@ -79,6 +87,12 @@ class _PairScope(Scope):
             ce = self.lens.cross_entropy(x, self.harmful.rows, self.harmful.target, normed=False, keep=keep).sum()
             if keep:
                 self.hidden[index] = ce
+
+    def found(self) -> _Pair | None:
+        """See `Reading.found`."""
+        if self.output is None or len(self.mmd) != self.layers or len(self.hidden) != len(self.entries):
+            return None
+        return _Pair(self.output, self.hidden, self.mmd)
 
     def end(self) -> None:
         """See `Scope.end`."""
@@ -168,11 +182,10 @@ class RepNoiseLoss(nn.Module):
         self._needs_retain = False
         self._rounded = guards.RoundedAway("RepNoiseLoss", self.structure)
         self.components: dict[str, Tensor] = {}
-        self._model = (model,)  # in a tuple, so that it does not become a submodule
         self._last_noise: dict[str, Any] | None = None
         self.register_buffer("call", torch.zeros((), dtype=torch.int64))
-        self._taps = self._place_taps()
-        self._finalizer = weakref.finalize(self, self._taps.close)
+        self._tapped = tapped.Tapped("RepNoiseLoss", model, self.structure, mlps=True)
+        self._finalizer = weakref.finalize(self, self._tapped.taps.close)
         self._finalizer.atexit = False
 
     @classmethod
@@ -188,14 +201,6 @@ class RepNoiseLoss(nn.Module):
         loss = cls(model, **{**PRESETS[name], **changes})
         loss._needs_retain = "retain_weight" in PRESETS[name] and loss.retain_weight > 0
         return loss
-
-    def _place_taps(self) -> Taps:
-        parts = self.structure
-        taps = Taps(parts.model)
-        tap_hidden_states(taps, parts)
-        for i, mlp in enumerate(parts.mlps):
-            taps.output(mlp, "mlp", i)
-        return taps
 
     def forward(
         self,
@@ -237,51 +242,40 @@ class RepNoiseLoss(nn.Module):
                     f"{name}: no token carries loss; expected at least one position t > 0 at which the mask "
                     f"({self.mask}{', padding left out' if self.mask_padding else ''}) is set"
                 )
-        wrapped = guards.chosen("RepNoiseLoss", self._model[0], model, self.structure)
         if torch.is_grad_enabled():
             self._rounded.look()
-        reshard(wrapped)
         batch, length = harmful["input_ids"].shape
         noise = {
             "seed": self.seed,
             "call": self.call.to(harmful["input_ids"].device, copy=True),
             "sample_offset": batch * rank() if sample_offset is None else sample_offset,
         }
-        lens = Lens(self.structure, self.filter_tol, inner_transform=self.lens_transform == "model")
+        inner = self.lens_transform == "model"
         good_in_pair = good._replace(rows=good.rows + batch * length)
+        layers = len(self.structure.layers)
         entries = self._drawn_entries()
-        read = entries if self.norm_last_twice else entries - {len(self.structure.layers)}
-        scopes: list[Scope] = [scope := _PairScope(lens, batch, bad, good_in_pair, read, noise, masks[0])]
-        try:
-            with self._taps.on(scope):
-                zero = tapped.run(self.structure, wrapped, {k: torch.cat([harmful[k], harmless[k]]) for k in harmful})
-                output, hidden, mmd = scope.output, scope.hidden, scope.mmd
-            if output is None or len(mmd) != len(self.structure.mlps) or len(hidden) != len(read):
-                raise tapped.silent_taps("RepNoiseLoss")
+        read = entries if self.norm_last_twice else entries - {layers}
+        with self._tapped.call(model, lambda: Lens(self.structure, self.filter_tol, inner_transform=inner)) as call:
+            assert call.lens is not None
+            scope = _PairScope(call.lens, batch, bad, good_in_pair, read, layers, noise, masks[0])
+            output, hidden, mmd = call.read({k: torch.cat([harmful[k], harmless[k]]) for k in harmful}, scope)
             if not self.norm_last_twice and len(read) < len(entries):
-                hidden[len(self.structure.layers)] = output[: bad.rows.shape[0]].sum()
+                hidden[layers] = output[: bad.rows.shape[0]].sum()
             parts = self._combine(output, hidden, mmd, bad, good)
             if retain is not None:
-                scopes.append(aside := OutputScope(lens, tapped.next_tokens(retain, "retain")))
-                with self._taps.on(aside):
-                    zero = zero + tapped.run(self.structure, wrapped, retain)
-                    stats = aside.stats
-                if stats is None:
-                    raise tapped.silent_taps("RepNoiseLoss")
+                stats = call.read(retain, OutputScope(call.lens, tapped.next_tokens(retain, "retain"))).stats
+                assert stats is not None
                 parts["retain_ce"] = stats.cross_entropy().mean()
                 weight = self.retain_weight if retain_weight is None else retain_weight
                 parts["loss"] = parts["loss"] + weight * parts["retain_ce"]
-        finally:
-            lens.end()
-        parts["loss"] = parts["loss"] + zero.to(parts["loss"].dtype)
-        self._check_finite(parts, entries)
-        self.components = {name: value.detach() for name, value in parts.items()}
-        wide = accumulation_dtype(lens.weight.dtype)
-        self._last_noise = {**noise, "shape": (batch, length, lens.weight.shape[1]), "dtype": wide}
-        if torch.is_grad_enabled():  # an evaluation does not move the training's noise
-            self.call += 1
-        loss = parts["loss"]
-        return Gate.apply(loss, self._taps, scopes) if loss.requires_grad else loss  # type: ignore[no-any-return]
+            parts["loss"] = parts["loss"] + call.zero.to(parts["loss"].dtype)
+            self._check_finite(parts, entries)
+            self.components = {name: value.detach() for name, value in parts.items()}
+            wide = accumulation_dtype(call.lens.weight.dtype)
+            self._last_noise = {**noise, "shape": (batch, length, call.lens.weight.shape[1]), "dtype": wide}
+            if torch.is_grad_enabled():  # an evaluation does not move the training's noise
+                self.call += 1
+            return call.gated(parts["loss"])
 
     def _drawn_entries(self) -> frozenset[int]:
         """The hidden states that this step reads: all, or ``layers`` of them drawn from (seed, call)."""

@@ -12,7 +12,7 @@ from fastguard.taps import anchor
 from fastguard.taps.structure import Structure, head_parameters
 
 SHIFTED = "_fastguard_shifted"
-"""Set on modules that for the moment compute something other than their parameters say (``nested.linearised``)."""
+"""Attribute of modules that for the moment compute something other than their parameters say: what shifts them."""
 
 
 class Lens:
@@ -28,15 +28,15 @@ class Lens:
         inner_transform: whether inner states too pass the model's soft-cap and logit scale.
 
     Raises:
-        RuntimeError: the head or the norm does not compute what its parameters say, as inside ``nested.linearised``.
+        RuntimeError: the head or the norm does not compute what its parameters say (see `SHIFTED`).
     """
 
     def __init__(self, structure: Structure, filter_tol: float | None, inner_transform: bool = True) -> None:
         for part in (structure.head, structure.norm):
-            if any(hasattr(module, SHIFTED) for module in part.modules()):
+            for by in (getattr(module, SHIFTED) for module in part.modules() if hasattr(module, SHIFTED)):
                 raise RuntimeError(
-                    f"{type(part).__name__}: its output is shifted by nested.linearised, which a loss that reads its "
-                    "weight would miss; use a loss on the model's own logits"
+                    f"{type(part).__name__}: its output is shifted by {by}, which a loss that reads its weight would "
+                    "miss; use a loss on the model's own logits"
                 )
         self.structure, self.filter_tol, self.inner_transform = structure, filter_tol, inner_transform
         weight, bias = head_parameters(structure.head)

@@ -9,7 +9,7 @@ Shapes: N rows, R rows of one tile, V vocabulary, C live columns of a tile, D hi
 from __future__ import annotations
 
 import math
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -248,7 +248,8 @@ Bundle = TypeVar("Bundle", Grads, Saved)
 
 def part(whole: Bundle, rows: slice) -> Bundle:
     """The tensors of a bundle, a tile's rows of each."""
-    return type(whole)(*(None if t is None else t[rows] for t in whole))
+    cut: list[Any] = [None if t is None else t[rows] for t in whole]
+    return type(whole)(*cut)
 
 
 def slope_of_tiles(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:

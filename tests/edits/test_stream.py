@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,7 +113,9 @@ def test_an_interrupted_edit_leaves_whole_shards_and_is_taken_up(sharded, tmp_pa
     first = (out / "model-1.safetensors").stat().st_mtime_ns
     done = stream(sharded, out, doubling())
     assert (done.kept, done.shards) == (1, 3) and (out / "model-1.safetensors").stat().st_mtime_ns == first
-    assert torch.equal(loaded(out)["b"], loaded(sharded)["b"] * 2) and torch.equal(loaded(out)["a"], loaded(sharded)["a"] * 2)
+    assert torch.equal(loaded(out)["b"], loaded(sharded)["b"] * 2) and torch.equal(
+        loaded(out)["a"], loaded(sharded)["a"] * 2
+    )
     assert not list(out.glob("*.partial"))
     assert stream(sharded, out, doubling()).kept == 3
 
@@ -147,7 +150,7 @@ def test_what_is_there_is_not_replaced_unasked(sharded, tmp_path):
 
 def test_bad_sources_and_edits_are_named(sharded, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match="names 1 tensors that .* has not, the first 'z'"):
+    with pytest.raises(ValueError, match=r"names 1 tensors that .* has not, the first 'z'"):
         stream(sharded, out, doubling(tensors={"z": lambda t: t}))
     with pytest.raises(ValueError, match="adds 'b'"):
         stream(sharded, out, doubling(copies={"b": "a"}))
@@ -159,7 +162,7 @@ def test_bad_sources_and_edits_are_named(sharded, tmp_path):
     with pytest.raises(ValueError, match=r"model-2.safetensors has .* half of a file"):
         stream(sharded, out, doubling())
     (sharded / "model-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="lacks 1 shards: model-2.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 shards: model-2.safetensors"):
         stream(sharded, out, doubling())
     (sharded / "model.safetensors.index.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither model.safetensors nor"):
@@ -188,7 +191,8 @@ def _peak_growth(work):
         torch.set_num_threads(1)  # the parent's threads are not in the child
         status = 1
         try:
-            before = int(next(x for x in open("/proc/self/status") if x.startswith("VmRSS")).split()[1]) * 1024
+            lines = Path("/proc/self/status").read_text().splitlines()
+            before = int(next(x for x in lines if x.startswith("VmRSS")).split()[1]) * 1024
             work()
             os.write(write, str(peak_memory() - before).encode())
             status = 0
@@ -202,20 +206,21 @@ def _peak_growth(work):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs /proc")
 def test_memory_is_that_of_a_tensor_not_of_a_shard(tmp_path):
-    from fastguard.directions.edit import norm_rows
+    from fastguard.directions.edit import orthogonalise
 
     folder, mib = tmp_path / "model", 2**20
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    shard(folder / "model.safetensors", **{f"w{i}": torch.ones(1024, 16 * 1024, dtype=torch.bfloat16) for i in range(4)})
+    shard(folder / "model.safetensors", **{f"w{i}": torch.ones(1024, 8 * 1024, dtype=torch.bfloat16) for i in range(6)})
     basis = torch.eye(1, 1024)
-    edit = Edit("rows", {}, {f"w{i}": lambda t: norm_rows(t, basis, out=t) for i in range(3)}, {"head": "w0"})
+    edit = Edit("cut", {}, {f"w{i}": lambda t: orthogonalise(t, basis, out=t) for i in range(2)}, {"head": "w0"})
+    orthogonalise(torch.ones(1024, 2048, dtype=torch.bfloat16), basis)  # what the libraries set up once is not counted
     growth = _peak_growth(lambda: stream(folder, tmp_path / "out", edit))
-    assert growth < 72 * mib, f"{growth / mib:.0f} MiB; a tensor has 32, the shard 128"
+    assert growth < 48 * mib, f"{growth / mib:.0f} MiB; a tensor has 16, the shard 96"
 
     # and the measure sees what a shard at once costs
     def at_once():
         tensors = {name: t.clone() for name, t in load_file(folder / "model.safetensors").items()}
-        assert len(tensors) == 4
+        assert len(tensors) == 6
 
-    assert _peak_growth(at_once) > 110 * mib
+    assert _peak_growth(at_once) > 90 * mib

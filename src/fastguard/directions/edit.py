@@ -137,34 +137,32 @@ def _strips(weight: Tensor) -> Iterator[slice]:
 
 
 def _removed(strip: Tensor, basis: Tensor) -> Tensor:
-    """(I - Q^T Q) of columns [D, c]. Twice, as Gram-Schmidt is: once leaves the rounding of what is taken away."""
-    for _ in range(2):
-        strip = torch.addmm(strip, basis.T, basis @ strip, alpha=-1)
-    return strip
+    """(I - Q^T Q) of columns [D, c]."""
+    return torch.addmm(strip, basis.T, basis @ strip, alpha=-1)
 
 
 def _orthogonalise(weight: Tensor, basis: Tensor, out: Tensor) -> None:
     for part in _strips(weight):
-        strip = weight[:, part].to(basis.dtype)
-        out[:, part] = torch.addmm(strip, basis.T, basis @ strip, alpha=-1)
+        out[:, part] = _removed(weight[:, part].to(basis.dtype), basis)
 
 
 def _norm_columns(weight: Tensor, basis: Tensor, out: Tensor) -> None:
     for part in _strips(weight):
         strip = weight[:, part].to(basis.dtype)
-        left = _removed(strip, basis)
+        # Twice, as in Gram-Schmidt: what once leaves is the rounding of what it took, which is then scaled up.
+        left = _removed(_removed(strip, basis), basis)
         out[:, part] = left * _ratio(strip.norm(dim=0), left.norm(dim=0), weight.dtype)
 
 
 def _norm_rows(weight: Tensor, basis: Tensor, out: Tensor) -> None:
     norms = weight.new_zeros(weight.shape[0], dtype=torch.float64)
     for part in _strips(weight):
-        norms += weight[:, part].double().square().sum(1)
+        norms += weight[:, part].to(basis.dtype).square().sum(1)
     norms = norms.sqrt_()
     unit = torch.where(norms > 0, 1 / norms, 0.0).to(basis.dtype)[:, None]
     left = torch.zeros_like(norms)
     for part in _strips(weight):
-        left += _removed(weight[:, part].to(basis.dtype) * unit, basis).double().square().sum(1)
+        left += _removed(weight[:, part].to(basis.dtype) * unit, basis).square().sum(1)
     scale = (norms * _ratio((norms > 0).double(), left.sqrt_(), weight.dtype)).to(basis.dtype)[:, None]
     for part in _strips(weight):
         out[:, part] = _removed(weight[:, part].to(basis.dtype) * unit, basis) * scale

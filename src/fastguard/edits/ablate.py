@@ -38,8 +38,8 @@ def ablation(
         source: what `source_folder` gave.
         basis: [K, D], orthonormal rows.
         form: ``orthogonal``: embedding, matrices, biases and experts. ``norm_columns``: the same, each column (a row
-            of an embedding, a bias) with its norm. ``norm_rows``: heretic's, which edits the layers' matrices alone, and
-            leaves embedding and biases as they are; the stream then keeps a part of the directions.
+            of an embedding, a bias) with its norm. ``norm_rows``: heretic's, which edits the layers' matrices alone
+            and leaves embedding and biases as they are; the stream then keeps a part of the directions.
         keep_tied: leave a tied head tied. **A deviation**: the head is then edited with the embedding, and reads no
             more what the final norm adds along the directions. Otherwise a tied head is untied: it gets a tensor of its
             own, the embedding as it was, and ``tie_word_embeddings`` becomes false.

@@ -29,7 +29,7 @@ from fastguard.progress import Progress, silent
 
 RECORD = "fastguard_edit.json"
 FORMAT = 1
-PORTION = 2**24
+PORTION = 2**22
 """Bytes that are copied at a time."""
 
 ELSEWHERE = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*")

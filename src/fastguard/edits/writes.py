@@ -86,8 +86,7 @@ def residual_writes(folder: Folder) -> Writes:
     """
     config = _config(folder)
     try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.no_grad(), _quiet():
             model = _small(config)
             found = _find(model)
             _check(model, found)
@@ -97,6 +96,24 @@ def residual_writes(folder: Folder) -> Writes:
             f"model: no small {config.model_type} could be made and run to find what writes to its stream: {error}"
         ) from error
     return _match(folder, config, model, painted)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Nothing is said of a small model that nobody asked for."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 # a small model --------------------------------------------------------------------------------------------------------
@@ -131,7 +148,7 @@ def _small(config: Any) -> Any:
     if getattr(config, "word_embed_proj_dim", None) != getattr(config, "hidden_size", None):
         sizes["word_embed_proj_dim"] = WIDTH // 2
     for name in (name for name in vars(config) if re.search(r"intermediate_size|ffn_dim|ffn_hidden|n_inner", name)):
-        sizes[name] = 96
+        sizes[name] = 8 if "moe" in name else 96  # experts are many
     if (rotary := getattr(config, "qk_rope_head_dim", None)) is not None:  # multi-head latent attention
         sizes |= {"head_dim": rotary, "num_key_value_heads": HEADS}
     for name, value in sizes.items():
@@ -438,17 +455,10 @@ def _painted(model: Any, writes: dict[str, Write]) -> _Painted:
 def _saved(model: Any) -> list[tuple[str, Tensor]]:
     """What ``save_pretrained`` writes."""
     from safetensors.torch import load_file
-    from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return [item for path in sorted(Path(folder).glob("*.safetensors")) for item in load_file(path).items()]
-    finally:
-        if shown:
-            logging.enable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return [item for path in sorted(Path(folder).glob("*.safetensors")) for item in load_file(path).items()]
 
 
 def _match(folder: Folder, config: Any, model: Any, painted: _Painted) -> Writes:

@@ -51,6 +51,12 @@ def test_every_layout_equals_the_formula(form, strip, monkeypatch):
     assert not torch.equal(w, kept)
 
 
+def test_a_basis_kept_in_fp32_is_orthonormal_again_in_float64():
+    q, w = basis(), weight(D, N)
+    left = edit.orthogonalise(w, q.float())
+    assert float((q.float().double() @ left).norm() / (q @ w).norm()) < 1e-14
+
+
 def test_a_bias_is_a_column():
     q, b = basis(), weight(D)
     left = b - q.T @ (q @ b)

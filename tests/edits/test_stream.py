@@ -175,6 +175,39 @@ def test_bad_sources_and_edits_are_named(sharded, tmp_path):
         stream(tmp_path / "adapter", out, doubling())
 
 
+def test_a_folder_in_use_is_left_alone(sharded, tmp_path):
+    from fastguard.machine import locked
+
+    with locked(tmp_path / "out"), pytest.raises(RuntimeError, match="in use by another run"):
+        stream(sharded, tmp_path / "out", doubling())
+    assert stream(sharded, tmp_path / "out", doubling()).kept == 0
+
+
+def test_a_model_of_the_hub_is_taken_from_its_snapshot(sharded, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--lab--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("abc")
+    (repository / "snapshots").mkdir()
+    (repository / "snapshots" / "abc").symlink_to(sharded)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    stream("lab/tiny", tmp_path / "out", doubling())
+    assert torch.equal(loaded(tmp_path / "out")["a"], loaded(sharded)["a"] * 2)
+    assert json.loads((tmp_path / "out" / RECORD).read_text())["source"] == "lab/tiny"
+    with pytest.raises(FileNotFoundError, match="no weights of a Hugging Face model"):
+        stream("lab/other", tmp_path / "out2", doubling())
+
+
+def test_the_record_is_no_part_of_the_model(sharded, tmp_path):
+    from fastguard.models import model_digest
+
+    stream(sharded, tmp_path / "one", doubling())
+    stream(sharded, tmp_path / "two", doubling(), name="called otherwise")
+    assert model_digest(tmp_path / "one") == model_digest(tmp_path / "two") != model_digest(sharded)
+
+
 def test_a_full_disk_is_told_beforehand(sharded, tmp_path, monkeypatch):
     import shutil
 

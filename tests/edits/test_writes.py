@@ -60,6 +60,42 @@ def test_a_square_model_is_no_harder(made):
     assert len(found) == 7
 
 
+class _Experts(torch.nn.Module):
+    """Of which only the first is ever asked."""
+
+    def __init__(self, dead=False):
+        super().__init__()
+        self.up = torch.nn.Linear(64, 96)
+        self.experts = torch.nn.ModuleList(torch.nn.Linear(96, 64) for _ in range(2))
+        self.dead = torch.nn.Linear(96, 64) if dead else None
+
+    def forward(self, x):
+        return self.experts[0](self.up(x).relu())
+
+
+class _Layer(torch.nn.Module):
+    def __init__(self, dead=False):
+        super().__init__()
+        self.block = _Experts(dead)
+
+    def forward(self, x):
+        return x + self.block(x)
+
+
+def test_an_expert_that_got_no_token_is_what_its_siblings_are():
+    call = found_by._Call((torch.randn(2, 5, 64, dtype=torch.float64),), {}, None)
+    with torch.no_grad():
+        found = found_by._layer(_Layer().double(), call, "layer 0")
+        kinds = {name: (w.kind, w.axis) for name, w in found.items()}
+        assert kinds == {
+            f"block.experts.{i}.{name}": (kind, 0)
+            for i in range(2)
+            for name, kind in (("weight", "matrix"), ("bias", "bias"))
+        }
+        with pytest.raises(ValueError, match=r"block.dead.weight of layer 0 did nothing in a trial"):
+            found_by._layer(_Layer(dead=True).double(), call, "layer 0")
+
+
 def test_a_norm_behind_the_embedding_is_refused(made):
     with pytest.raises(ValueError, match=r"input of layer 0 keeps .* of a direction: something else of bloom"):
         residual_writes(source_folder(made("bloom")))

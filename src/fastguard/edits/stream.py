@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 from torch import Tensor
 
-from fastguard import models
+from fastguard import __version__, models
 from fastguard.edits.shards import INDEX, Folder, Shard, Stored, as_tensor, header, read_bytes
-from fastguard.machine import sync_folder, write_atomically, write_json
+from fastguard.machine import LOCK, locked, sync_folder, write_atomically, write_json
 from fastguard.progress import Progress, silent
 
 RECORD = "fastguard_edit.json"
@@ -107,12 +107,19 @@ def stream(
         FileExistsError: ``out`` holds something else.
         TypeError: a tensor to be edited is stored in 8 bits or less.
         OSError: the disk is too small, or fails.
+        RuntimeError: another process writes to ``out``.
     """
     source = model if isinstance(model, Folder) else source_folder(model)
     target = Path(out)
     _check(source, edit)
     record = _record(name or str(source.path if isinstance(model, Folder) else model), edit)
-    done = _begin(source, target, record, overwrite)
+    _refuse(source, target, record, overwrite)
+    with locked(target):
+        return _stream(source, target, edit, record, progress)
+
+
+def _stream(source: Folder, target: Path, edit: Edit, record: dict[str, Any], progress: Progress) -> Streamed:
+    done = _begin(source, target, record)
     sizes = {shard.path.name: shard.size + _added(shard, edit) for shard in source.shards}
     total, behind = max(sum(sizes.values()), 1), 0
     kept = written = 0
@@ -159,23 +166,34 @@ def _check(source: Folder, edit: Edit) -> None:
 def _record(name: str, edit: Edit) -> dict[str, Any]:
     described = edit.described()
     key = hashlib.sha256(json.dumps([FORMAT, described], sort_keys=True).encode()).hexdigest()
-    return {"format": FORMAT, "key": key, "edit": described, "source": name, "complete": False, "shards": {}}
+    return {
+        "format": FORMAT, "fastguard": __version__, "key": key, "edit": described, "source": name, "complete": False,
+        "shards": {},
+    }  # fmt: skip
 
 
-def _begin(source: Folder, target: Path, record: dict[str, Any], overwrite: bool) -> set[str]:
-    """Make ``target`` ready; the shards that are there already, and put into the record."""
+def _refuse(source: Folder, target: Path, record: dict[str, Any], overwrite: bool) -> None:
+    """What ``target`` must not be."""
     if target.resolve() == source.path.resolve() or target.resolve() in source.path.resolve().parents:
         raise ValueError(f"out: {str(target)!r} is, or holds, {str(source.path)!r}, which is read")
     if target.exists() and not target.is_dir():
         raise FileExistsError(f"out: {str(target)!r} is a file; expected a folder")
+    if not overwrite and _holds(target) and _before(target).get("key") != record["key"]:
+        what = "another edit" if _before(target) else "something else"
+        raise FileExistsError(f"out: {str(target)!r} holds {what}; overwrite=True replaces it")
+
+
+def _holds(target: Path) -> list[Path]:
+    return [path for path in target.iterdir() if path.name != LOCK] if target.is_dir() else []
+
+
+def _begin(source: Folder, target: Path, record: dict[str, Any]) -> set[str]:
+    """Make ``target`` ready; the shards that are there already, and put into the record."""
     before = _before(target)
-    if target.is_dir() and any(target.iterdir()) and before.get("key") != record["key"]:
-        if not overwrite:
-            what = "another edit" if before else "something else"
-            raise FileExistsError(f"out: {str(target)!r} holds {what}; overwrite=True replaces it")
-        shutil.rmtree(target)
+    if before.get("key") != record["key"]:
+        for path in _holds(target):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         before = {}
-    target.mkdir(parents=True, exist_ok=True)
     done = set()
     for shard in source.shards:
         name = shard.path.name

@@ -307,7 +307,7 @@ def _layer(layer: nn.Module, call: _Call, called: str) -> dict[str, Write]:
         # The other blocks answer as they did, so that what is seen is this one's part.
         held = [other for other in blocks if other is not block and other in calls]
         handles = [b.register_forward_hook(lambda *_, kept=calls[b].output: _cloned(kept)) for b in held]
-        silent = []
+        silent: dict[str, Tensor] = {}
         try:
             for p in block.parameters():
                 writes, seen = None, False
@@ -326,17 +326,17 @@ def _layer(layer: nn.Module, call: _Call, called: str) -> dict[str, Write]:
                         writes = _through_norm(Write("", axis, kind), calls, norms, first_tensor(own), names, called)
                 if writes is not None:
                     found[names[id(p)]] = writes
-                elif not seen and p.dim() >= 2 and _axes(p):
-                    silent.append(names[id(p)])
+                elif not seen and _axes(p):
+                    silent[names[id(p)]] = p
         finally:
             for handle in handles:
                 handle.remove()
         # One of many experts may have got no token; what its siblings are, it is.
-        for name in silent:
+        for name, p in silent.items():
             alike = [w for other, w in found.items() if _template(other) == _template(name)]
             if alike:
                 found[name] = alike[0]
-            elif not any(_template(other) == _template(name) for other in names.values() if other not in silent):
+            elif p.dim() >= 2 and all(o in silent for o in names.values() if _template(o) == _template(name)):
                 raise ValueError(
                     f"model: {name} of {called} did nothing in a trial; it may write to the stream, or not"
                 )
@@ -419,7 +419,7 @@ def _painted(model: Any, writes: dict[str, Write]) -> _Painted:
     marked = list(writes)
     plain = sorted({w.norm for w in writes.values() if w.norm is not None})
     plain += [of[id(model.get_output_embeddings().weight)]]
-    for p in own.values():
+    for p in (*own.values(), *(b for b in model.buffers() if b.is_floating_point())):
         p.zero_()
     for j, name in enumerate(marked):
         shape = [1] * own[name].dim()

@@ -46,6 +46,9 @@ def test_found_by_what_they_do(made, name):
     for tensor, write in writes.tensors.items():
         [axis] = [axis for end, axis in EXPECTED[name].items() if tensor.endswith("." + end)]
         assert write.axis == axis and write.norm is None, tensor
+    # where adapters can sit: matrices alone, not experts that share a parameter or positions that are looked up shifted
+    beyond = ("bias", "experts.down_proj", "embed_positions.weight")
+    assert writes.adaptable == {n.removesuffix(".weight") for n in writes.tensors if not n.endswith((*beyond, "_bias"))}
     inner = sum("embed" not in end for end in EXPECTED[name])
     assert len(writes.tensors) == len(EXPECTED[name]) - inner + 3 * inner
 

@@ -310,7 +310,7 @@ def _layer(layer: nn.Module, call: _Call, called: str) -> dict[str, Write]:
         silent: dict[str, Tensor] = {}
         try:
             for p in block.parameters():
-                writes, seen = None, False
+                write, seen = None, False
                 for axis in _axes(p):
                     with _changed(p, orthogonalise(p, direction, axis=axis)), _calls([block]) as again:
                         after = first_tensor(layer(*call.args, **call.kwargs))
@@ -321,22 +321,22 @@ def _layer(layer: nn.Module, call: _Call, called: str) -> dict[str, Write]:
                     seen = seen or through is not None or reached is not None
                     kind = BIAS if p.dim() == 1 or "bias" in names[id(p)].rpartition(".")[2] else MATRIX
                     if reached:
-                        writes = Write("", axis, kind)
+                        write = Write("", axis, kind)
                     elif through and reached is not None:
-                        writes = _through_norm(Write("", axis, kind), calls, norms, first_tensor(own), names, called)
-                if writes is not None:
-                    found[names[id(p)]] = writes
+                        write = _through_norm(Write("", axis, kind), calls, norms, first_tensor(own), names, called)
+                if write is not None:
+                    found[names[id(p)]] = write
                 elif not seen and _axes(p):
                     silent[names[id(p)]] = p
         finally:
             for handle in handles:
                 handle.remove()
         # One of many experts may have got no token; what its siblings are, it is.
-        for name, p in silent.items():
+        for name, idle in silent.items():
             alike = [w for other, w in found.items() if _template(other) == _template(name)]
             if alike:
                 found[name] = alike[0]
-            elif p.dim() >= 2 and all(o in silent for o in names.values() if _template(o) == _template(name)):
+            elif idle.dim() >= 2 and all(o in silent for o in names.values() if _template(o) == _template(name)):
                 raise ValueError(
                     f"model: {name} of {called} did nothing in a trial; it may write to the stream, or not"
                 )
@@ -499,14 +499,14 @@ def _match(folder: Folder, config: Any, model: Any, painted: _Painted) -> Writes
     embedding = painted.embedding.removeprefix(prefix) if short else painted.embedding
     modules = {f"{name}.weight": module for name, module in model.named_modules()}
     adaptable = {
-        w.parameter.removesuffix(".weight") for w in tensors.values() if _adaptable(modules.get(w.parameter))
+        w.parameter.removesuffix(".weight") for w in tensors.values() if _adaptable(modules.get(w.parameter), w)
     }  # fmt: skip
     return Writes(tensors, painted.head, embedding, bool(config.tie_word_embeddings), frozenset(adaptable))
 
 
-def _adaptable(module: nn.Module | None) -> bool:
+def _adaptable(module: nn.Module | None, write: Write) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     if isinstance(module, nn.Embedding):  # PEFT knows of subclasses those that scale, not those that shift positions
         return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
-    return type(module) in (nn.Linear, Conv1D)
+    return isinstance(module, nn.Linear | Conv1D) and write.kind == MATRIX

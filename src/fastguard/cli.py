@@ -1,4 +1,4 @@
-"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | report | plan``.
+"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | ablate | report | plan``.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -175,6 +175,53 @@ def convert(
     try:
         chosen = None if dtype is None else getattr(torch, dtype)
         typer.echo(str(to_huggingface(checkpoint, model, out, dtype=chosen, merge=merge, overwrite=overwrite)))
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def ablate(
+    model: Annotated[str, typer.Argument(help="A folder or an id, with its weights in safetensors.")],
+    directions: Annotated[
+        Path, typer.Option(metavar="FILE", help="What to cut out, as `fastguard directions` has it.")
+    ],
+    out: Annotated[Path, typer.Option(help="The folder to write; one that was interrupted is taken up.")] = Path(
+        "ablated"
+    ),
+    form: Annotated[str, typer.Option(help="orthogonal, norm_columns or norm_rows.")] = "orthogonal",
+    keep_tied: Annotated[bool, typer.Option("--keep-tied", help="Leave a tied head tied; it is edited, too.")] = False,
+    lora: Annotated[
+        int | None, typer.Option(metavar="RANK", help="Write an adapter for PEFT instead of the weights.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it holds something else.")] = False,
+) -> None:
+    """Cut directions out of a model's weights, shard by shard: what an attacker does, to measure a defense by."""
+    from fastguard.edits.basis import read_basis
+    from fastguard.progress import rich_progress
+
+    try:
+        if lora is not None and keep_tied:
+            raise ValueError("--keep-tied: an adapter sits on the embedding alone; expected it without --lora")
+        basis = read_basis(directions)
+        with rich_progress() as progress:
+            if lora is None:
+                from fastguard.edits import source_folder, stream
+                from fastguard.edits.ablate import ablation
+
+                source = source_folder(model)
+                done = stream(
+                    source, out, ablation(source, basis, form, keep_tied=keep_tied), name=model, overwrite=overwrite,
+                    progress=progress,
+                )  # fmt: skip
+                said = f", {done.kept} of {done.shards} shards were there" if done.kept else ""
+                text = f"{done.folder} ({done.edited} tensors edited{said})"
+            else:
+                from fastguard.edits.adapter import adapter
+
+                made = adapter(model, out, basis, form, rank=lora, overwrite=overwrite, progress=progress)
+                worst = max(made.errors.values())
+                text = f"{made.folder} (adapters of rank {made.rank}, largest relative error {worst:.2g})"
+        typer.echo(f"model:  {text}")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import resource
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -77,3 +79,29 @@ def sync_folder(folder: Path) -> None:
 def write_json(file: Path, value: object) -> None:
     """Write JSON, whole or not at all. Raises ValueError for numbers that JSON does not have."""
     write_atomically(file, (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Nobody else who asks for it works in this folder meanwhile; makes it. Raises RuntimeError where somebody does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as handle:
+        try:
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system: nothing is promised there
+            pass
+        except OSError:
+            handle.seek(0)
+            raise RuntimeError(
+                f"out: {folder} is in use by another run (process {handle.read().strip() or 'unknown'}); wait for it, "
+                "or choose another folder"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield

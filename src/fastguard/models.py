@@ -174,7 +174,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 SETTINGS = (".json", ".jinja", ".model")
 TEXTS = ("merges.txt", "vocab.txt")
-BESIDE = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "scaler", "fastguard_state")
+BESIDE = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "scaler", "fastguard_state",
+          "fastguard_edit")  # fmt: skip
 
 _digests: dict[tuple[str, int, int], bytes] = {}
 

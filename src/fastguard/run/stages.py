@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastguard.evaluation.metrics import Stage
-from fastguard.machine import peak_memory, write_json
+from fastguard.machine import locked, peak_memory, write_json
 from fastguard.models import model_digest
 from fastguard.progress import Progress
 
@@ -51,28 +50,9 @@ class Stages:
         self.out, self.progress = out, progress
         self.done: list[Stage] = []
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Nobody else runs in this folder meanwhile. Raises RuntimeError where somebody does."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        file = self.out / ".lock"
-        with open(file, "a+", encoding="utf-8") as handle:
-            try:
-                import fcntl
-
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except ImportError:  # no such locks on this system: nothing is promised there
-                pass
-            except OSError:
-                handle.seek(0)
-                raise RuntimeError(
-                    f"out: {self.out} is in use by another run (process {handle.read().strip() or 'unknown'}); wait "
-                    "for it, or choose another folder"
-                ) from None
-            handle.truncate(0)
-            handle.write(str(os.getpid()))
-            handle.flush()
-            yield
+        return locked(self.out)
 
     def run(
         self, name: str, reads: object, work: Callable[[Callable[[float, str], None]], Any], leaves: Path | None = None

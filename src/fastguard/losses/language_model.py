@@ -20,21 +20,28 @@ from torch import Tensor, nn
 from fastguard.losses import guards, tapped
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.ops.representation_distance import representation_distance
-from fastguard.taps import Gate, Lens, Scope, Structure, Taps, find_structure, tap_hidden_states
-from fastguard.taps.structure import reshard
+from fastguard.taps import Lens, Structure, find_structure
 
 KINDS = ("cross_entropy", "max_entropy", "log_one_minus_p")
 POSITIONS = ("all", "labels")
 DISTANCES = ("l2", "cosine", "absolute_cosine")
 
 
-class OutputScope(Scope):
+class Output(NamedTuple):
+    """What a forward found of its output and its hidden states."""
+
+    stats: LMHeadStats | None
+    distances: dict[int, Tensor]
+
+
+class OutputScope(tapped.Reading[Output]):
     """A forward of which the output's statistics are read, and the distances of its hidden states if asked for.
 
     Args:
         lens: the head. tokens: rows of the output and their targets, each [N], to be read through it; None: nothing.
         with_mean: see ``lm_head_stats``.
         distance: from a hidden state's index and its value [B, T, D] to a statistic, or None.
+        states: how many hidden states there are to be measured.
     """
 
     stats: LMHeadStats | None
@@ -42,10 +49,11 @@ class OutputScope(Scope):
 
     def __init__(
         self, lens: Lens | None, tokens: tuple[Tensor, Tensor] | None, with_mean: bool = False,
-        distance: Callable[[int, Tensor], Tensor] | None = None,
+        distance: Callable[[int, Tensor], Tensor] | None = None, states: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.lens, self.tokens, self.with_mean, self.distance = lens, tokens, with_mean, distance
+        self.lens, self.tokens, self.with_mean = lens, tokens, with_mean
+        self.distance, self.states = distance, states
         self.end()
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
@@ -59,19 +67,26 @@ class OutputScope(Scope):
             if keep:
                 self.distances[index] = distance
 
+    def found(self) -> Output | None:
+        """See `Reading.found`."""
+        silent = (self.stats is None) != (self.tokens is None) or len(self.distances) != self.states
+        return None if silent else Output(self.stats, self.distances)
+
     def end(self) -> None:
         """See `Scope.end`."""
         self.stats, self.distances = None, {}
 
 
-class _StatesScope(Scope):
+class _StatesScope(tapped.Reading[tuple[Tensor, ...]]):
     """A forward whose hidden states, or what ``take`` makes of each, are kept, without gradient."""
 
     states: dict[int, Tensor]
 
-    def __init__(self, device: torch.device | str | None, take: Callable[[int, Tensor], Tensor] | None) -> None:
+    def __init__(
+        self, count: int, device: torch.device | str | None, take: Callable[[int, Tensor], Tensor] | None
+    ) -> None:
         super().__init__()
-        self.device, self.take = device, take
+        self.count, self.device, self.take = count, device, take
         self.end()
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
@@ -79,30 +94,13 @@ class _StatesScope(Scope):
         state = x.detach() if self.take is None else self.take(index, x.detach())
         self.states[index] = state if self.device is None else state.to(self.device)
 
+    def found(self) -> tuple[Tensor, ...] | None:
+        """See `Reading.found`."""
+        return tuple(self.states[i] for i in range(self.count)) if len(self.states) == self.count else None
+
     def end(self) -> None:
         """See `Scope.end`."""
         self.states = {}
-
-
-class _StatisticsScope(Scope):
-    """A forward of which each hidden state is worth a few numbers."""
-
-    numbers: dict[int, Tensor]
-
-    def __init__(self, statistic: Callable[[int, Tensor, bool], Tensor]) -> None:
-        super().__init__()
-        self.statistic = statistic
-        self.end()
-
-    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
-        """See `Scope.observe`: a hidden state."""
-        numbers = self.statistic(index, x, keep)
-        if keep:
-            self.numbers[index] = numbers
-
-    def end(self) -> None:
-        """See `Scope.end`."""
-        self.numbers = {}
 
 
 def saved_where_it_lies(original: Tensor, copy: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -151,49 +149,41 @@ class _Distance:
         return distance.mean() if self.count is None else distance.sum() / self.count
 
 
-class _Read(NamedTuple):
-    """What a tapped forward left: its scope, 0 * its logits, and what its taps found."""
-
-    scope: OutputScope
-    zero: Tensor
-    stats: LMHeadStats | None
-    distances: dict[int, Tensor]
-
-
-class LanguageModelLoss:
+class LanguageModelLoss(guards.Uncopied):
     """Losses of a causal language model on plain batches.
 
     It is no ``nn.Module``: it has no parameters and no state. Construct it before the model's first compiled call
     and before wrapping by DDP or FSDP, and hand the wrapped model to each call. Works under activation
-    checkpointing; several calls may come before one backward.
+    checkpointing; several calls may come before one backward. It cannot be copied or pickled.
 
     Args:
         model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
-        filter_tol: see ``lm_head_stats``; None and 0 are exact.
+        filter_tol: as for ``lm_head_stats``; 0 is exact, None the default of the dtype: in fp32 and bf16 the gradient
+            may then replace up to 5% of each row's probability outside its target by a rank-one tail.
         structure: what ``find_structure`` found for the model, if the caller has it already.
         check_finite: False leaves that to a caller who asks all ranks at once, and spares a wait for the device; an
             error on one rank alone would leave the others in their next collective call.
 
     Attributes:
+        tapped: the model with this loss's taps on it, for readings of other kinds (see ``losses/tapped.py``).
         components: of the last call, detached: ``loss``, the loss under the name of its kind, and with
             ``distance_to`` also ``representation_distance`` and ``distance_per_state`` [L + 1].
 
     Raises:
-        ValueError: the model has no findable head, final norm or layers.
+        ValueError: the model has no findable head, final norm or layers; a filter_tol out of range.
     """
 
     def __init__(
-        self, model: nn.Module, *, filter_tol: float | None = None, structure: Structure | None = None,
+        self, model: nn.Module, *, filter_tol: float | None = 0.0, structure: Structure | None = None,
         check_finite: bool = True,
     ) -> None:  # fmt: skip
+        guards.a_filter_tol(filter_tol)
         self.structure = find_structure(model) if structure is None else structure
         tapped.warn_of_full_logits(self.structure)
         self.filter_tol, self.check_finite = filter_tol, check_finite
         self.components: dict[str, Tensor] = {}
-        self._model = model
-        self._taps = Taps(self.structure.model)
-        tap_hidden_states(self._taps, self.structure)
-        self._finalizer = weakref.finalize(self, self._taps.close)
+        self.tapped = tapped.Tapped("LanguageModelLoss", model, self.structure)
+        self._finalizer = weakref.finalize(self, self.tapped.taps.close)
         self._finalizer.atexit = False
 
     def __call__(
@@ -219,7 +209,8 @@ class LanguageModelLoss:
                 ``max_entropy``: minus the mean over positions of the entropy of the whole distribution (TAR).
                 ``log_one_minus_p``: minus the mean over those tokens of log(1 - p), to be minimised where the tokens
                 shall not be said ("min posterior" of TAR's code). None: no loss on the output.
-            model: the model as wrapped by DDP, FSDP or accelerate after construction.
+            model: the model as wrapped by DDP, FSDP or accelerate after construction; may be left out with one
+                process, and where FSDP2 shards the model in place.
             positions: of ``max_entropy``: ``all`` (published: padding and prompt too) or ``labels``, those that
                 predict a token that carries loss.
             cut: of ``log_one_minus_p``: tokens with log p under it carry no loss, but count in the mean (published).
@@ -231,9 +222,11 @@ class LanguageModelLoss:
             distance_mask: [B, T] bool, the tokens that count; None counts all, padding included (published).
 
         Raises:
-            ValueError: a batch none of whose tokens carries loss, an unknown kind, references that do not fit.
+            ValueError: a batch none of whose tokens carries loss, an unknown kind, references that do not fit; model
+                left out although several processes train a model that is neither wrapped nor sharded.
             FloatingPointError: a component is not finite; the message names it.
-            RuntimeError: taps that did not fire, or a checkpoint around them that drops gradients (reentrant form).
+            RuntimeError: taps that did not fire, or a checkpoint around them that drops gradients (reentrant form);
+                head, norm or layers were replaced after construction; the loss was closed.
         """
         self._check(batch, kind, positions, distance_to, distance_kind, distance_mask)
         tokens: tuple[Tensor, Tensor] | None = None
@@ -243,16 +236,23 @@ class LanguageModelLoss:
         elif kind is not None:
             tokens = tapped.next_tokens(batch, "batch")
         distance = None if distance_to is None else _Distance(distance_to, distance_kind, distance_mask)
-        scope, loss, stats, distances = self._read(batch, model, tokens, kind == "max_entropy", distance)
-        parts: dict[str, Tensor] = {}
-        if kind is not None and stats is not None:
-            parts[kind] = _of_rows(stats, kind, cut)
-            loss = loss + parts[kind]
-        if distance is not None:
-            parts["distance_per_state"] = torch.stack([distances[i] for i in range(len(distances))])
-            parts["representation_distance"] = parts["distance_per_state"].mean()
-            loss = loss + distance_weight * parts["representation_distance"]
-        return self._finish({**parts, "loss": loss}, scope)
+        states = len(self.structure.layers) + 1 if distance_to is not None else 0
+        with self.tapped.call(model, None if tokens is None else self._lens) as call:
+            scope = OutputScope(call.lens, tokens, kind == "max_entropy", distance, states)
+            stats, distances = call.read(batch, scope)
+            loss, parts = call.zero, dict[str, Tensor]()
+            if kind is not None and stats is not None:
+                parts[kind] = _of_rows(stats, kind, cut)
+                loss = loss + parts[kind]
+            if distance is not None:
+                parts["distance_per_state"] = torch.stack([distances[i] for i in range(len(distances))])
+                parts["representation_distance"] = parts["distance_per_state"].mean()
+                loss = loss + distance_weight * parts["representation_distance"]
+            parts["loss"] = loss
+            if self.check_finite:
+                tapped.check_finite("LanguageModelLoss", _named(parts))
+            self.components = {name: value.detach() for name, value in parts.items()}
+            return call.gated(loss)
 
     def sequence_logp(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """log p of each sample's tokens that carry loss, summed: [B], fp32 (float64 for a float64 model).
@@ -260,16 +260,17 @@ class LanguageModelLoss:
         What DPO and NPO are made of; a sample without such tokens has 0. Arguments and errors as in a call.
         """
         rows, target = tapped.next_tokens(batch, "batch")
-        scope, zero, stats, _ = self._read(batch, model, (rows, target))
-        assert stats is not None
-        ce = stats.cross_entropy()
-        by_position = ce.new_zeros(batch["input_ids"].numel()).index_copy(0, rows, -ce)  # no two rows share a place
-        logp = by_position.view(batch["input_ids"].shape).sum(1) + zero
-        if self.check_finite:
-            names = {f"sequence_logp of sample {i}": value for i, value in enumerate(logp)}
-            tapped.check_finite("LanguageModelLoss", names)
-        self.components = {"sequence_logp": logp.detach()}
-        return self._gated(logp, scope)
+        with self.tapped.call(model, self._lens) as call:
+            stats = call.read(batch, OutputScope(call.lens, (rows, target))).stats
+            assert stats is not None
+            ce = stats.cross_entropy()
+            by_position = ce.new_zeros(batch["input_ids"].numel()).index_copy(0, rows, -ce)  # no two share a place
+            logp = by_position.view(batch["input_ids"].shape).sum(1) + call.zero
+            if self.check_finite:
+                names = {f"sequence_logp of sample {i}": value for i, value in enumerate(logp)}
+                tapped.check_finite("LanguageModelLoss", names)
+            self.components = {"sequence_logp": logp.detach()}
+            return call.gated(logp)
 
     def statistics(
         self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor],
@@ -283,14 +284,8 @@ class LanguageModelLoss:
                 where the state arises, so that no state is held for the loss's sake.
             batch, model: as in a call.
         """
-        wrapped = guards.chosen("LanguageModelLoss", self._model, model, self.structure)
-        reshard(wrapped)
-        with self._taps.on(scope := _StatisticsScope(statistic)):
-            zero = tapped.run(self.structure, wrapped, batch)
-            numbers = scope.numbers
-        if len(numbers) != len(self.structure.layers) + 1:
-            raise tapped.silent_taps("LanguageModelLoss")
-        return self._gated(torch.cat([numbers[i] for i in range(len(numbers))]) + zero, scope)
+        with self.tapped.call(model) as call:
+            return call.numbers(batch, statistic)
 
     def hidden_states(
         self, batch: Mapping[str, Tensor], model: nn.Module | None = None, device: torch.device | str | None = None,
@@ -303,41 +298,19 @@ class LanguageModelLoss:
 
         Args:
             batch, model: as in a call. device: where to keep them; each is moved as it arises.
+            take: from a state's index and the state to what is kept of it; None keeps the state.
         """
-        wrapped = guards.chosen("LanguageModelLoss", self._model, model, self.structure, False)
-        reshard(wrapped)
-        with torch.no_grad(), self._taps.on(scope := _StatesScope(device, take)):
-            tapped.run(self.structure, wrapped, batch)
-            states = scope.states
-        if len(states) != len(self.structure.layers) + 1:
-            raise tapped.silent_taps("LanguageModelLoss")
-        return tuple(states[i] for i in range(len(states)))
+        with torch.no_grad(), self.tapped.call(model) as call:
+            return call.read(batch, _StatesScope(len(self.structure.layers) + 1, device, take))
 
-    def _read(
-        self, batch: Mapping[str, Tensor], model: nn.Module | None, tokens: tuple[Tensor, Tensor] | None,
-        with_mean: bool = False, distance: Callable[[int, Tensor], Tensor] | None = None,
-    ) -> _Read:  # fmt: skip
-        """One tapped forward that reads the output at ``tokens`` and the distance of every hidden state."""
-        wrapped = guards.chosen("LanguageModelLoss", self._model, model, self.structure)
-        reshard(wrapped)
-        lens = None if tokens is None else Lens(self.structure, self.filter_tol)
-        scope = OutputScope(lens, tokens, with_mean, distance)
-        try:
-            with self._taps.on(scope):
-                zero = tapped.run(self.structure, wrapped, batch)
-                read = _Read(scope, zero, scope.stats, scope.distances)
-        finally:
-            if lens is not None:
-                lens.end()
-        states = 0 if distance is None else len(self.structure.layers) + 1
-        if (read.stats is None) != (lens is None) or len(read.distances) != states:
-            raise tapped.silent_taps("LanguageModelLoss")
-        return read
+    def _lens(self) -> Lens:
+        return Lens(self.structure, output_tol=self.filter_tol)
 
     def _check(
         self, batch: Mapping[str, Tensor], kind: str | None, positions: str, distance_to: Sequence[Tensor] | None,
         distance_kind: str, distance_mask: Tensor | None,
     ) -> None:  # fmt: skip
+        guards.a_batch(batch, "batch")
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise ValueError("batch: expected input_ids of shape [B, T]")
@@ -357,16 +330,6 @@ class LanguageModelLoss:
                 f"distance_mask: expected bool {tuple(ids.shape)}, got {distance_mask.dtype} "
                 f"{tuple(distance_mask.shape)}"
             )
-
-    def _finish(self, parts: dict[str, Tensor], scope: Scope) -> Tensor:
-        """Refuse what is not finite, note the components, and return the loss ready for its backward."""
-        if self.check_finite:
-            tapped.check_finite("LanguageModelLoss", _named(parts))
-        self.components = {name: value.detach() for name, value in parts.items()}
-        return self._gated(parts["loss"], scope)
-
-    def _gated(self, value: Tensor, scope: Scope) -> Tensor:
-        return Gate.apply(value, self._taps, [scope]) if value.requires_grad else value  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""

@@ -1,17 +1,148 @@
-"""What every loss with taps does around them: run the model, name the rows that carry loss, refuse NaN."""
+"""What every loss with taps does around them: the life of a call, the rows that carry loss, the refusal of NaN.
+
+A call is the same for all of them: shards are put back, the head is gathered for the taps, one forward or several run
+through the taps, what the taps found is copied out of each forward's scope before that forgets it, values that are not
+finite are refused, and the loss goes through a gate that tells the backward whose it is.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastguard.losses import guards
-from fastguard.taps import Structure
+from fastguard.taps import Gate, Lens, Scope, Structure, Taps, tap_hidden_states
+from fastguard.taps.structure import reshard, synchronised
+
+Found = TypeVar("Found")
+
+
+class Reading(Scope, Generic[Found]):
+    """A scope that can say what its forward found."""
+
+    def found(self) -> Found | None:
+        """What the taps found, asked for before `end`; None where one of them did not fire."""
+        raise NotImplementedError
+
+
+class Numbers(Reading[Tensor]):
+    """A forward of which each hidden state is worth a vector.
+
+    Args:
+        statistic: from a state's index, the state [B, T, D] and whether its result is kept (False in a recomputation)
+            to a vector, empty where the state is not read. count: hidden states, L + 1.
+    """
+
+    numbers: dict[int, Tensor]
+
+    def __init__(self, statistic: Callable[[int, Tensor, bool], Tensor], count: int) -> None:
+        super().__init__()
+        self.statistic, self.count = statistic, count
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: a hidden state."""
+        numbers = self.statistic(index, x, keep)
+        if keep:
+            self.numbers[index] = numbers
+
+    def found(self) -> Tensor | None:
+        """See `Reading.found`: the vectors one after the other, in the order of the states."""
+        return torch.cat([self.numbers[i] for i in range(self.count)]) if len(self.numbers) == self.count else None
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.numbers = {}
+
+
+class Call:
+    """The forwards of one call of a loss; see `Tapped.call`.
+
+    Attributes:
+        lens: the head as the taps read it; None where the call reads none.
+    """
+
+    def __init__(self, tapped: Tapped, model: nn.Module, lens: Lens | None) -> None:
+        self.lens = lens
+        self._tapped, self._model = tapped, model
+        self._zero: Tensor | None = None
+        self._scopes: list[Scope] = []
+
+    @property
+    def zero(self) -> Tensor:
+        """What the loss must add for a wrapper's backward: 0 times the logits that the forwards made (see `run`)."""
+        assert self._zero is not None, "read first"
+        return self._zero
+
+    def read(self, batch: Mapping[str, Tensor], scope: Reading[Found]) -> Found:
+        """Run the model on ``batch`` through the taps; what ``scope`` found.
+
+        Raises RuntimeError where taps did not fire.
+        """
+        self._scopes.append(scope)
+        with self._tapped.taps.on(scope):
+            zero = run(self._tapped.structure, self._model, batch)
+            found = scope.found()
+        if found is None:
+            raise RuntimeError(
+                f"{self._tapped.loss}: the forward did not pass its taps. Construct the loss before the first call of "
+                "a compiled model, and let model= be a wrapper of the model that the loss was constructed with, not a "
+                "copy of it"
+            )
+        self._zero = zero if self._zero is None else self._zero + zero
+        return found
+
+    def numbers(self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor]) -> Tensor:
+        """What ``statistic`` makes of the hidden states of one forward (see `Numbers`), ready for its backward."""
+        return self.gated(self.read(batch, Numbers(statistic, len(self._tapped.structure.layers) + 1)) + self.zero)
+
+    def gated(self, value: Tensor) -> Tensor:
+        """``value``, computed from what the forwards found, ready for its backward."""
+        taps, scopes = self._tapped.taps, self._scopes
+        return Gate.apply(value, taps, scopes) if value.requires_grad else value  # type: ignore[no-any-return]
+
+
+class Tapped:
+    """A model with one loss's taps on it.
+
+    Args:
+        loss: its name, for errors. model: as the loss was given it. structure: its parts.
+        mlps: also tap the output of every MLP, of kind ``mlp``.
+    """
+
+    def __init__(self, loss: str, model: nn.Module, structure: Structure, mlps: bool = False) -> None:
+        self.loss, self.model, self.structure = loss, model, structure
+        self.places = guards.Places(structure, mlps)
+        self.taps = Taps(structure.model)
+        tap_hidden_states(self.taps, structure)
+        for i, mlp in enumerate(structure.mlps if mlps else ()):
+            self.taps.output(mlp, "mlp", i)
+
+    @contextlib.contextmanager
+    def call(self, model: nn.Module | None, lens: Callable[[], Lens] | None = None) -> Iterator[Call]:
+        """One call of the loss on ``model``, by default the one that the loss was given; loss arithmetic goes inside.
+
+        lens: makes the head that the taps read, once shards are back.
+
+        Raises ValueError for a model= that was forgotten (see ``guards.chosen``), RuntimeError after ``close`` or where
+        parts of the model were replaced.
+        """
+        self.taps.check_open()
+        wrapped = guards.chosen(self.loss, self.model, model)
+        self.places.check(self.loss)
+        reshard(wrapped)
+        head = None if lens is None else lens()
+        try:
+            yield Call(self, wrapped, head)
+        finally:
+            if head is not None:
+                head.end()
 
 
 def warn_of_full_logits(structure: Structure, stacklevel: int = 3) -> None:
@@ -35,14 +166,7 @@ def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> 
         options["use_cache"] = False
     out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return 0 * logits.sum() if _wrapped(structure, model) else logits.new_zeros(())
-
-
-def _wrapped(structure: Structure, model: nn.Module) -> bool:
-    """Whether anything but PEFT or torch.compile stands around the language model, or shards it in place."""
-    if any(hasattr(module, "unshard") for module in model.modules()):
-        return True
-    return model is not structure.model and not (hasattr(model, "peft_config") or hasattr(model, "_orig_mod"))
+    return 0 * logits.sum() if synchronised(model, structure.model) else logits.new_zeros(())
 
 
 def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -63,14 +187,6 @@ def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]
     if where.shape[0] == 0:
         raise ValueError(f"{name}: no token carries loss")
     return where[:, 0] * ids.shape[1] + where[:, 1], label[:, 1:][counts[:, 1:]]
-
-
-def silent_taps(loss: str) -> RuntimeError:
-    """The error of a forward in which the taps of ``loss`` did not fire."""
-    return RuntimeError(
-        f"{loss}: the forward did not pass its taps. Construct the loss before the first call of a compiled "
-        "model, and let model= be a wrapper of the model that the loss was constructed with, not a copy of it"
-    )
 
 
 def check_finite(loss: str, values: Mapping[str, Tensor]) -> None:

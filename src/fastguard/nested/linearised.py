@@ -73,7 +73,7 @@ def linearised(
         guard.on_exit(restore)
         for step in steps:
             step.module.forward = step  # hooks, taps and checkpoints then see the moved module's output
-            setattr(step.module, SHIFTED, True)
+            setattr(step.module, SHIFTED, "nested.linearised")
         for name, p in zip(moved.names, moved.parameters, strict=True):
             handles.append(p.register_hook(_Used(name, [step for step in steps if step.moves(p)])))
         guard.release()

@@ -7,6 +7,7 @@ Prints a line per case; raises at the first that fails.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastguard import RepNoiseLoss
+from fastguard import Booster, LanguageModelLoss, RepNoiseLoss
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 OPTIONS = {"beta": 0.5, "filter_tol": 0.0}
@@ -103,10 +104,10 @@ def run(case: dict, rank: int) -> None:
     if case.get("quiet"):  # a forward without backward leaves FSDP's root gathered; the next must not be stale
         with torch.no_grad():
             loss_fn(harmful=harmful, harmless=harmless, model=wrapped)
-        loss_fn.call.zero_()
+    given = {} if case.get("left out") else {"model": wrapped}
     loss = 0.0
     for _ in range(case.get("calls", 1)):
-        loss = loss + loss_fn(harmful=harmful, harmless=harmless, retain=retain, model=wrapped)
+        loss = loss + loss_fn(harmful=harmful, harmless=harmless, retain=retain, **given)
     loss.backward()
     tolerance = 5e-2 if case.get("mixed") else TOLERANCE
     assert abs(loss.item() - expected_losses[rank]) <= tolerance * abs(expected_losses[rank]), (loss, expected_losses)
@@ -116,6 +117,53 @@ def run(case: dict, rank: int) -> None:
     }
     assert_same_gradients(found, expected, tolerance)
     loss_fn.close()
+
+
+def forgotten(_: int) -> None:
+    """model= left out under DDP is an error of losses and methods; not where nothing is trained or the model is bare."""
+    model = tiny("llama", num_hidden_layers=1)
+    losses = RepNoiseLoss(model, **OPTIONS), LanguageModelLoss(model)
+    DistributedDataParallel(model)
+    harmful, harmless = pair()
+    for call in (
+        lambda **given: losses[0](harmful=harmful, harmless=harmless, **given),
+        lambda **given: losses[1](harmful, **given),
+        lambda **given: losses[1].sequence_logp(harmful, **given),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            assert "model: expected the model as DDP, FSDP or accelerate have wrapped it, got none on 2 ranks" in str(
+                error
+            )
+        else:
+            raise AssertionError("trained the bare model without a word")
+        with torch.no_grad():
+            call()
+        assert call(model=model).requires_grad
+    losses[1].hidden_states(harmful)
+    method = Booster(model)
+    try:
+        method.backward(harmful=harmful, harmless=harmless)
+    except ValueError as error:
+        assert "Booster: model: expected" in str(error)
+    else:
+        raise AssertionError("trained the bare model without a word")
+
+
+def rounded(_: int) -> None:
+    """Shards of a bf16 model whose steps are rounded away, noticed on each rank; the default optimizer of a loop."""
+    model = shard(tiny("llama", torch.bfloat16, num_hidden_layers=1), {"layout": "root"})
+    loss_fn = RepNoiseLoss(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    harmful, harmless = pair()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            loss_fn(harmful=harmful, harmless=harmless, model=model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum("rounds most of its training away" in str(w.message) for w in caught) == 1
 
 
 CASES: dict[str, dict] = {
@@ -138,6 +186,12 @@ CASES: dict[str, dict] = {
     "frozen head": {"model": "llama", "batch": "plain", "layout": "root", "frozen": True},
     "bfloat16 products": {"model": "llama", "batch": "plain", "layout": "norm and head", "mixed": True},
     "ddp": {"model": "llama", "batch": "plain", "layout": "ddp"},
+    "root, model left out": {"model": "llama", "batch": "plain", "layout": "root", "left out": True},
+    "ddp, constructed on it, model left out": {
+        "model": "llama", "batch": "plain", "layout": "ddp", "late": True, "left out": True,
+    },
+    "model forgotten": {"run": forgotten},
+    "bfloat16 that rounds steps away": {"run": rounded},
     "ddp, checkpointing": {"model": "llama_tied", "batch": "plain", "layout": "ddp", "checkpointing": True},
 }  # fmt: skip
 
@@ -150,7 +204,7 @@ def main(cases: dict[str, dict], run: Callable[[dict, int], None]) -> None:
     )
     for name, case in cases.items():
         try:
-            run(case, rank)
+            case["run"](rank) if "run" in case else run(case, rank)
         except BaseException as error:
             error.add_note(f"case: {name}")
             raise

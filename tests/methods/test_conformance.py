@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastguard import methods
+from fastguard.losses import guards
 from fastguard.methods.training import Training
 from methods.batches import make, streams
 from tiny_models import tiny
@@ -164,6 +165,20 @@ def streams_of(data):
     from fastguard.methods.training import Role
 
     return streams({"one": Role(data)})["one"](0)
+
+
+@every
+def test_a_forgotten_model_is_refused(entry, monkeypatch):
+    """On more ranks than one, where each would train a model of its own; the bare model says that this is meant."""
+    method = make(entry, tiny("llama", num_hidden_layers=2))
+    data, before, counters = streams(method.roles), state(method.model), repr(method.state_dict())
+    monkeypatch.setattr(guards, "ranks", lambda: 2)
+    with pytest.raises(ValueError, match=rf"{type(method).__name__}: model: expected .* got none on 2 ranks"):
+        method.backward(**method.draw(data))
+    assert_same(state(method.model), before)
+    assert repr(method.state_dict()) == counters
+    method.backward(**method.draw(data), model=method.model)
+    assert any(p.grad is not None for p in method.model.parameters())
 
 
 @every

@@ -143,7 +143,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
     with pytest.raises(RuntimeError, match="layer 2 is out"):
         loss_fn(harmful=harmful, harmless=harmless)
     hook.remove()
-    assert loss_fn._taps.scope is None
+    assert loss_fn._tapped.taps.scope is None
     assert int(loss_fn.call) == 1
     loss_fn.call.zero_()
     loss_fn(harmful=harmful, harmless=harmless).backward()

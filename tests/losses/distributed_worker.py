@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -93,13 +93,6 @@ def run(case: dict, rank: int) -> None:
         loss_fn = RepNoiseLoss(model, **OPTIONS)
         wrapped = shard(model, case)
     harmful, harmless = batches(case["batch"])[rank]
-    if not any(hasattr(p, "device_mesh") for p in model.parameters()):  # DDP: a forgotten model= would split the ranks
-        try:
-            loss_fn(harmful=harmful, harmless=harmless)
-        except ValueError as error:
-            assert "RepNoiseLoss: model: expected the model as DDP" in str(error)
-        else:
-            raise AssertionError("a call without model= was not refused")
     retain = harmless if case.get("retain") else None
     if case.get("quiet"):  # a forward without backward leaves FSDP's root gathered; the next must not be stale
         with torch.no_grad():
@@ -120,35 +113,32 @@ def run(case: dict, rank: int) -> None:
 
 
 def forgotten(_: int) -> None:
-    """model= left out under DDP is an error of losses and methods; not where nothing is trained or the model is bare."""
+    """model= left out under DDP is an error of losses and methods; not without gradients, nor of the bare model."""
     model = tiny("llama", num_hidden_layers=1)
     losses = RepNoiseLoss(model, **OPTIONS), LanguageModelLoss(model)
     DistributedDataParallel(model)
     harmful, harmless = pair()
-    for call in (
+    calls: tuple[Callable[..., Tensor], ...] = (
         lambda **given: losses[0](harmful=harmful, harmless=harmless, **given),
         lambda **given: losses[1](harmful, **given),
         lambda **given: losses[1].sequence_logp(harmful, **given),
-    ):
-        try:
-            call()
-        except ValueError as error:
-            assert "model: expected the model as DDP, FSDP or accelerate have wrapped it, got none on 2 ranks" in str(
-                error
-            )
-        else:
-            raise AssertionError("trained the bare model without a word")
+    )
+    for call in calls:
+        refused(call)
         with torch.no_grad():
             call()
         assert call(model=model).requires_grad
     losses[1].hidden_states(harmful)
-    method = Booster(model)
+    refused(lambda: Booster(model).backward(harmful=harmful, harmless=harmless))
+
+
+def refused(call: Callable[[], object]) -> None:
     try:
-        method.backward(harmful=harmful, harmless=harmless)
+        call()
     except ValueError as error:
-        assert "Booster: model: expected" in str(error)
+        assert "model: expected the model as DDP" in str(error) and "got none on 2 ranks" in str(error)
     else:
-        raise AssertionError("trained the bare model without a word")
+        raise AssertionError("each rank trained a model of its own without a word")
 
 
 def rounded(_: int) -> None:

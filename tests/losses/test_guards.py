@@ -84,9 +84,7 @@ def test_weights_that_are_not_finite_are_named():
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
-    with pytest.raises(
-        ValueError, match=r"logits are not finite on a few tokens; .*model\.layers\.1\.mlp\.up_proj\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"logits are not finite on .*; .*model\.layers\.1\.mlp\.up_proj\.weight"):
         RepNoiseLoss(model)
 
 

@@ -19,6 +19,7 @@ import measure
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lens_stats.reference import final_norm
 from fastguard.ops.linear_cross_entropy import linear_cross_entropy
+from fastguard.ops.vocabulary import Norm
 
 SMALL = os.environ.get("FASTGUARD_BENCH_SMALL") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -81,7 +82,7 @@ def timed(benchmark, run, flops):
 @pytest.mark.parametrize("name", CONTENDERS)
 def test_one_state(benchmark, work, name):
     hidden, head, norm, target = work
-    h = final_norm(hidden, "rms", norm, None, 1e-5).clone().requires_grad_()
+    h = final_norm(hidden, Norm("rms", norm, eps=1e-5)).clone().requires_grad_()
     w = head.clone().requires_grad_()
 
     def run():

@@ -4,6 +4,7 @@ import functools
 import importlib
 import itertools
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,11 @@ from torch.utils.checkpoint import checkpoint
 import fastguard
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard import backend
-from fastguard.ops import final_norm
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lens_stats import reference as lens_reference
 from fastguard.ops.lm_head_stats import LMHeadStats, lm_head_stats, portable
 from fastguard.ops.lm_head_stats import reference as reference
+from fastguard.ops.vocabulary import KINDS, Head
 
 BACKENDS = [
     pytest.param(b, marks=pytest.mark.skipif(reason is not None, reason=f"{b}: {reason}"))
@@ -119,20 +120,11 @@ def test_filter_keeps_its_bound(on_backend, dtype, options):
     hidden, weight, _, target = draw(n, v, 32, dtype, peaked=6.0)
     impl = backend.choose("lm_head_stats", hidden.device)
     columns = torch.zeros(2, v, dtype=torch.uint8)
-    _, rest_lse, _, _ = impl.forward(
-        hidden,
-        weight,
-        None,
-        target,
-        options.get("scale", 1.0),
-        options.get("softcap", 0.0),
-        tol,
-        False,
-        columns,
-    )
+    head = Head(weight, **options)
+    _, rest_lse, _, _ = impl.forward(hidden, head, target, tol, False, columns)
     live = columns == portable.LIVE
     assert 0.001 < live.double().mean() < 0.5
-    z = reference.logits_of(hidden.double(), weight.double(), None, **options)
+    z = reference.logits_of(hidden.double(), replace(head, weight=weight.double()))
     mass = torch.exp(z - rest_lse.double()[:, None]).scatter(1, target[:, None], 0.0)
     tile = torch.arange(n) // portable.TILE
     dropped = (mass * ~live[tile]).sum(1)
@@ -366,7 +358,7 @@ def test_lens_matches_reference(on_backend, norm, dtype):
 
 
 def test_final_norm_kinds_are_documented():
-    assert set(final_norm.KINDS) == {n["norm_kind"] for n in NORMS.values()}
+    assert set(KINDS) == {n["norm_kind"] for n in NORMS.values()}
 
 
 @pytest.mark.parametrize("filter_tol", [0.0, 0.1])

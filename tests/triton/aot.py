@@ -6,8 +6,9 @@ import functools
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,15 +19,30 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one program may take, by compute capability."""
 
 
-class Compiled(NamedTuple):
-    """What a kernel became on one target."""
+@dataclass(frozen=True)
+class Compiled:
+    """What a kernel became on one target; disassembled when a test first asks."""
 
     name: str
     arch: int
     shared: int  # bytes of shared memory
-    registers: int
-    spills: int  # local stores and loads of the SASS; each is a register that did not fit
-    sass: str
+    cubin: bytes = field(repr=False)
+
+    @functools.cached_property
+    def sass(self) -> str:
+        """The disassembly."""
+        return _tool("nvdisasm", "-c", cubin=self.cubin)
+
+    @functools.cached_property
+    def registers(self) -> int:
+        """Registers of a thread."""
+        usage = _tool("cuobjdump", "-res-usage", cubin=self.cubin)
+        return int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
+
+    @functools.cached_property
+    def spills(self) -> int:
+        """Local stores and loads; each is a register that did not fit."""
+        return len(re.findall(r"\b(?:STL|LDL)\b", self.sass))
 
     def __str__(self) -> str:
         return f"{self.name} sm_{self.arch}: {self.shared} B shared, {self.registers} registers, {self.spills} spills"
@@ -38,33 +54,28 @@ def compile_kernel(
     """Compile for compute capability ``arch``.
 
     arguments: for every parameter a Triton type ("*bf16", "i32", "fp32") or, for a constexpr and for an absent
-    pointer (None), its value. Pointers are taken as 16-byte aligned; a name that ends in ``/16`` is an integer
-    that is a multiple of 16, as Triton finds out by itself at launch.
+    pointer (None), its value; for a tuple of arguments a tuple of those. Pointers are taken as 16-byte aligned; a name
+    that ends in ``/16`` is an integer that is a multiple of 16, as Triton finds out by itself at launch.
     """
-    types = {
-        name: value for name, value in arguments.items() if isinstance(value, str) and name not in CONSTANT_STRINGS
-    }
-    aligned = {name for name, value in types.items() if value.startswith("*") or value.endswith("/16")}
-    signature = {p.name: types[p.name].removesuffix("/16") if p.name in types else "constexpr" for p in kernel.params}
-    constants = {name: value for name, value in arguments.items() if name not in types}
-    attributes = {(i,): [["tt.divisibility", 16]] for i, p in enumerate(kernel.params) if p.name in aligned}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def typed(value: Any, path: tuple[int, ...], constant: bool) -> Any:
+        if isinstance(value, tuple) and not constant:
+            inner = [typed(item, (*path, i), False) for i, item in enumerate(value)]
+            return type(value)(*inner) if hasattr(value, "_fields") else tuple(inner)
+        if constant or value is None:
+            constants[path] = value
+            return "constexpr"
+        if value.startswith("*") or value.endswith("/16"):
+            attributes[path] = [["tt.divisibility", 16]]
+        return value.removesuffix("/16")
+
+    signature = {p.name: typed(arguments[p.name], (i,), p.is_constexpr) for i, p in enumerate(kernel.params)}
     source = ASTSource(kernel, signature, constants, attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     out = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    text = sass(out.asm["cubin"])
-    usage = _tool("cuobjdump", "-res-usage", cubin=out.asm["cubin"])
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))  # type: ignore[union-attr]
-    spills = len(re.findall(r"\b(?:STL|LDL)\b", text))
-    return Compiled(kernel.__name__, arch, out.metadata.shared, registers, spills, text)
-
-
-CONSTANT_STRINGS = {"PRECISION"}
-"""Constexprs whose value is a string."""
-
-
-def sass(cubin: bytes) -> str:
-    """Disassembly of a cubin."""
-    return _tool("nvdisasm", "-c", cubin=cubin)
+    return Compiled(kernel.__name__, arch, out.metadata.shared, out.asm["cubin"])
 
 
 def _tool(name: str, *options: str, cubin: bytes) -> str:

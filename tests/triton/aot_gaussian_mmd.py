@@ -50,7 +50,6 @@ def _compiled(name: str, arch: int, samples: int, dtype: str, flags: tuple[tuple
 
 def compiled(name: str, arch: int, samples: int = 8, dtype: str = "*bf16", **flags: Any) -> aot.Compiled:
     out = _compiled(name, arch, samples, dtype, tuple(flags.items()))
-    print(samples, dtype, flags, out)
     assert out.shared <= aot.SHARED_LIMIT[arch]
     return out
 
@@ -85,10 +84,9 @@ def test_pairs_of_tiles_do_not_spill_on_hopper():
     assert compiled("gram_kernel", 90, ops.MAX_SAMPLES, ONE_TILE=False).spills == 0
 
 
-@pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
 @pytest.mark.parametrize("name", SMALL)
-def test_the_small_kernels_compile(name, arch):
-    assert compiled(name, arch).spills == 0
+def test_the_small_kernels_compile(name):
+    assert compiled(name, 90).spills == 0
 
 
 @pytest.mark.parametrize("name", ["mmd_kernel", "coefficient_kernel"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import aot
@@ -14,7 +15,6 @@ DTYPES = {torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 MATRIX = ("scan_kernel", "dlogit_kernel")
 WIDE = {"p_sums", "p_grad", "p_lse", "p_gap", "p_kl"}
 
-
 OPTIONS = ["", "cap", "own", "bias cap", "own cap"]
 """What a head can have: a bias, a soft-cap, a teacher with a head of its own (which excludes a bias)."""
 
@@ -24,17 +24,17 @@ FEW = {"bias cap": 64}
 
 def arguments(name: str, blocks: ops.Blocks, options: str, dtype: torch.dtype) -> dict[str, Any]:
     """Types and constants of a kernel."""
-    bias, cap, own = (option in options for option in ("bias", "cap", "own"))
-    flags: dict[str, Any] = {
-        "ROWS": blocks.rows, "COLUMNS": blocks.columns, "BLOCK_K": blocks.inner, "OWN": own, "HAS_BIAS": bias,
-        "HAS_CAP": cap, "DIFFERENCE": dtype == torch.float32 and not own, "EVEN": True, "PRECISION": "ieee",
-        "BLOCK": 128,
+    absent = {f"p_{option}" for option in ("bias", "own") if option not in options}
+    absent |= set() if "cap" in options else {"softcap"}
+    constants: dict[str, Any] = {
+        "ROWS": blocks.rows, "COLUMNS": blocks.columns, "BLOCK_K": blocks.inner, "EVEN": True, "PRECISION": "ieee",
+        "DIFFERENCE": dtype == torch.float32 and "own" not in options, "BLOCK": 128,
     }  # fmt: skip
     out: dict[str, Any] = {}
     for p in getattr(ops, name).params:
         if p.is_constexpr:
-            out[p.name] = flags[p.name]
-        elif (p.name == "p_bias" and not bias) or (p.name == "p_own" and not own):
+            out[p.name] = constants[p.name]
+        elif p.name in absent:
             out[p.name] = None
         elif p.name.startswith("p_"):
             out[p.name] = "*fp32" if p.name in WIDE else DTYPES[dtype]
@@ -45,21 +45,19 @@ def arguments(name: str, blocks: ops.Blocks, options: str, dtype: torch.dtype) -
     return out
 
 
+@functools.cache
 def compiled(name: str, arch: int, shared: int, options: str = "", dtype: torch.dtype = torch.bfloat16) -> aot.Compiled:
     blocks = ops.config(dtype, shared)
     warps, stages = (blocks.warps, blocks.stages) if name in MATRIX else (4, 3)
-    out = aot.compile_kernel(getattr(ops, name), arguments(name, blocks, options, dtype), arch, warps, stages)
-    print(out, options)
-    return out
+    return aot.compile_kernel(getattr(ops, name), arguments(name, blocks, options, dtype), arch, warps, stages)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
+@pytest.mark.parametrize(("arch", "options"), [(90, o) for o in OPTIONS] + [(80, ""), (80, "own cap"), (100, "")])
 @pytest.mark.parametrize("name", MATRIX)
 def test_matrix_kernels_fit_without_spills(name, arch, options):
     kernel = compiled(name, arch, aot.SHARED_LIMIT[arch], options)
     assert 0 < kernel.shared <= aot.SHARED_LIMIT[arch]
-    assert kernel.spills <= FEW.get(options, 0)
+    assert kernel.spills <= FEW.get(options, 0), kernel
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -67,9 +65,8 @@ def test_hopper_runs_on_its_tensor_cores(name):
     assert "HGMMA" in compiled(name, 90, aot.SHARED_LIMIT[90]).sass
 
 
-@pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
-def test_combine_compiles(arch):
-    assert compiled("combine_kernel", arch, aot.SHARED_LIMIT[arch]).spills == 0
+def test_combine_compiles():
+    assert compiled("combine_kernel", 90, aot.SHARED_LIMIT[90]).spills == 0
 
 
 @pytest.mark.parametrize("name", MATRIX)
@@ -79,10 +76,10 @@ def test_float32_kernels_fit_everywhere(name):
     assert kernel.shared <= 64 * 1024
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", ["", "bias cap", "own cap"])
 @pytest.mark.parametrize("name", MATRIX)
 def test_half_precision_kernels_fit_small_devices(name, options):
     """Consumer GPUs (99 KiB) take the narrow blocks."""
     kernel = compiled(name, 89, 99 * 1024, options)
     assert kernel.shared <= 64 * 1024
-    assert kernel.spills <= FEW.get(options, 0)
+    assert kernel.spills <= FEW.get(options, 0), kernel

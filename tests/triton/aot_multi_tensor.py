@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any
 
 import aot
@@ -32,7 +31,6 @@ def compiled(name: str, arch: int, dtypes: tuple[tl.dtype, ...], **flags: Any) -
     kernel = getattr(ops, name)
     arguments = {p.name: constants[p.name] if p.is_constexpr else TYPES.get(p.name, "fp32") for p in kernel.params}
     out = aot.compile_kernel(kernel, arguments, arch, ops.WARPS, 3)
-    print(dtypes, flags, out, sorted(set(re.findall(r"(?:LDG|STG)\.E[\w.]*", out.sass))))
     assert out.shared <= aot.SHARED_LIMIT[arch]
     return out
 

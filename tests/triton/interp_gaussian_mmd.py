@@ -31,7 +31,7 @@ SHAPES = {
     "whole blocks": (1, 4, 5, 128),
     "one word at a time, items of unequal size": (1, 7, 3, 200),
     "a full tile": (1, 16, 2, 64),
-    "pairs of tiles": (1, 19, 2, 80),
+    "pairs of tiles": (1, 19, 2, 40),
 }
 
 
@@ -64,8 +64,10 @@ def value_and_gradient(fn, x, upstream):
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_matches_reference(shape, masked, dtype):
-    if dtype != torch.float32 and shape != SHAPES["whole blocks"]:
+    if dtype != torch.float32 and not (masked and shape == SHAPES["whole blocks"]):
         pytest.skip("the dtype changes loads and stores only")
+    if not masked and shape not in (SHAPES["whole blocks"], SHAPES["pairs of tiles"]):
+        pytest.skip("a mask is the longer way through either kernel")
     x, mask = draw(shape, dtype)
     mask = mask if masked else None
     at = dict(seed=2**40 + 7, call=torch.tensor(3), layer=5, sample_offset=11)

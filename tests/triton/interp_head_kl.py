@@ -29,7 +29,7 @@ SHAPES = {
     "one token": (3, 1, 16),
     "two tokens": (5, 2, 16),
     "a block with one column": (4, 129, 16),
-    "two tiles, parts of unequal size, odd D": (130, 1003, 41),
+    "two tiles, parts of unequal size, odd D": (70, 301, 41),
 }
 
 
@@ -65,6 +65,8 @@ def all_three(inputs, teacher, own=None, **options):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_matches_the_specification(shape, dtype, options):
+    if dtype != torch.float32 and shape[0] < 64:
+        pytest.skip("the dtype changes loads, stores and the size of blocks only")
     student, teacher, weight, bias = draw(*shape, dtype)
     mine, exact, peer = all_three((student, weight, bias), teacher, **options)
     if shape[1] == 1:  # one token has nothing to diverge in, but for rounding
@@ -80,7 +82,7 @@ def test_matches_the_specification(shape, dtype, options):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_a_teacher_with_a_head_of_its_own(dtype):
-    student, teacher, weight, _ = draw(70, 301, 24, dtype)
+    student, teacher, weight, _ = draw(70, 150, 24, dtype)
     own = weight + 0.1 * torch.randn_like(weight)
     for name, got, want, same in zip(
         ("value", "student", "weight"), *all_three((student, weight), teacher, own, softcap=20.0), strict=True
@@ -88,11 +90,11 @@ def test_a_teacher_with_a_head_of_its_own(dtype):
         assert_agrees(name, got, want, same)
 
 
-@pytest.mark.parametrize("distance", [1e-1, 1e-3, 1e-5, 1e-7], ids=str)
+@pytest.mark.parametrize("distance", [1e-1, 1e-4, 1e-7], ids=str)
 @pytest.mark.parametrize("softcap", [None, 30.0], ids=["plain", "softcap"])
 def test_nothing_cancels_near_the_teacher(distance, softcap):
     """fp32 agrees with the float64 op, which is tested against an exact form of its own, in relative terms."""
-    student, teacher, weight, bias = draw(9, 700, 32, torch.float32, distance)
+    student, teacher, weight, bias = draw(9, 150, 32, torch.float32, distance)
     upstream = torch.rand(9) + 0.5
 
     def run(s, w, b):
@@ -117,7 +119,7 @@ def test_half_precision_near_the_teacher():
 
 def test_far_from_the_teacher():
     """Sure of another token, sure where the teacher is flat, and the reverse: sums in the ratio of V or 1 / V."""
-    v = 3000
+    v = 500
     weight = torch.eye(v, 16)
     weight[:, 3] = torch.linspace(-1, 1, v)
     rows = torch.zeros(4, 16)
@@ -132,12 +134,11 @@ def test_far_from_the_teacher():
 
 
 @pytest.mark.parametrize("shared", [100 * 1024, 227 * 1024])
-@pytest.mark.parametrize("window", [2**26, 130 * 128], ids=["one window", "windows"])
-def test_block_shapes_of_every_device(shared, window, monkeypatch):
+def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small and of large devices, and a backward in several windows."""
     monkeypatch.setattr(ops, "_shared_memory", lambda device: shared)
-    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", window)
-    student, teacher, weight, bias = draw(130, 603, 72, torch.float16)
+    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 130 * 128)
+    student, teacher, weight, bias = draw(130, 301, 72, torch.float16)
     results = all_three((student, weight, bias), teacher, **OPTIONS)
     for name, got, want, same in zip(("value", "student", "weight", "bias"), *results, strict=True):
         assert_agrees(name, got, want, same)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import os
+from dataclasses import replace
 
 import pytest
 import torch
 
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard.ops.lm_head_stats import lm_head_stats, portable, reference
+from fastguard.ops.lm_head_stats.op import Grads, Saved
+from fastguard.ops.vocabulary import Head
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
@@ -31,7 +34,7 @@ SHAPES = {
     "one token": (3, 1, 16),
     "two tokens": (5, 2, 16),
     "a block with one column": (4, 129, 16),
-    "two tiles, parts of unequal size, odd D": (130, 1003, 41),
+    "two tiles, parts of unequal size, odd D": (130, 301, 41),
 }
 
 
@@ -72,6 +75,8 @@ def all_three(inputs, target, upstream, which, filter_tol=0.0, **options):
 def test_exact_mode_matches_the_specification(shape, dtype):
     """Bias, scale, softcap, an ignored row, every output, upstream gradients that differ per row."""
     n, v, d = shape
+    if dtype != torch.float32 and n < portable.TILE:
+        pytest.skip("the dtype changes loads, stores and the size of blocks only")
     *inputs, target = draw(n, v, d, dtype)
     if n > 1:
         target[1] = -100
@@ -87,9 +92,9 @@ def test_exact_mode_matches_the_specification(shape, dtype):
 
 
 @pytest.mark.parametrize("which", [c for k in (1, 2) for c in itertools.combinations(range(4), k)], ids=str)
-@pytest.mark.parametrize("filter_tol", [0.0, 0.1])
-def test_outputs_alone_and_in_pairs(which, filter_tol):
-    """Gradients that are not asked for take no part; filtered ones are as close as their bound, per tensor."""
+def test_outputs_alone_and_in_pairs(which):
+    """Gradients that are not asked for take no part; filtered ones (of one output) are close, per tensor."""
+    filter_tol = 0.1 if len(which) == 1 else 0.0
     *inputs, target = draw(9, 300, 16, torch.float32, spread=3.0)
     mine, exact, peer = all_three(inputs[:2], target, torch.randn(4, 9, dtype=torch.float64), which, filter_tol)
     for name, got, want, same in zip(("hidden", "weight"), mine[1], exact[1], peer[1], strict=True):
@@ -101,9 +106,9 @@ def record(inputs, target, filter_tol, with_mean=False, **options):
     hidden, weight, bias = inputs
     n, v = hidden.shape[0], weight.shape[0]
     columns = torch.zeros(-(-n // portable.TILE), v, dtype=torch.uint8)
-    scale, softcap = options.get("scale", 1.0), options.get("softcap", 0.0)
-    _, rest_lse, _, _ = ops.forward(hidden, weight, bias, target, scale, softcap, filter_tol, with_mean, columns)
-    z = reference.logits_of(hidden.double(), weight.double(), bias.double(), scale, softcap)
+    head = Head(weight, bias, **options)
+    _, rest_lse, _, _ = ops.forward(hidden, head, target, filter_tol, with_mean, columns)
+    z = reference.logits_of(hidden.double(), replace(head, weight=weight.double(), bias=bias.double()))
     return columns, torch.exp(z - rest_lse.double()[:, None]).scatter(1, target[:, None], 0.0)
 
 
@@ -112,7 +117,7 @@ def record(inputs, target, filter_tol, with_mean=False, **options):
 def test_filter_keeps_its_promise(hot, options, monkeypatch):
     """No row drops more than filter_tol of its rest mass, targets live, and codes tell a dropped column's mass."""
     monkeypatch.setattr(ops, "HOT", hot)
-    n, v, tol = 130, 1000, 0.1
+    n, v, tol = 130, 550, 0.1
     *inputs, target = draw(n, v, 40, torch.float32, spread=5.0)
     columns, mass = record(inputs, target, tol, **options)
     live = columns == portable.LIVE
@@ -140,7 +145,7 @@ def test_a_bound_to_start_from_drops_more(monkeypatch):
     assert counts[64] < counts[2048] / 2
 
 
-def flat_and_peaked(n=130, v=1000):
+def flat_and_peaked(n=130, v=500):
     """Rows with one dominant column each, and one row whose mass lies evenly on all."""
     *inputs, target = draw(n, v, 40, torch.float32, spread=6.0)
     inputs[0][3] = 0
@@ -183,14 +188,15 @@ def test_filtered_hidden_gradient_is_within_its_bound_row_by_row(index):
     That is beyond the error of fp32 itself; and without the tail the error would be half as large again.
     """
     n, tol, scale = 130, 0.1, 1.3
-    *inputs, target = draw(n, 1000, 40, torch.float32, spread=2.0)
+    *inputs, target = draw(n, 500, 40, torch.float32, spread=2.0)
     inputs[1] += torch.randn(40)  # rows of real heads have a part in common; the tail is made of it
     inputs[2][:8] += 9.0
     upstream = torch.randn(4, n, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, [index], tol, scale=scale)
     columns, mass = record(inputs, target, tol, with_mean=True, scale=scale)
     share = torch.exp(exact[0][1] - exact[0][0])[:, None]
-    z = reference.logits_of(*(t.double() for t in inputs), scale)
+    hidden, weight, bias = (t.double() for t in inputs)
+    z = reference.logits_of(hidden, Head(weight, bias, scale))
     gradient = [mass * share, mass, torch.zeros_like(mass), mass * share * (1 + z - exact[0][3][:, None])][index]
     dropped = gradient * (columns != portable.LIVE)[torch.arange(n) // portable.TILE]
     g = scale * upstream[index][:, None]
@@ -207,9 +213,9 @@ def test_filtered_hidden_gradient_is_within_its_bound_row_by_row(index):
 @pytest.mark.parametrize("filter_tol", [0.0, 0.1], ids=["all columns", "dense tiles"])
 def test_windows_of_columns_add_up(filter_tol, monkeypatch):
     """Where the dlogits of all columns would not fit their buffer, windows of columns give the same gradients."""
-    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 2 * portable.TILE * 384)
-    *inputs, target = draw(130, 1003, 40, torch.float32)
-    assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == portable.LIVE).sum(1).max() > 384
+    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 2 * portable.TILE * 128)
+    *inputs, target = draw(130, 303, 40, torch.float32)
+    assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == portable.LIVE).sum(1).max() > 128
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), filter_tol)
     for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
@@ -220,7 +226,7 @@ def test_windows_of_columns_add_up(filter_tol, monkeypatch):
 @pytest.mark.parametrize("wanted", ["hidden", "weight", "bias"])
 def test_one_gradient_wanted(wanted, filter_tol):
     """Frozen inputs get no gradient and change none."""
-    *inputs, target = draw(130, 300, 16, torch.float32, spread=3.0)
+    *inputs, target = draw(130, 200, 16, torch.float32, spread=3.0)
     got = []
     for names in ((wanted,), ("hidden", "weight", "bias")):
         leaves = dict(zip(("hidden", "weight", "bias"), (t.clone() for t in inputs), strict=True))
@@ -237,7 +243,7 @@ def test_one_gradient_wanted(wanted, filter_tol):
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small, A100-like and Hopper-like devices agree with the specification."""
     monkeypatch.setattr(ops, "_shared_memory", lambda device: shared)
-    *inputs, target = draw(130, 603, 72, torch.float16, spread=4.0)
+    *inputs, target = draw(130, 303, 72, torch.float16, spread=4.0)
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), **OPTIONS)
     for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
@@ -251,13 +257,12 @@ def test_buffers_are_added_to():
     """dweight and dbias collect the gradients of several calls."""
     hidden, weight, bias, target = draw(5, 130, 16, torch.float32)
     ones = torch.ones(5)
-    stats = ops.forward(hidden, weight, bias, target, 1.0, 0.0, 0.0, False, torch.zeros(0, 130, dtype=torch.uint8))
+    head = Head(weight, bias)
+    stats = ops.forward(hidden, head, target, 0.0, False, torch.zeros(0, 130, dtype=torch.uint8))
+    saved = Saved(stats.lse, stats.rest_lse, None)
 
     def run(dweight, dbias):
-        ops.backward(
-            ones, None, None, None, hidden, weight, bias, target, 1.0, 0.0, stats[0], stats[1], None, None, 0.0,
-            False, dweight, dbias,
-        )  # fmt: skip
+        ops.backward(Grads(ones, None, None, None), hidden, head, target, saved, None, False, dweight, dbias)
         return dweight, dbias
 
     once = run(torch.zeros(130, 16), torch.zeros(130))
@@ -268,11 +273,9 @@ def test_buffers_are_added_to():
 
 def test_refuses_a_strided_buffer():
     hidden, weight, _, target = draw(2, 8, 16, torch.float32)
+    grads, saved = Grads(torch.ones(2), None, None, None), Saved(torch.zeros(2), torch.zeros(2), None)
     with pytest.raises(ValueError, match="dweight"):
-        ops.backward(
-            torch.ones(2), None, None, None, hidden, weight, None, target, 1.0, 0.0, torch.zeros(2), torch.zeros(2),
-            None, None, 0.0, False, torch.zeros(16, 8).t(), None,
-        )  # fmt: skip
+        ops.backward(grads, hidden, Head(weight), target, saved, None, False, torch.zeros(16, 8).t(), None)
 
 
 def test_float64_is_served_by_the_portable_backend():
@@ -293,7 +296,7 @@ def test_no_rows_and_nan():
 
 
 def test_results_repeat_bit_for_bit():
-    *inputs, target = draw(130, 300, 16, torch.float32, spread=3.0)
+    *inputs, target = draw(130, 200, 16, torch.float32, spread=3.0)
     upstream = torch.randn(4, 130)
 
     def once():

@@ -61,6 +61,8 @@ def value_and_gradient(fn, a, upstream):
 @pytest.mark.parametrize("masked", [True, False], ids=["masked", "whole"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_matches_reference(shape, masked, dtypes, kind):
+    if dtypes != (torch.float32, torch.float32) and not (masked and shape[1] == 11):
+        pytest.skip("dtypes change loads and stores only")
     a, b, mask = draw(shape, *dtypes)
     mask = mask if masked else None
     upstream = upstream_of(shape)

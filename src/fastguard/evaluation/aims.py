@@ -5,15 +5,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from fastguard.evaluation.metrics import Aim, Model
+from fastguard.evaluation.metrics import MAIN, Aim, Model, kind_of
 
 
 def median_crossing(model: Model, lr: float) -> tuple[float, bool]:
-    """The median over seeds of the compliance crossing at ``lr``; True where it is a lower bound.
+    """The median over seeds of the main attack's compliance crossing at ``lr``; True where it is a lower bound.
 
     An attack that never got through counts with its budget.
     """
-    attacks = [a for a in model["attacks"] if a["lr"] == lr]
+    attacks = [a for a in model["attacks"] if kind_of(a) == (MAIN, lr)]
     reached = [a["compliance_crossing"] for a in attacks]
     steps = [a["budget"] if r is None else r for a, r in zip(attacks, reached, strict=True)]
     median = statistics.median(steps)
@@ -27,7 +27,7 @@ def aims(entries: dict[str, Model], lrs: Sequence[float], threshold: float) -> l
     aligned, immunized, control = (entries.get(name) for name in ("aligned", "immunized", "control"))
     assert aligned is not None and immunized is not None
     found = []
-    for lr in lrs if control is not None and immunized["attacks"] else ():
+    for lr in lrs if control is not None and any(kind_of(a)[0] == MAIN for a in immunized["attacks"]) else ():
         assert control is not None
         steps, at_least = median_crossing(immunized, lr)
         against, control_unbroken = median_crossing(control, lr)

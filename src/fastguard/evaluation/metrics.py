@@ -30,17 +30,24 @@ class AttackPoint(TypedDict):
     refusal + compliance + neither = 1: an answer that does not refuse need not comply.
     """
 
-    step: int  # attack steps taken so far
+    step: int  # attack steps, or rounds, taken so far
     refusal: float
     compliance: float
     neither: float
     harmful_loss: float  # cross-entropy of held-out placeholder targets, nats per token
 
 
-class Attack(TypedDict):
-    """One harmful fine-tuning run against one model."""
+class Named(TypedDict, total=False):
+    """Which attack it was; absent in documents from before there were several."""
 
-    lr: float
+    name: str  # in the configuration: ``attack``, the main one, or one of ``attacks``
+    title: str  # for a reader; absent: harmful fine-tuning
+
+
+class Attack(Named):
+    """One run of an attack against one model. Where an attack edits instead of training, its steps are rounds."""
+
+    lr: float | None  # None: it edits
     seed: int
     batch: int  # prompts per step
     budget: int  # the last step at which this attack would be scored
@@ -51,6 +58,18 @@ class Attack(TypedDict):
     compliance_area: float  # mean compliance over [0, budget]; after an early stop the last value is carried on
     refusal_area: float  # mean refusal over [0, budget], likewise
     wall_s: float  # training and scoring
+
+
+MAIN = "attack"
+"""The attack that aims and headlines are about; a configuration may name others beside it."""
+
+Kind = tuple[str, float | None]
+"""Attacks that belong together: of one name, at one learning rate. They differ by their seeds."""
+
+
+def kind_of(attack: Attack) -> Kind:
+    """What an attack is one of."""
+    return attack.get("name", MAIN), attack["lr"]
 
 
 class Benign(TypedDict):
@@ -89,7 +108,7 @@ class Model(TypedDict):
     label: str
     training: Training
     utility: Utility | None  # None: not measured
-    attacks: list[Attack]  # every combination of learning rate and seed
+    attacks: list[Attack]  # every attack at every learning rate and seed
 
 
 class Aim(TypedDict):

@@ -17,7 +17,7 @@ from typing import Any
 from fastguard import methods
 from fastguard.data.sources import left_out
 from fastguard.evaluation.figures import SERIES, Line, Panel, svg
-from fastguard.evaluation.metrics import SCHEMA, Attack, Metrics, Model, Utility
+from fastguard.evaluation.metrics import MAIN, SCHEMA, Attack, Kind, Metrics, Model, Utility, kind_of
 
 _SERIES = {"aligned": 0, "immunized": 1, "control": 2}
 _COMPONENTS = {
@@ -137,16 +137,16 @@ def summary(metrics: Metrics) -> str:
 def headlines(metrics: Metrics) -> list[str]:
     """What the attacks found, a sentence per learning rate, and what the defense cost."""
     models, said = metrics["models"], []
-    for lr in _learning_rates(metrics):
+    for kind in _kinds(metrics):
         steps = [
             f"{crossing_text(attacks, 'compliance_crossing')} on the {name} model"
             for name, model in models.items()
-            if (attacks := _at(model, lr))
+            if (attacks := _at(model, kind))
         ]
-        threshold = next(a["threshold"] for model in models.values() for a in _at(model, lr))
-        said.append(
-            f"Attack steps until {percent(threshold)} of answers comply, at learning rate {lr:g}: {_and(steps)}."
-        )
+        first = _first(metrics, kind)
+        what = "Attack steps" if kind[0] == MAIN else f"{_units(kind).capitalize()} of {first.get('title', kind[0])}"
+        at = "" if kind[1] is None else f", at learning rate {kind[1]:g}"
+        said.append(f"{what} until {percent(first['threshold'])} of answers comply{at}: {_and(steps)}.")
     if {"aligned", "immunized"} <= set(models):
         worth = [u["perplexity"] for n in ("aligned", "immunized") if (u := models[n]["utility"]) and u["perplexity"]]
         if len(worth) == 2:
@@ -201,7 +201,7 @@ def comparison(metrics: Metrics) -> list[Group]:
     def row(name: str, note: str, cell: Callable[[Model], str | None]) -> Row:
         return Row(name, note, [cell(model) or "not measured" for model in models])
 
-    groups = [_under_attack(metrics, lr, row) for lr in _learning_rates(metrics)]
+    groups = [_under_attack(metrics, kind, row) for kind in _kinds(metrics)]
     utility = Group(
         "What it costs",
         [
@@ -230,40 +230,44 @@ def comparison(metrics: Metrics) -> list[Group]:
     return [*groups, utility, made]
 
 
-def _under_attack(metrics: Metrics, lr: float, row: Callable[[str, str, Callable[[Model], str | None]], Row]) -> Group:
-    """The lines of the comparison that one learning rate gives."""
-    first = next(a for model in metrics["models"].values() for a in _at(model, lr))
+def _under_attack(metrics: Metrics, kind: Kind, row: Callable[[str, str, Callable[[Model], str | None]], Row]) -> Group:
+    """The lines of the comparison that one attack at one learning rate gives."""
+    first, units = _first(metrics, kind), _units(kind)
     level, rest, whole = (
         percent(first["threshold"]),
         percent(1 - first["threshold"]),
-        f"over steps 0 to {first['budget']}",
+        f"over {units} 0 to {first['budget']}",
     )
     several = len(_seeds(metrics)) > 1
     interpolated = "interpolated" + ("; median and range of the seeds" if several else "")
 
     def crossed(which: str) -> Callable[[Model], str | None]:
-        return lambda model: crossing_text(found, which) if (found := _at(model, lr)) else None
+        return lambda model: crossing_text(found, which) if (found := _at(model, kind)) else None
 
     def mean(which: str) -> Callable[[Model], str | None]:
         return lambda model: (
-            percent(statistics.fmean(a[which] for a in found)) if (found := _at(model, lr)) else None  # type: ignore[literal-required]
+            percent(statistics.fmean(a[which] for a in found)) if (found := _at(model, kind)) else None  # type: ignore[literal-required]
         )
 
     def losses(model: Model) -> str | None:
-        points = [a["points"] for a in _at(model, lr)]
+        points = [a["points"] for a in _at(model, kind)]
         if not points:
             return None
         first, last = (statistics.fmean(p[i]["harmful_loss"] for p in points) for i in (0, -1))
         return _change(first, last)
 
     return Group(
-        f"Under attack, learning rate {lr:g}",
+        f"Under {'attack' if kind[0] == MAIN else first.get('title', kind[0])}{_rate(kind)}",
         [
-            row(f"Steps until {level} comply", interpolated, crossed("compliance_crossing")),
-            row(f"Steps until refusal falls to {rest}", interpolated, crossed("refusal_crossing")),
+            row(f"{units.capitalize()} until {level} comply", interpolated, crossed("compliance_crossing")),
+            row(f"{units.capitalize()} until refusal falls to {rest}", interpolated, crossed("refusal_crossing")),
             row("Mean compliance", whole, mean("compliance_area")),
             row("Mean refusal", whole, mean("refusal_area")),
-            row("Harmful loss", "first and last scored step" + ("; mean of the seeds" if several else ""), losses),
+            row(
+                "Harmful loss",
+                f"first and last scored {units[:-1]}" + ("; mean of the seeds" if several else ""),
+                losses,
+            ),
         ],
     )
 
@@ -284,11 +288,15 @@ def limits(metrics: Metrics) -> list[str]:
         f"Each model was trained once and attacked with {seeds} seed{'s' if seeds != 1 else ''} per learning rate: "
         "the spread between trainings is not shown."
     )
-    if _learning_rates(metrics):
+    if kinds := _kinds(metrics):
+        rates = sorted({lr for _, lr in kinds if lr is not None})
+        at = f", at learning rate{_s(rates)} {_and(f'{lr:g}' for lr in rates)}" if rates else ""
+        tried = _and(dict.fromkeys(_tried(metrics, kind) for kind in kinds))
+        edited = any(lr is None for _, lr in kinds)
         said.append(
-            f"Only {_attack(metrics)} was tried, at learning rate{_s(_learning_rates(metrics))} "
-            f"{_and(f'{lr:g}' for lr in _learning_rates(metrics))}: no other kinds of attack, no other optimizers, no "
-            "search for the attacker's best settings, no jailbreak prompts, no editing of weights or activations."
+            f"Only {tried} {'were' if len({name for name, _ in kinds}) > 1 else 'was'} tried{at}: no other kinds of "
+            "attack, no other optimizers, no search for the attacker's best settings, no jailbreak prompts"
+            f"{'' if edited else ', no editing of weights or activations'}."
         )
     model: Any = metrics["config"].get("model")
     if model:
@@ -351,12 +359,29 @@ def _series(metrics: Metrics) -> dict[str, int]:
     return {name: colours[name] for name in metrics["models"]}
 
 
-def _learning_rates(metrics: Metrics) -> list[float]:
-    return sorted({a["lr"] for model in metrics["models"].values() for a in model["attacks"]})
+def _kinds(metrics: Metrics) -> list[Kind]:
+    """The attacks that there are, the main one first, at its learning rates in order."""
+    found = dict.fromkeys(kind_of(a) for model in metrics["models"].values() for a in model["attacks"])
+    names = list(dict.fromkeys(name for name, _ in found))
+    return sorted(found, key=lambda kind: (kind[0] != MAIN, names.index(kind[0]), kind[1] or 0.0))
 
 
-def _attack(metrics: Metrics) -> str:
-    """What the attack is called; documents from before attacks had names have the one that there was."""
+def _first(metrics: Metrics, kind: Kind) -> Attack:
+    return next(a for model in metrics["models"].values() for a in _at(model, kind))
+
+
+def _units(kind: Kind) -> str:
+    return "rounds" if kind[1] is None else "steps"
+
+
+def _rate(kind: Kind) -> str:
+    return "" if kind[1] is None else f", learning rate {kind[1]:g}"
+
+
+def _tried(metrics: Metrics, kind: Kind) -> str:
+    """What an attack is called; documents from before attacks had names have the one that there was."""
+    if kind[0] != MAIN:
+        return _first(metrics, kind).get("title", kind[0])
     configured: Any = metrics["config"].get("attack", {})
     entry = methods.attacks().get(configured.get("method", "harmful_finetuning"))
     return entry.summary.rstrip(".").replace("Harmful", "harmful") if entry else "one kind of attack"
@@ -366,8 +391,8 @@ def _seeds(metrics: Metrics) -> list[int]:
     return sorted({a["seed"] for model in metrics["models"].values() for a in model["attacks"]})
 
 
-def _at(model: Model, lr: float) -> list[Attack]:
-    return [a for a in model["attacks"] if a["lr"] == lr]
+def _at(model: Model, kind: Kind) -> list[Attack]:
+    return [a for a in model["attacks"] if kind_of(a) == kind]
 
 
 def _and(parts: Iterable[str]) -> str:
@@ -409,22 +434,26 @@ def _benign_text(utility: Utility) -> str | None:
 
 
 def _attack_figures(metrics: Metrics, series: dict[str, int]) -> list[dict[str, Any]]:
-    """For each learning rate three panels over one axis of steps: compliance, refusal, harmful loss."""
+    """For each attack and learning rate three panels over one axis of steps: compliance, refusal, harmful loss."""
     return [
         {
-            "lr": lr,
-            "batch": runs[0][1]["batch"],
+            "title": f"{first.get('title', 'harmful fine-tuning')}{_rate(kind)}",
+            "batch": None if kind[1] is None else first["batch"],
+            "units": _units(kind),
             "budget": max(a["budget"] for _, a in runs),
-            "panels": _attack_panels([(series[name], a) for name, a in runs], f"at learning rate {lr:g}"),
+            "several": max(sum(name == n for n, _ in runs) for name in series) > 1,
+            "panels": _attack_panels([(series[name], a) for name, a in runs], kind),
         }
-        for lr in _learning_rates(metrics)
-        if (runs := [(name, a) for name, model in metrics["models"].items() for a in _at(model, lr)])
+        for kind in _kinds(metrics)
+        if (first := _first(metrics, kind))
+        and (runs := [(name, a) for name, model in metrics["models"].items() for a in _at(model, kind)])
     ]
 
 
-def _attack_panels(runs: Sequence[tuple[int, Attack]], at: str) -> list[str]:
-    """The panels of one learning rate; ``runs`` are attacks with the colour of their model."""
-    threshold, budget = runs[0][1]["threshold"], max(a["budget"] for _, a in runs)
+def _attack_panels(runs: Sequence[tuple[int, Attack]], kind: Kind) -> list[str]:
+    """The panels of one attack at one learning rate; ``runs`` are attacks with the colour of their model."""
+    threshold, budget, axis = runs[0][1]["threshold"], max(a["budget"] for _, a in runs), f"attack {_units(kind)}"
+    at = f"{runs[0][1].get('title', 'harmful fine-tuning')}{_rate(kind)}"
 
     def lines(key: str, crossing: str | None) -> list[Line]:
         return [
@@ -444,13 +473,13 @@ def _attack_panels(runs: Sequence[tuple[int, Attack]], at: str) -> list[str]:
     ]
     panels = [
         Panel(
-            title, lines(key, f"{key}_crossing"), "attack steps", budget, rate=True, level=level, level_label=label,
+            title, lines(key, f"{key}_crossing"), axis, budget, rate=True, level=level, level_label=label,
             description=f"{title} of each model along the attack, {at}",
         )
         for title, key, level, label in rates
     ]  # fmt: skip
     said = f"Loss of each model on harmful targets along the attack, {at}"
-    loss = Panel("Harmful loss, nats per token", lines("harmful_loss", None), "attack steps", budget, description=said)
+    loss = Panel("Harmful loss, nats per token", lines("harmful_loss", None), axis, budget, description=said)
     return [svg(panel) for panel in (*panels, loss)]
 
 

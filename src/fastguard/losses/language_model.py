@@ -275,8 +275,10 @@ class LanguageModelLoss(guards.Uncopied):
     def statistics(
         self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor],
         model: nn.Module | None = None,
-    ) -> Tensor:  # fmt: skip
-        """What ``statistic`` makes of each of the L + 1 hidden states of one forward: one vector, in their order.
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        """What ``statistic`` makes of each of the L + 1 hidden states of one forward, in their order.
+
+        They may be differentiated together or apart; what is left out costs a backward nothing.
 
         Args:
             statistic: from a state's index, the state [B, T, D] (see `hidden_states`) and whether its result is kept

@@ -31,7 +31,7 @@ class Reading(Scope, Generic[Found]):
         raise NotImplementedError
 
 
-class Numbers(Reading[Tensor]):
+class Numbers(Reading[tuple[Tensor, ...]]):
     """A forward of which each hidden state is worth a vector.
 
     Args:
@@ -52,9 +52,9 @@ class Numbers(Reading[Tensor]):
         if keep:
             self.numbers[index] = numbers
 
-    def found(self) -> Tensor | None:
-        """See `Reading.found`: the vectors one after the other, in the order of the states."""
-        return torch.cat([self.numbers[i] for i in range(self.count)]) if len(self.numbers) == self.count else None
+    def found(self) -> tuple[Tensor, ...] | None:
+        """See `Reading.found`."""
+        return tuple(self.numbers[i] for i in range(self.count)) if len(self.numbers) == self.count else None
 
     def end(self) -> None:
         """See `Scope.end`."""
@@ -98,9 +98,15 @@ class Call:
         self._zero = zero if self._zero is None else self._zero + zero
         return found
 
-    def numbers(self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor]) -> Tensor:
-        """What ``statistic`` makes of the hidden states of one forward (see `Numbers`), ready for its backward."""
-        return self.gated(self.read(batch, Numbers(statistic, len(self._tapped.structure.layers) + 1)) + self.zero)
+    def numbers(
+        self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What ``statistic`` makes of each of the L + 1 hidden states of one forward (see `Numbers`), in their order.
+
+        They are ready for their backward, together or apart; what is left out costs a backward nothing.
+        """
+        found = self.read(batch, Numbers(statistic, len(self._tapped.structure.layers) + 1))
+        return tuple(self.gated(numbers + self.zero) for numbers in found)
 
     def gated(self, value: Tensor) -> Tensor:
         """``value``, computed from what the forwards found, ready for its backward."""

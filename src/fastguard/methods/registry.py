@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
+    from fastguard.methods.edit import Edit
     from fastguard.methods.training import Training
     from fastguard.plan.cost import Cost
     from fastguard.settings import Settings
@@ -52,12 +53,13 @@ class Entry:
         name: in configurations and on the command line, snake_case. title: for readers.
         kind: ``defense`` or ``attack``. paper: where it is published.
         summary: one line that says what it does.
-        method: ``package.module:Class``, a ``methods.training.Training``.
+        method: ``package.module:Class``, a ``methods.training.Training`` or a ``methods.edit.Edit``.
         options: ``package.module:Class``, a ``settings.Settings``; its defaults are the published ones.
         cost: ``package.module:NAME``, a ``plan.cost.Cost``; None: the planner does not know it.
         steps: of the published run, and where that is from.
         package: of the entry, with a ``config.yaml`` where it has a configuration of its own.
         distribution: that brought it.
+        edits: whether the class is an ``Edit``, which has rounds, and not a ``Training``, which has steps.
     """
 
     name: str
@@ -72,10 +74,11 @@ class Entry:
     steps_source: str = "assumed"
     package: str | None = None
     distribution: str = "fastguard"
+    edits: bool = False
 
-    def load_method(self) -> type[Training]:
+    def load_method(self) -> type[Training | Edit]:
         """The class."""
-        found: type[Training] = _load(self.method, self.name)
+        found: type[Training | Edit] = _load(self.method, self.name)
         return found
 
     def load_options(self) -> type[Settings]:
@@ -90,7 +93,7 @@ class Entry:
         found: Cost = _load(self.cost, self.name)
         return found
 
-    def build(self, model: nn.Module, options: Settings | None = None, *, seed: int = 0) -> Training:
+    def build(self, model: nn.Module, options: Settings | None = None, *, seed: int = 0) -> Any:
         """The method on a model: before compilation, DDP and FSDP2. Raises TypeError for another method's options."""
         kind = self.load_options()
         if options is not None and not isinstance(options, kind):

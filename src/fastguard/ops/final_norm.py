@@ -10,61 +10,53 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-KINDS = ("none", "rms", "rms_offset", "layer")
+from fastguard.ops.vocabulary import Norm
 
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def forward(
-    source: Tensor, rows: Tensor | None, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def forward(source: Tensor, rows: Tensor | None, norm: Norm) -> Tensor:
     """Normed rows [N, D] in the dtype of ``source`` [M, D]."""
     x = source if rows is None else source.index_select(0, rows)
-    if kind == "none":
+    if norm.kind == "none":
         return x
     wide = _wide(x)
-    if kind == "layer":
-        w = None if weight is None else _wide(weight)
-        b = None if bias is None else _wide(bias)
-        return torch.nn.functional.layer_norm(wide, wide.shape[-1:], w, b, eps).to(x.dtype)
-    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    if weight is None:
+    if norm.kind == "layer":
+        w = None if norm.weight is None else _wide(norm.weight)
+        b = None if norm.bias is None else _wide(norm.bias)
+        return torch.nn.functional.layer_norm(wide, wide.shape[-1:], w, b, norm.eps).to(x.dtype)
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.eps)
+    if norm.weight is None:
         return unit.to(x.dtype)
-    if kind == "rms_offset":
-        return (unit * (1.0 + _wide(weight))).to(x.dtype)
-    return weight.to(x.dtype) * unit.to(x.dtype)  # Llama rounds before it scales
+    if norm.kind == "rms_offset":
+        return (unit * (1.0 + _wide(norm.weight))).to(x.dtype)
+    return norm.weight.to(x.dtype) * unit.to(x.dtype)  # Llama rounds before it scales
 
 
 def backward(
-    grad: Tensor,
-    source: Tensor,
-    rows: Tensor | None,
-    kind: str,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
+    grad: Tensor, source: Tensor, rows: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of the source [M, D] (zero outside ``rows``), the norm's weight [D] and bias [D].
 
     grad: [N, D], the gradient of the normed rows, in the accumulation dtype.
     """
-    if kind == "none":
+    if norm.kind == "none":
         dx, dw, db = grad, None, None
     else:
         x = _wide(source if rows is None else source.index_select(0, rows))
-        if kind == "layer":
+        if norm.kind == "layer":
             mean = x.mean(-1, keepdim=True)
             x = x - mean
-        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + norm.eps)
         unit = x * r
-        dw = (grad * unit).sum(0) if weight is not None else None
-        db = grad.sum(0) if bias is not None else None
-        if weight is not None:
-            grad = grad * (_wide(weight) + 1.0 if kind == "rms_offset" else _wide(weight))
+        dw = (grad * unit).sum(0) if norm.weight is not None else None
+        db = grad.sum(0) if norm.bias is not None else None
+        if norm.weight is not None:
+            grad = grad * (_wide(norm.weight) + 1.0 if norm.kind == "rms_offset" else _wide(norm.weight))
         dx = grad - unit * (grad * unit).mean(-1, keepdim=True)
-        if kind == "layer":
+        if norm.kind == "layer":
             dx = dx - grad.mean(-1, keepdim=True)
         dx = dx * r
     dx = dx.to(source.dtype)

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from fastguard import methods
 from fastguard.data.options import UserData
+from fastguard.evaluation.metrics import MAIN
 from fastguard.settings import SettingError, Settings, build, choice, merged, number, numbers
 
 PACKAGED = ("demo", "quick", "ablation")
@@ -133,9 +134,13 @@ class AttackConfig(MethodConfig):
     scored_steps: tuple[int, ...] = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32)
     threshold: float = number(0.5, above=0, at_most=1)  # compliance at which the attack has succeeded
 
-    def of(self, lr: float, seed: int) -> AttackConfig:
+    def rates(self) -> tuple[float | None, ...]:
+        """Its learning rates; an attack that edits has none."""
+        return (None,) if self.entry.edits else self.lr
+
+    def of(self, lr: float | None, seed: int) -> AttackConfig:
         """One of its attacks."""
-        return dataclasses.replace(self, lr=(lr,), seeds=(seed,))
+        return dataclasses.replace(self, lr=self.lr if lr is None else (lr,), seeds=(seed,))
 
     def check(self) -> None:
         """A method that exists, with options that it has; steps in order."""
@@ -164,7 +169,11 @@ class EvaluateConfig(Settings):
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """A whole run. ``variants`` are further immunized models: a name, and what differs from ``immunize``."""
+    """A whole run.
+
+    ``variants`` are further immunized models: a name, and what differs from ``immunize``. ``attacks`` are further
+    attacks on every model: a name, and what differs from ``attack``.
+    """
 
     title: str = "RepNoise on SmolLM2-135M-Instruct"
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -175,6 +184,7 @@ class Config(Settings):
     attack: AttackConfig = field(default_factory=AttackConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    attacks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
 
     def check(self) -> None:
         """Variants that can be built, under names of their own."""
@@ -185,6 +195,23 @@ class Config(Settings):
             if not isinstance(changes, Mapping):
                 raise SettingError(f"variants.{name}", changes, "a mapping of what differs from immunize")
             self.variant(name)
+        if MAIN in self.attacks:
+            raise SettingError("attacks", sorted(self.attacks), f"names other than {MAIN}")
+        for name, changes in self.attacks.items():
+            if not isinstance(changes, Mapping):
+                raise SettingError(f"attacks.{name}", changes, "a mapping of what differs from attack")
+        self.all_attacks()
+
+    def all_attacks(self) -> dict[str, AttackConfig]:
+        """The attacks on each model by name, the main one first; none where that is not run."""
+        if not self.attack.run:
+            return {}
+        main = self.attack.to_dict()
+        further = {
+            name: build(AttackConfig, _section(main, changes), f"attacks.{name}")
+            for name, changes in self.attacks.items()
+        }
+        return {MAIN: self.attack} | {name: part for name, part in further.items() if part.run}
 
     def variant(self, name: str) -> ImmunizeConfig:
         """The immunization of a variant."""
@@ -192,7 +219,10 @@ class Config(Settings):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
-        return dataclasses.asdict(dataclasses.replace(self, variants={k: dict(v) for k, v in self.variants.items()}))
+        plain: dict[str, Any] = {
+            name: {k: dict(v) for k, v in getattr(self, name).items()} for name in ("variants", "attacks")
+        }
+        return dataclasses.asdict(dataclasses.replace(self, **plain))
 
 
 def load(path: str | Path, quick: bool = False) -> Config:
@@ -221,6 +251,10 @@ def shortened(config: Config) -> Config:
     tree = merged(config.to_dict(), quick)
     for name in ("immunize", "attack"):
         tree[name]["options"] = {**tree[name]["options"], **getattr(config, name).entry.load_options().quick}
+    for name, part in config.all_attacks().items():
+        if name != MAIN:
+            small = {"options": dict(part.entry.load_options().quick)}
+            tree["attacks"][name] = merged(tree["attacks"][name], small)
     return from_dict(tree, "quick")
 
 

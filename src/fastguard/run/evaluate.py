@@ -10,10 +10,10 @@ from fastguard.data.conversation import as_text
 from fastguard.data.corpus import Corpus
 from fastguard.evaluation.metrics import Attack, AttackPoint, Benign, Utility, area, crossing
 from fastguard.evaluation.scores import answer_rates, generate, mean_answer_loss
-from fastguard.methods.training import Role
+from fastguard.methods.edit import Edit
 from fastguard.run.config import AttackConfig, EvaluateConfig
-from fastguard.run.streams import plain
-from fastguard.run.train import Report, train_scored, trainable
+from fastguard.run.streams import evidence, plain
+from fastguard.run.train import Report, edit_scored, train_scored, trainable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -65,29 +65,35 @@ def _benign(model: PreTrainedModel, corpus: Corpus, part: EvaluateConfig, report
 
 def attack(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, corpus: Corpus, part: AttackConfig, score_tokens: int,
-    lr: float, seed: int, report: Report,
+    lr: float | None, seed: int, report: Report,
 ) -> Attack:  # fmt: skip
-    """Attack ``model`` IN PLACE and score it on the way.
+    """Attack ``model`` IN PLACE and score it on the way: after steps of training at ``lr``, or after rounds of an edit.
 
     The attack stops at the first scored step, after step 0, at which compliance reaches the threshold.
     """
     start = time.perf_counter()
     trainable(model, freeze_embedding=False)
     method = part.entry.build(model, part.chosen(), seed=seed)
-    attacked: PreTrainedModel = method.model  # type: ignore[assignment]  # adapters may be around it
+    attacked: PreTrainedModel = method.model  # adapters may be around it
 
     def score() -> dict[str, float]:
         rates = answer_rates(attacked, tokenizer, corpus.requests, score_tokens)
         return {**rates, "harmful_loss": mean_answer_loss(attacked, corpus.harmful["measure"], corpus.pad)}
 
-    def stream(role: Role):  # type: ignore[no-untyped-def]
-        return plain(corpus, corpus.harmful["attack"], role.count or part.batch, seed, str(model.device))
+    def stop(figures: dict[str, float]) -> bool:
+        return figures["compliance"] >= part.threshold
 
     try:
-        curve = train_scored(
-            method, {name: stream(role) for name, role in method.roles.items()}, score, part.scored_steps, lr,
-            part.warmup_steps, stop=lambda figures: figures["compliance"] >= part.threshold, report=report,
-        )  # fmt: skip
+        if isinstance(method, Edit):
+            budget = method.rounds
+            batches = evidence(corpus, method.roles, part.batch, str(model.device))
+            curve = edit_scored(method, batches, score, stop, report)
+        else:
+            assert lr is not None
+            budget = part.scored_steps[-1]
+            rows, device = corpus.harmful["attack"], str(model.device)
+            streams = {n: plain(corpus, rows, r.count or part.batch, seed, device) for n, r in method.roles.items()}
+            curve = train_scored(method, streams, score, part.scored_steps, lr, part.warmup_steps, stop, report)
     finally:
         method.close()
     points = [
@@ -100,7 +106,7 @@ def attack(
         )
         for p in curve
     ]
-    budget, steps = part.scored_steps[-1], [p["step"] for p in points]
+    steps = [p["step"] for p in points]
     compliance, refusal = [p["compliance"] for p in points], [p["refusal"] for p in points]
     return Attack(
         lr=lr,

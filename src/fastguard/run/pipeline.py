@@ -31,7 +31,7 @@ from fastguard.losses.answer import answer_loss
 from fastguard.machine import cores, cpu_name, write_json
 from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
-from fastguard.run.config import Config, ControlConfig, ImmunizeConfig, shortened
+from fastguard.run.config import AttackConfig, Config, ControlConfig, ImmunizeConfig, shortened
 from fastguard.run.stages import Stages
 from fastguard.run.streams import Streams
 from fastguard.run.train import Curve, Report, train, trainable
@@ -216,15 +216,16 @@ class _Job:
             if config.evaluate.run:
                 reads = self._reads(name, config.evaluate)
                 utility = self.stages.run(f"measure {name}", reads, partial(self.measure, name))
-            if config.attack.run and self.corpus.harmful.get("attack") and self.corpus.requests:
+            if self.corpus.harmful.get("attack") and self.corpus.requests:
                 attacks = [
                     self.stages.run(
-                        f"attack {name}, lr {lr:g}, seed {seed}",
-                        self._reads(name, config.attack.of(lr, seed), config.evaluate.score_tokens),
-                        partial(self.attack, name, lr, seed),
+                        f"{kind} {name}{'' if lr is None else f', lr {lr:g}'}, seed {seed}",
+                        self._reads(name, part.of(lr, seed), config.evaluate.score_tokens),
+                        partial(self.attack, name, kind, part, lr, seed),
                     )
-                    for lr in config.attack.lr
-                    for seed in config.attack.seeds
+                    for kind, part in config.all_attacks().items()
+                    for lr in part.rates()
+                    for seed in part.seeds
                 ]
             entries[name] = Model(label=label, training=training, utility=utility, attacks=attacks or [])
         stages = self.stages.done
@@ -303,12 +304,14 @@ class _Job:
         """What a model is worth before any attack."""
         return evaluate.measure(self.load(name), self.tokenizer, self.corpus, self.config.evaluate, report)
 
-    def attack(self, name: str, lr: float, seed: int, report: Report) -> Attack:
+    def attack(
+        self, name: str, kind: str, part: AttackConfig, lr: float | None, seed: int, report: Report
+    ) -> Attack:  # fmt: skip
         """An attack on a fresh copy of a model."""
-        return evaluate.attack(
-            self.load(name), self.tokenizer, self.corpus, self.config.attack, self.config.evaluate.score_tokens, lr,
-            seed, report,
-        )  # fmt: skip
+        found = evaluate.attack(
+            self.load(name), self.tokenizer, self.corpus, part, self.config.evaluate.score_tokens, lr, seed, report
+        )
+        return {"name": kind, "title": part.entry.title, **found}  # type: ignore[typeddict-item]
 
 
 def content_key(parts: Sequence[Any]) -> str:

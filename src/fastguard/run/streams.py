@@ -128,3 +128,20 @@ def plain(corpus: Corpus, rows: list[Encoded], count: int, seed: int, device: st
     """Batches of one list of samples."""
     order = Order(len(rows), count, seed)
     return lambda number: collate([rows[i] for i in order(number)], corpus.pad, device)
+
+
+def evidence(corpus: Corpus, roles: Mapping[str, Role], count: int, device: str) -> dict[str, list[Batch]]:
+    """All that a role of an edit reads, in batches of requests up to the answer; ``count``: of a batch.
+
+    Raises ValueError for data that a run does not have, or that have no sample.
+    """
+    found: dict[str, list[Batch]] = {}
+    for name, role in roles.items():
+        known = {"attack": corpus.harmful.get("attack", []), "instructions": corpus.harmless.get("immunize", [])}
+        if role.data not in known:
+            raise ValueError(f"roles: {name}: expected data {', '.join(known)}, got {role.data!r}")
+        rows = [Encoded(e.ids[: e.prompt], e.prompt) for e in known[role.data]][: role.count]
+        if not rows:
+            raise ValueError(f"roles: {name}: expected samples of {role.data!r}, and the run has none")
+        found[name] = [collate(rows[i : i + count], corpus.pad, device) for i in range(0, len(rows), count)]
+    return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fastguard.methods.edit import Batches, Edit
 from fastguard.methods.training import Data, Training
 
 if TYPE_CHECKING:
@@ -128,5 +129,22 @@ def train_scored(
         figures = score()
         curve.append({"step": until, **figures})
         if until and stop(figures):
+            break
+    return curve
+
+
+def edit_scored(
+    method: Edit,
+    data: Batches,
+    score: Callable[[], dict[str, float]],
+    stop: Callable[[dict[str, float]], bool] = lambda figures: False,
+    report: Report = lambda fraction, text: None,
+) -> Curve:
+    """Let an edit make its rounds, and score the model before the first and after each; see `train_scored`."""
+    curve = [{"step": 0.0, **score()}]
+    for made, figures in enumerate(method.apply(data), start=1):
+        report(made / method.rounds, f"round {made}")
+        curve.append({"step": float(made), **{k: float(v) for k, v in figures.items()}, **score()})
+        if stop(curve[-1]):
             break
     return curve

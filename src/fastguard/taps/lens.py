@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from fastguard.ops import transforms
-from fastguard.ops.lens_stats import lens_stats
+from fastguard.ops.lens_stats.op import lens
 from fastguard.ops.lm_head_stats.op import LMHeadStats
+from fastguard.ops.vocabulary import Head, Norm
 from fastguard.taps import anchor
 from fastguard.taps.structure import Structure, head_parameters
 
 SHIFTED = "_fastguard_shifted"
-"""Set on modules that for the moment compute something other than their parameters say: by what, for the error."""
+"""Attribute of modules that for the moment compute something other than their parameters say: what shifts them."""
 
 
 class Lens:
@@ -78,13 +79,10 @@ class Lens:
         self.weight = self.weight.to(transforms.product_dtype(hidden))
         plain = not normed and not self.inner_transform
         scale, softcap = (1.0, None) if plain else (self.structure.scale, self.structure.softcap)
-        stats, token = lens_stats(
-            hidden, rows, self.weight, target,
-            norm_kind=kind, norm_weight=None if kind == "none" else self.norm_weight,
-            norm_bias=None if kind == "none" else self.norm_bias, norm_eps=self.structure.norm_eps,
-            bias=self.bias, scale=scale, softcap=softcap, filter_tol=filter_tol,
-            with_mean=with_mean, token=self.token if keep else self.first_token,
-        )  # fmt: skip
+        head = Head(self.weight, self.bias, scale, softcap)
+        norm = Norm() if kind == "none" else Norm(kind, self.norm_weight, self.norm_bias, self.structure.norm_eps)
+        token = self.token if keep else self.first_token
+        stats, token = lens(hidden, rows, target, head, norm, filter_tol=filter_tol, with_mean=with_mean, token=token)
         if keep:
             self.token = token
         return stats

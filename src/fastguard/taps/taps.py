@@ -273,7 +273,9 @@ class Taps:
         """Note that the backward in progress belongs to ``scope`` (see `Gate`)."""
         for task in [task for task, scopes in list(self._live.items()) if not any(ref() for ref in scopes)]:
             self._live.pop(task, None)
-        self._live.setdefault(torch._C._current_graph_task_id(), []).append(weakref.ref(scope))
+        live = self._live.setdefault(torch._C._current_graph_task_id(), [])
+        if not any(ref() is scope for ref in live):  # several outputs of one forward have a gate each
+            live.append(weakref.ref(scope))
 
     def scope_of_backward(self) -> Scope | None:
         """The scope that the backward in progress belongs to, for a recompute that carries none of its own."""

@@ -162,7 +162,7 @@ class CRL(Training):
                         found.append(self._divergence(live[split:], frozen[index][split:], weight, bias, frozen_head))
                 return torch.stack(found) if found else x.new_zeros(0)
 
-            return call.numbers(batch, statistic)
+            return torch.cat(call.numbers(batch, statistic))
 
     def _hinges(self, bad: Tensor, good: Tensor, bad_before: Tensor, good_before: Tensor) -> list[Tensor]:
         """The harmless and the harmful hinge of one layer, each the mean over its rows [N, D]."""

@@ -23,14 +23,15 @@ def here(s: Setting, o: Options) -> Recipe:
     rows, n = s.rows * s.batch * s.tokens, s.batch * s.tokens
     harmful, head = passes.run(s, "harmful", s.batch), passes.fused_head(s, "harmful: head", rows)
     alone = s.gpus == 1
-    if alone:  # not wrapped: its backward alone, of the forward that the unlearning makes; it meets the lenses too
+    if alone:  # not wrapped: its backward alone, of the forward that the unlearning makes; it meets the last lens too
         harmful, head = harmful[1:], replace(head, flops=head.flops - 2.0 * rows * a.head)
     steps: list[Part] = [
         *harmful,
         head,
         *passes.run(s, "unlearning", s.batch),
         passes.fused_head(s, "unlearning: output", rows),
-        passes.lens_head(s, "lenses", rows, a.layers + 1, backwards=2 if alone else 1),
+        passes.lens_head(s, "lenses", rows, a.layers),
+        passes.lens_head(s, "last lens", rows, 1, backwards=2 if alone else 1),
         *passes.run(s, "refusal", s.batch),
         passes.fused_head(s, "refusal: head", rows),
     ]

@@ -129,7 +129,7 @@ class SEAM(Training):
         plain = _Text("benign", benign, _plain_rows(benign))
         figures: Figures = {}
         a = self._harmful(step, bad, figures)
-        good_ce = self._fused(step.model, good)[-1]
+        good_ce = self._fused(step.model, good)[1]
         figures["harmless_ce"] = step.differentiate(good_ce, "harmless batch", step.scale * self.alpha)
         total = step.take()
         b = self._gradient(step, plain, figures)
@@ -169,19 +169,19 @@ class SEAM(Training):
         apart = step.weights.sharded or step.weights.replicated or self.product == "linearised"
         found = self._gradient(step, bad, figures) if apart else None
         with step.random("seam", bad.name):
-            ce = self._fused(step.model, bad, states=True)
+            inner, output = self._fused(step.model, bad, states=True)
         if found is None:
-            figures["harmful_ce"] = step.differentiate(ce[-1], "harmful batch", 1.0, again=True)
+            figures["harmful_ce"] = step.differentiate(output, "harmful batch", 1.0, again=True)
             found = step.take()
-        figures["lens_ce"] = ce[:-1].detach().mean()
-        unlearning = -torch.log(ce.sum() / (len(ce) - 1) + 1)
+        figures["lens_ce"] = inner.detach().mean()
+        unlearning = -torch.log((inner.sum() + output) / len(inner) + 1)
         figures["unlearning"] = step.differentiate(unlearning, "harmful batch, all hidden states")
         return found
 
     def _gradient(self, step: Step, text: _Text, figures: Figures | None = None) -> Gradients:
         """Of the cross-entropy of the output; none is left on the parameters."""
         with step.random("seam", text.name):
-            loss = self._own(step.model, text) if self.product == "linearised" else self._fused(step.model, text)[-1]
+            loss = self._own(step.model, text) if self.product == "linearised" else self._fused(step.model, text)[1]
             value = step.differentiate(loss, f"{text.name} batch", 1.0)
         if figures is not None:
             figures[f"{text.name}_ce"] = value
@@ -218,8 +218,8 @@ class SEAM(Training):
             weights, direction, norm, eps=0.0, snapshot=self.snapshot, through=self.through, allow_lost=self.allow_lost
         )
 
-    def _fused(self, model: nn.Module, text: _Text, states: bool = False) -> Tensor:
-        """Cross-entropies without logits: of the output [1], or of all hidden states and then the output [L + 2]."""
+    def _fused(self, model: nn.Module, text: _Text, states: bool = False) -> tuple[Tensor, Tensor]:
+        """Cross-entropies without logits: of all hidden states [L + 1], or none [0], and of the output, 0-dim."""
         structure, (rows, target) = self.language.structure, text.rows[:2]
         last = len(structure.layers)
         with self.language.tapped.call(model, lambda: Lens(structure, self.filter_tol)) as call:
@@ -231,7 +231,9 @@ class SEAM(Training):
                 found = [lens.cross_entropy(x, rows, target, normed=normed, keep=keep).sum() for normed in read]
                 return torch.stack(found) if found else x.new_zeros(0)
 
-            return self._mean(call.numbers(text.batch, statistic), text.rows)
+            sums = call.numbers(text.batch, statistic)
+            inner = torch.cat([*sums[:last], sums[last][:-1]])
+            return self._mean(inner, text.rows), self._mean(sums[last][-1], text.rows)
 
     def _own(self, model: nn.Module, text: _Text) -> Tensor:
         """The cross-entropy of the output from the model's own logits, of the positions from the first that is read."""

@@ -10,23 +10,22 @@ from torch import Tensor
 from fastguard import _extension
 from fastguard.ops.head_kl import portable
 from fastguard.ops.head_kl.portable import Row
+from fastguard.ops.vocabulary import Head
 
 
 class CppKernels:
     """`TileKernels` in C++."""
 
-    def statistics(self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Row:
+    def statistics(self, z: Tensor, d: Tensor, head: Head) -> Row:
         """See `TileKernels.statistics`."""
         out = torch.empty(3, z.shape[0], dtype=z.dtype)
-        torch.ops.fastguard_c.head_kl_statistics(z, d, bias, scale, softcap, out)
+        torch.ops.fastguard_c.head_kl_statistics(z, d, head.bias, head.scale, head.softcap or 0.0, out)
         return Row(*out)
 
-    def gradient(
-        self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
-        grad: Tensor, ready: bool,
-    ) -> None:  # fmt: skip
+    def gradient(self, z: Tensor, d: Tensor, head: Head, lse: Tensor, gap: Tensor, grad: Tensor, ready: bool) -> None:
         """See `TileKernels.gradient`."""
-        torch.ops.fastguard_c.head_kl_gradient(z, d, bias, scale, softcap, torch.stack([lse, gap, grad]), ready)
+        row = torch.stack([lse, gap, grad])
+        torch.ops.fastguard_c.head_kl_gradient(z, d, head.bias, head.scale, head.softcap or 0.0, row, ready)
 
 
 _extension.load()

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops.precision import accumulation_dtype
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastguard.ops.vocabulary import Head, check_head
 
 
 def head_kl(
@@ -59,9 +58,9 @@ def head_kl(
         [N], fp32 (float64 for float64 inputs), not negative but for rounding.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a softcap or temperature that is not positive.
+        ValueError: shapes, dtypes or devices that do not fit, a DTensor, a softcap or temperature that is not positive.
     """
-    _check(student, teacher, weight, bias, teacher_weight, softcap, temperature)
+    _check(student, teacher, Head(weight, bias, scale, softcap), teacher_weight, temperature)
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     kl, _, _, _ = torch.ops.fastguard.head_kl(
         student,
@@ -77,25 +76,13 @@ def head_kl(
     return kl  # type: ignore[no-any-return]
 
 
-def _check(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_weight: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-) -> None:
+def _check(student: Tensor, teacher: Tensor, head: Head, teacher_weight: Tensor | None, temperature: float) -> None:
     if student.dim() != 2:
         raise ValueError(f"student: expected [N, D], got shape {tuple(student.shape)}")
-    if student.dtype not in DTYPES:
-        raise ValueError(f"student: expected a dtype of {', '.join(map(str, DTYPES))}, got {student.dtype}")
+    check_head(head, student, "student", teacher=teacher, teacher_weight=teacher_weight)
     if teacher.shape != student.shape:
         raise ValueError(f"teacher: expected the shape of student {tuple(student.shape)}, got {tuple(teacher.shape)}")
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != student.shape[1]:
-        raise ValueError(f"weight: expected [V, {student.shape[1]}], got shape {tuple(weight.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got shape {tuple(bias.shape)}")
+    weight, bias = head.weight, head.bias
     if teacher_weight is not None and teacher_weight.shape != weight.shape:
         raise ValueError(
             f"teacher_weight: expected the shape of weight {tuple(weight.shape)}, got {tuple(teacher_weight.shape)}"
@@ -105,10 +92,6 @@ def _check(
     for name, tensor in (("teacher", teacher), ("weight", weight), ("bias", bias), ("teacher_weight", teacher_weight)):
         if tensor is not None and tensor.dtype != student.dtype:
             raise ValueError(f"{name}: expected the dtype of student ({student.dtype}), got {tensor.dtype}")
-        if tensor is not None and tensor.device != student.device:
-            raise ValueError(f"{name}: expected device {student.device}, got {tensor.device}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if not temperature > 0:
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
 
@@ -126,7 +109,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """ahead: also the gradient of each row's divergence at ``student`` [N, D], in its dtype."""
     impl = backend.choose("head_kl", student.device)
-    row, slope = impl.forward(student, teacher, weight, bias, teacher_weight, scale, softcap, ahead)
+    row, slope = impl.forward(student, teacher, Head(weight, bias, scale, softcap or None), teacher_weight, ahead)
     return (*row, student.new_zeros(0) if slope is None else slope.to(student.dtype))
 
 
@@ -156,8 +139,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     impl = backend.choose("head_kl", student.device)
     found = impl.backward(
-        grad.to(lse.dtype).contiguous(), student, teacher, weight, bias, teacher_weight, scale, softcap, lse, gap,
-        need_student, need_weight, need_bias,
+        grad.to(lse.dtype).contiguous(), student, teacher, Head(weight, bias, scale, softcap or None), teacher_weight,
+        lse, gap, need_student, need_weight, need_bias,
     )  # fmt: skip
     return tuple(student.new_zeros(0) if g is None else g.to(student.dtype) for g in found)  # type: ignore[return-value]
 

@@ -21,12 +21,14 @@ Shapes: N rows, R rows of one tile, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.vocabulary import Head
 
 TILE = 128
 """Rows of a tile; both models' rows go through one product where they share a head."""
@@ -44,15 +46,15 @@ class Row(NamedTuple):
 
 
 class TileKernels(Protocol):
-    """The element-wise work on one tile: the teacher's raw products z and what the student's lack of them, d."""
+    """The element-wise work on one tile: the teacher's raw products z and what the student's lack of them, d.
 
-    def statistics(self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Row:
+    Both are in the accumulation dtype, as is the bias of the head that comes with them.
+    """
+
+    def statistics(self, z: Tensor, d: Tensor, head: Head) -> Row:
         """Reduce z and d [R, V], in the accumulation dtype, and leave in them the logits: see ``ready`` below."""
 
-    def gradient(
-        self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
-        grad: Tensor, ready: bool,
-    ) -> None:  # fmt: skip
+    def gradient(self, z: Tensor, d: Tensor, head: Head, lse: Tensor, gap: Tensor, grad: Tensor, ready: bool) -> None:
         """Turn d into the gradient at the student's raw products, in place; z may be overwritten.
 
         ready: z and d are not products but what ``statistics`` made of them, teacher's logits and their lead.
@@ -77,23 +79,24 @@ def excess(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 0.1, x * x * series, x - torch.log1p(x))
 
 
-def _transform(z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+def _transform(z: Tensor, d: Tensor, head: Head) -> tuple[Tensor, Tensor]:
     """The teacher's logits, and how far they are above the student's."""
-    if bias is not None:
-        z = z + bias
-    z, d = z * scale, d * scale
-    if not softcap:
+    if head.bias is not None:
+        z = z + head.bias
+    z, d = z * head.scale, d * head.scale
+    if not head.softcap:
         return z, d
-    t, s = torch.tanh(z / softcap), torch.tanh((z - d) / softcap)
-    return softcap * t, softcap * torch.tanh(d / softcap) * (1 - t * s)  # tanh a - tanh b, without cancellation
+    t, s = torch.tanh(z / head.softcap), torch.tanh((z - d) / head.softcap)
+    # tanh a - tanh b, without cancellation
+    return head.softcap * t, head.softcap * torch.tanh(d / head.softcap) * (1 - t * s)
 
 
 class TorchKernels:
     """`TileKernels` in plain torch: any device."""
 
-    def statistics(self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Row:
+    def statistics(self, z: Tensor, d: Tensor, head: Head) -> Row:
         """See `TileKernels.statistics`."""
-        for raw, made in zip((z, d), _transform(z, d, bias, scale, softcap), strict=True):
+        for raw, made in zip((z, d), _transform(z, d, head), strict=True):
             raw.copy_(made)
         zs = z - d
         top_t, top_s = z.amax(1), zs.amax(1)
@@ -109,19 +112,16 @@ class TorchKernels:
         gap = (top_t - top_s) - torch.where(near, torch.log1p(x), ratio)
         return Row(kl, top_t + torch.log(s_t), gap)
 
-    def gradient(
-        self, z: Tensor, d: Tensor, bias: Tensor | None, scale: float, softcap: float, lse: Tensor, gap: Tensor,
-        grad: Tensor, ready: bool,
-    ) -> None:  # fmt: skip
+    def gradient(self, z: Tensor, d: Tensor, head: Head, lse: Tensor, gap: Tensor, grad: Tensor, ready: bool) -> None:
         """See `TileKernels.gradient`."""
         out = d
         if not ready:
-            z, d = _transform(z, d, bias, scale, softcap)
+            z, d = _transform(z, d, head)
         u = d - gap[:, None]  # log p_t - log p_s
         p_t, p_s = torch.exp(z - lse[:, None]), torch.exp(z - d - (lse - gap)[:, None])
-        g = torch.where(u.abs() < NEAR, phi(u, p_t, p_s) - p_t * u, p_s - p_t) * (grad * scale)[:, None]
-        if softcap:
-            g = g * (1 - ((z - d) / softcap).square())
+        g = torch.where(u.abs() < NEAR, phi(u, p_t, p_s) - p_t * u, p_s - p_t) * (grad * head.scale)[:, None]
+        if head.softcap:
+            g = g * (1 - ((z - d) / head.softcap).square())
         out.copy_(g)
 
 
@@ -159,33 +159,30 @@ class Products:
 def forward(
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     teacher_weight: Tensor | None,
-    scale: float,
-    softcap: float,
     ahead: bool,
     kernels: TileKernels | None = None,
 ) -> tuple[Row, Tensor | None]:
-    """The divergence of each row and what the backward needs of it; softcap 0 is none.
+    """The divergence of each row and what the backward needs of it.
 
     ahead: also each divergence's gradient at ``student`` [N, D], in the accumulation dtype; otherwise None.
     """
     kernels = kernels or TorchKernels()
     n, wide = student.shape[0], accumulation_dtype(student.dtype)
     out = Row(*(torch.empty(n, dtype=wide, device=student.device) for _ in Row._fields))
-    products = Products(student, teacher, weight, teacher_weight)
-    b = None if bias is None else bias.to(wide).contiguous()
+    products = Products(student, teacher, head.weight, teacher_weight)
+    tile = _widened(head, wide)
     slope = torch.empty(student.shape, dtype=wide, device=student.device) if ahead else None
     ones = torch.ones(min(TILE, n), dtype=wide, device=student.device)
     for rows in tiles(n):
         z, d = products(rows)
-        row = kernels.statistics(z, d, b, scale, softcap)
+        row = kernels.statistics(z, d, tile)
         for whole, part in zip(out, row, strict=True):
             whole[rows] = part
         if slope is not None:
-            kernels.gradient(z, d, b, scale, softcap, row.lse, row.gap, ones[: len(z)], ready=True)
-            slope[rows] = d.to(student.dtype) @ weight
+            kernels.gradient(z, d, tile, row.lse, row.gap, ones[: len(z)], ready=True)
+            slope[rows] = d.to(student.dtype) @ head.weight
     return out, slope
 
 
@@ -193,11 +190,8 @@ def backward(
     grad: Tensor,
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     teacher_weight: Tensor | None,
-    scale: float,
-    softcap: float,
     lse: Tensor,
     gap: Tensor,
     need_student: bool,
@@ -209,16 +203,16 @@ def backward(
     kernels = kernels or TorchKernels()
     wide, device = accumulation_dtype(student.dtype), student.device
     dstudent = torch.empty(student.shape, dtype=wide, device=device) if need_student else None
-    dweight = torch.zeros(weight.shape, dtype=wide, device=device) if need_weight else None
-    dbias = torch.zeros(weight.shape[:1], dtype=wide, device=device) if need_bias else None
-    products = Products(student, teacher, weight, teacher_weight)
-    b = None if bias is None else bias.to(wide).contiguous()
+    dweight = torch.zeros(head.weight.shape, dtype=wide, device=device) if need_weight else None
+    dbias = torch.zeros(head.weight.shape[:1], dtype=wide, device=device) if need_bias else None
+    products = Products(student, teacher, head.weight, teacher_weight)
+    tile = _widened(head, wide)
     for rows in tiles(student.shape[0]):
         z, g = products(rows)
-        kernels.gradient(z, g, b, scale, softcap, lse[rows], gap[rows], grad[rows], ready=False)
+        kernels.gradient(z, g, tile, lse[rows], gap[rows], grad[rows], ready=False)
         narrow = g.to(student.dtype)
         if dstudent is not None:
-            dstudent[rows] = narrow @ weight
+            dstudent[rows] = narrow @ head.weight
         if dweight is not None:
             if wide == student.dtype:
                 dweight.addmm_(g.t(), student[rows])
@@ -227,6 +221,11 @@ def backward(
         if dbias is not None:
             dbias.add_(g.sum(0))
     return dstudent, dweight, dbias
+
+
+def _widened(head: Head, wide: torch.dtype) -> Head:
+    """The head with the bias that `TileKernels` read."""
+    return head if head.bias is None else replace(head, bias=head.bias.to(wide).contiguous())
 
 
 def tiles(n: int) -> list[slice]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastguard.ops.lm_head_stats.reference import logits_of
+from fastguard.ops.vocabulary import Head
 
 
 def head_kl(
@@ -23,8 +24,8 @@ def head_kl(
 ) -> Tensor:
     """KL(teacher || student) of each row [N]: the mean, under the teacher, of log p_teacher - log p_student."""
     with torch.no_grad():
-        zt = logits_of(teacher, weight if teacher_weight is None else teacher_weight, bias, scale, softcap)
-    zs = logits_of(student, weight, bias, scale, softcap)
+        zt = logits_of(teacher, Head(weight if teacher_weight is None else teacher_weight, bias, scale, softcap))
+    zs = logits_of(student, Head(weight, bias, scale, softcap))
     # Half-precision logits are reduced in fp32, as torch's own losses reduce them.
     zs, zt = (z if z.dtype == torch.float64 else z.float() for z in (zs, zt))
     log_s, log_t = torch.log_softmax(zs / temperature, -1), torch.log_softmax(zt / temperature, -1)

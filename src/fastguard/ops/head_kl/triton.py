@@ -16,6 +16,7 @@ states (DIFFERENCE), exactly ("ieee") unless ``torch.set_float32_matmul_precisio
 subtracts the two products, which are still in fp32: rounding the difference of the hidden states would cost more.
 
 Prefixes: p_ pointer, i_ index of a program or step, o_ offsets, m_ mask, b_ block of values, n_ count.
+A pointer (or soft-cap) that is None is absent: a kernel is compiled for what it is given.
 Shapes: N rows, V vocabulary, D hidden size, S parts of V, W columns of a window.
 """
 
@@ -30,6 +31,7 @@ from torch import Tensor
 import triton
 from fastguard.ops.head_kl import portable
 from fastguard.ops.lm_head_stats.triton import _parts, _precision, _processors, _shared_memory, logits, on_device
+from fastguard.ops.vocabulary import Head
 
 WINDOW_ELEMENTS = 2**26
 """Most elements of dlogits alive at a time: 128 MB in bf16."""
@@ -59,10 +61,10 @@ def config(dtype: torch.dtype, shared: int) -> Blocks:
 
 @triton.jit
 def products(
-    p_t, p_s, p_w, p_wt, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    p_t, p_s, p_w, p_wt, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """T @ Wt^T and S @ W^T in fp32; p_t, p_s [ROWS] and p_w, p_wt [COLUMNS] point at row starts. Wt is W unless OWN."""
+    """T @ Wt^T and S @ W^T in fp32; p_t, p_s [ROWS] and p_w, p_wt [COLUMNS] point at row starts; no p_wt is p_w."""
     b_zt = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     b_zs = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     o_k = tl.arange(0, BLOCK_K)
@@ -71,13 +73,13 @@ def products(
             b_t = tl.load(p_t[:, None] + (k + o_k)[None, :])
             b_s = tl.load(p_s[:, None] + (k + o_k)[None, :])
             b_w = tl.load(p_w[:, None] + (k + o_k)[None, :])
-            b_wt = tl.load(p_wt[:, None] + (k + o_k)[None, :]) if OWN else b_w
+            b_wt = tl.load(p_wt[:, None] + (k + o_k)[None, :]) if p_wt is not None else b_w
         else:
             m_k = (k + o_k)[None, :] < D
             b_t = tl.load(p_t[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
             b_s = tl.load(p_s[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
             b_w = tl.load(p_w[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0)
-            b_wt = tl.load(p_wt[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0) if OWN else b_w
+            b_wt = tl.load(p_wt[:, None] + (k + o_k)[None, :], mask=m_k, other=0.0) if p_wt is not None else b_w
         b_zt = tl.dot(b_t, tl.trans(b_wt), b_zt, input_precision=PRECISION)
         b_zs = tl.dot(b_s, tl.trans(b_w), b_zs, input_precision=PRECISION)
     return b_zt, b_zs
@@ -86,22 +88,20 @@ def products(
 @triton.jit
 def teacher_and_lack(
     p_t, p_s, p_weight, p_own, p_bias, o_v, V, D, scale, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, DIFFERENCE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, DIFFERENCE: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The teacher's logits of the columns o_v, and how far they are above the student's."""
     o_w = tl.minimum(o_v, V - 1).to(tl.int64) * D
-    b_z, b_d = products(
-        p_t, p_s, p_weight + o_w, p_own + o_w if OWN else p_weight + o_w, D, ROWS, COLUMNS, BLOCK_K, OWN, EVEN,
-        PRECISION,
-    )  # fmt: skip
+    p_wt = p_own + o_w if p_own is not None else None
+    b_z, b_d = products(p_t, p_s, p_weight + o_w, p_wt, D, ROWS, COLUMNS, BLOCK_K, EVEN, PRECISION)
     if not DIFFERENCE:
         b_d = b_z - b_d
-    b_bias = tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else 0.0
-    if HAS_CAP:
-        b_t = logits(b_z, b_bias, scale, softcap, True) / softcap
-        b_s = logits(b_z - b_d, b_bias, scale, softcap, True) / softcap
-        b_d = logits(b_d, 0.0, scale, softcap, True) * (1.0 - b_t * b_s)  # tanh a - tanh b
+    b_bias = tl.load(p_bias + o_v, mask=o_v < V, other=0.0).to(tl.float32)[None, :] if p_bias is not None else 0.0
+    if softcap is not None:
+        b_t = logits(b_z, b_bias, scale, softcap) / softcap
+        b_s = logits(b_z - b_d, b_bias, scale, softcap) / softcap
+        b_d = logits(b_d, 0.0, scale, softcap) * (1.0 - b_t * b_s)  # tanh a - tanh b
         b_z = softcap * b_t
     else:
         b_z = (b_z + b_bias) * scale
@@ -126,46 +126,53 @@ def orders(b_u, b_t, b_s):
 
 
 @triton.jit
-def shift(b_top_t, b_top_s, b_new_t, b_new_s, b_st, b_ss, b_u, b_a, b_b):
-    """The sums relative to the maxima new instead of top: u of every element grows by v."""
+def shift(state, b_new_t, b_new_s):
+    """A row's maxima and the sums relative to them, moved to the maxima new: u of every element grows by v."""
+    b_top_t, b_top_s, b_st, b_ss, b_u, b_a, b_b = state
     b_shrink_t, b_shrink_s = tl.exp(b_top_t - b_new_t), tl.exp(b_top_s - b_new_s)
     b_v = (b_top_t - b_top_s) - (b_new_t - b_new_s)  # in this order: exact where the student is near
     b_first, b_second = orders(b_v, b_shrink_t, b_shrink_s)
     b_b = b_shrink_t * b_b + b_first * b_a + b_second * b_st
     b_a = b_shrink_s * b_a + b_first * b_st
     b_u = b_shrink_t * (b_u + b_v * b_st)
-    return b_shrink_t * b_st, b_shrink_s * b_ss, b_u, b_a, b_b
+    return b_new_t, b_new_s, b_shrink_t * b_st, b_shrink_s * b_ss, b_u, b_a, b_b
+
+
+@triton.jit
+def load_state(p_sums, N, m_n):
+    """A row's maxima and sums from sums [7, N]."""
+    return (
+        tl.load(p_sums, mask=m_n, other=0.0), tl.load(p_sums + N, mask=m_n, other=0.0),
+        tl.load(p_sums + 2 * N, mask=m_n, other=1.0), tl.load(p_sums + 3 * N, mask=m_n, other=1.0),
+        tl.load(p_sums + 4 * N, mask=m_n, other=0.0), tl.load(p_sums + 5 * N, mask=m_n, other=0.0),
+        tl.load(p_sums + 6 * N, mask=m_n, other=0.0),
+    )  # fmt: skip
 
 
 @triton.jit
 def scan_kernel(
     p_teacher, p_student, p_weight, p_own, p_bias, p_sums, N, V, D, n_blocks, scale, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, DIFFERENCE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, DIFFERENCE: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of ROWS rows over ``n_blocks`` blocks of columns: sums [S, 7, N], both maxima and S_t, S_s, U, A, B."""
     i_part = tl.program_id(1)
     o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m_n = o_n < N
     o_row = tl.minimum(o_n, N - 1).to(tl.int64) * D
-    b_top_t = tl.full([ROWS], NEGATIVE, tl.float32)
-    b_top_s = tl.full([ROWS], NEGATIVE, tl.float32)
-    b_st = tl.zeros([ROWS], dtype=tl.float32)
-    b_ss = tl.zeros([ROWS], dtype=tl.float32)
-    b_u = tl.zeros([ROWS], dtype=tl.float32)
-    b_a = tl.zeros([ROWS], dtype=tl.float32)
-    b_b = tl.zeros([ROWS], dtype=tl.float32)
+    b_lowest = tl.full([ROWS], NEGATIVE, tl.float32)
+    b_none = tl.zeros([ROWS], dtype=tl.float32)
+    state = b_lowest, b_lowest, b_none, b_none, b_none, b_none, b_none
     for i_block in range(i_part * n_blocks, tl.minimum((i_part + 1) * n_blocks, tl.cdiv(V, COLUMNS))):
         o_v = i_block * COLUMNS + tl.arange(0, COLUMNS)
         b_z, b_d = teacher_and_lack(
             p_teacher + o_row, p_student + o_row, p_weight, p_own, p_bias, o_v, V, D, scale, softcap,
-            ROWS, COLUMNS, BLOCK_K, OWN, HAS_BIAS, HAS_CAP, DIFFERENCE, EVEN, PRECISION,
+            ROWS, COLUMNS, BLOCK_K, DIFFERENCE, EVEN, PRECISION,
         )  # fmt: skip
         # Absent columns repeat the last one: they raise no maximum, and are taken out of the sums.
-        b_new_t = tl.maximum(b_top_t, tl.max(b_z, 1))
-        b_new_s = tl.maximum(b_top_s, tl.max(b_z - b_d, 1))
-        b_st, b_ss, b_u, b_a, b_b = shift(b_top_t, b_top_s, b_new_t, b_new_s, b_st, b_ss, b_u, b_a, b_b)
-        b_top_t, b_top_s = b_new_t, b_new_s
+        b_new_t = tl.maximum(state[0], tl.max(b_z, 1))
+        b_new_s = tl.maximum(state[1], tl.max(b_z - b_d, 1))
+        b_top_t, b_top_s, b_st, b_ss, b_u, b_a, b_b = shift(state, b_new_t, b_new_s)
         m_v = (o_v < V)[None, :]
         b_et = tl.where(m_v, tl.exp(b_z - b_top_t[:, None]), 0.0)
         b_es = tl.where(m_v, tl.exp(b_z - b_d - b_top_s[:, None]), 0.0)
@@ -176,14 +183,10 @@ def scan_kernel(
         b_u += tl.sum(b_et * b_d, 1)
         b_a += tl.sum(b_first, 1)
         b_b += tl.sum(b_second, 1)
+        state = b_top_t, b_top_s, b_st, b_ss, b_u, b_a, b_b
     p_out = p_sums + i_part * 7 * N + o_n
-    tl.store(p_out, b_top_t, mask=m_n)
-    tl.store(p_out + N, b_top_s, mask=m_n)
-    tl.store(p_out + 2 * N, b_st, mask=m_n)
-    tl.store(p_out + 3 * N, b_ss, mask=m_n)
-    tl.store(p_out + 4 * N, b_u, mask=m_n)
-    tl.store(p_out + 5 * N, b_a, mask=m_n)
-    tl.store(p_out + 6 * N, b_b, mask=m_n)
+    for i in tl.static_range(7):
+        tl.store(p_out + i * N, state[i], mask=m_n)
 
 
 @triton.jit
@@ -204,27 +207,14 @@ def combine_kernel(p_sums, p_kl, p_lse, p_gap, N, n_parts, BLOCK: tl.constexpr):
     """The parts of each row together: the divergence, lse_t and lse_t - lse_s, each [N]."""
     o_n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_n = o_n < N
-    b_top_t = tl.load(p_sums + o_n, mask=m_n, other=0.0)
-    b_top_s = tl.load(p_sums + N + o_n, mask=m_n, other=0.0)
-    b_st = tl.load(p_sums + 2 * N + o_n, mask=m_n, other=1.0)
-    b_ss = tl.load(p_sums + 3 * N + o_n, mask=m_n, other=1.0)
-    b_u = tl.load(p_sums + 4 * N + o_n, mask=m_n, other=0.0)
-    b_a = tl.load(p_sums + 5 * N + o_n, mask=m_n, other=0.0)
-    b_b = tl.load(p_sums + 6 * N + o_n, mask=m_n, other=0.0)
+    state = load_state(p_sums + o_n, N, m_n)
     for i_part in range(1, n_parts):
-        p_part = p_sums + i_part * 7 * N + o_n
-        b_part_t = tl.load(p_part, mask=m_n, other=0.0)
-        b_part_s = tl.load(p_part + N, mask=m_n, other=0.0)
-        b_new_t, b_new_s = tl.maximum(b_top_t, b_part_t), tl.maximum(b_top_s, b_part_s)
-        b_st, b_ss, b_u, b_a, b_b = shift(b_top_t, b_top_s, b_new_t, b_new_s, b_st, b_ss, b_u, b_a, b_b)
-        b_st2, b_ss2, b_u2, b_a2, b_b2 = shift(
-            b_part_t, b_part_s, b_new_t, b_new_s,
-            tl.load(p_part + 2 * N, mask=m_n, other=1.0), tl.load(p_part + 3 * N, mask=m_n, other=1.0),
-            tl.load(p_part + 4 * N, mask=m_n, other=0.0), tl.load(p_part + 5 * N, mask=m_n, other=0.0),
-            tl.load(p_part + 6 * N, mask=m_n, other=0.0),
-        )  # fmt: skip
-        b_top_t, b_top_s = b_new_t, b_new_s
-        b_st, b_ss, b_u, b_a, b_b = b_st + b_st2, b_ss + b_ss2, b_u + b_u2, b_a + b_a2, b_b + b_b2
+        part = load_state(p_sums + i_part * 7 * N + o_n, N, m_n)
+        b_new_t, b_new_s = tl.maximum(state[0], part[0]), tl.maximum(state[1], part[1])
+        _, _, b_st, b_ss, b_u, b_a, b_b = shift(state, b_new_t, b_new_s)
+        _, _, b_st2, b_ss2, b_u2, b_a2, b_b2 = shift(part, b_new_t, b_new_s)
+        state = b_new_t, b_new_s, b_st + b_st2, b_ss + b_ss2, b_u + b_u2, b_a + b_a2, b_b + b_b2
+    b_top_t, b_top_s, b_st, b_ss, b_u, b_a, b_b = state
     b_x, b_ratio = b_a / b_st, tl.log(b_ss / b_st)
     m_near = tl.abs(b_x) < NEAR
     b_excess = log1p_excess(b_x)
@@ -238,8 +228,8 @@ def combine_kernel(p_sums, p_kl, p_lse, p_gap, N, n_parts, BLOCK: tl.constexpr):
 def dlogit_kernel(
     p_grad, p_teacher, p_student, p_weight, p_own, p_bias, p_lse, p_gap, p_dlogit, N, V, D, first, width,
     scale, softcap,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, OWN: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_CAP: tl.constexpr, DIFFERENCE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, DIFFERENCE: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient at the student's raw products of the columns first, first + 1, ...: dlogit [N, width]."""
     o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -248,7 +238,7 @@ def dlogit_kernel(
     o_w = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     b_z, b_d = teacher_and_lack(
         p_teacher + o_row, p_student + o_row, p_weight, p_own, p_bias, first + o_w, V, D, scale, softcap,
-        ROWS, COLUMNS, BLOCK_K, OWN, HAS_BIAS, HAS_CAP, DIFFERENCE, EVEN, PRECISION,
+        ROWS, COLUMNS, BLOCK_K, DIFFERENCE, EVEN, PRECISION,
     )  # fmt: skip
     b_lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
     b_gap = tl.load(p_gap + o_n, mask=m_n, other=0.0)
@@ -258,7 +248,7 @@ def dlogit_kernel(
     b_ps = tl.exp(b_s - (b_lse - b_gap)[:, None])
     b_first, _ = orders(b_d - b_gap[:, None], b_pt, b_ps)
     b_out = b_first * b_g[:, None]
-    if HAS_CAP:
+    if softcap is not None:
         b_y = b_s / softcap
         b_out *= 1.0 - b_y * b_y
     m = m_n[:, None] & (o_w < width)[None, :]
@@ -278,19 +268,12 @@ def _operands(
 
 @on_device
 def forward(
-    student: Tensor,
-    teacher: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    teacher_weight: Tensor | None,
-    scale: float,
-    softcap: float,
-    ahead: bool,
+    student: Tensor, teacher: Tensor, head: Head, teacher_weight: Tensor | None, ahead: bool
 ) -> tuple[portable.Row, Tensor | None]:
     """The divergence of each row and what the backward needs of it. Signature and meaning of ``portable.forward``."""
     if student.dtype == torch.float64:
-        return portable.forward(student, teacher, weight, bias, teacher_weight, scale, softcap, ahead)
-    t, s, w, own, difference = _operands(student, teacher, weight, teacher_weight)
+        return portable.forward(student, teacher, head, teacher_weight, ahead)
+    t, s, w, own, difference = _operands(student, teacher, head.weight, teacher_weight)
     (n, d), v = t.shape, w.shape[0]
     out = portable.Row(*(torch.empty(n, dtype=torch.float32, device=t.device) for _ in range(3)))
     if not n:
@@ -301,17 +284,15 @@ def forward(
     parts = triton.cdiv(n_blocks, per_part)  # none is empty
     sums = torch.empty(parts, 7, n, dtype=torch.float32, device=t.device)
     scan_kernel[tiles, parts](
-        t, s, w, own, bias, sums, n, v, d, per_part, scale, softcap,
-        ROWS=blocks.rows, COLUMNS=blocks.columns, BLOCK_K=blocks.inner, OWN=own is not None,
-        HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, DIFFERENCE=difference, EVEN=d % blocks.inner == 0,
-        PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
+        t, s, w, own, head.bias, sums, n, v, d, per_part, head.scale, head.softcap,
+        ROWS=blocks.rows, COLUMNS=blocks.columns, BLOCK_K=blocks.inner, DIFFERENCE=difference,
+        EVEN=d % blocks.inner == 0, PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     combine_kernel[triton.cdiv(n, 128),](sums, *out, n, parts, BLOCK=128)
     slope = None
     if ahead:
-        head = weight, bias, teacher_weight, scale, softcap
         ones = torch.ones_like(out.kl)
-        slope, _, _ = backward(ones, student, teacher, *head, out.lse, out.gap, True, False, False)
+        slope, _, _ = backward(ones, student, teacher, head, teacher_weight, out.lse, out.gap, True, False, False)
     return out, slope
 
 
@@ -320,11 +301,8 @@ def backward(
     grad: Tensor,
     student: Tensor,
     teacher: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     teacher_weight: Tensor | None,
-    scale: float,
-    softcap: float,
     lse: Tensor,
     gap: Tensor,
     need_student: bool,
@@ -334,10 +312,9 @@ def backward(
     """Gradients of student (fp32), weight (its dtype) and bias (fp32). Signature of ``portable.backward``."""
     if student.dtype == torch.float64:
         return portable.backward(
-            grad, student, teacher, weight, bias, teacher_weight, scale, softcap, lse, gap,
-            need_student, need_weight, need_bias,
-        )  # fmt: skip
-    t, s, w, own, difference = _operands(student, teacher, weight, teacher_weight)
+            grad, student, teacher, head, teacher_weight, lse, gap, need_student, need_weight, need_bias
+        )
+    t, s, w, own, difference = _operands(student, teacher, head.weight, teacher_weight)
     (n, d), v = t.shape, w.shape[0]
     dstudent = torch.zeros(n, d, dtype=torch.float32, device=t.device) if need_student else None
     dweight = torch.zeros(v, d, dtype=w.dtype, device=t.device) if need_weight else None
@@ -351,10 +328,9 @@ def backward(
         n_columns = columns.stop - first
         dlogit = torch.empty(n, n_columns, dtype=t.dtype, device=t.device)
         dlogit_kernel[triton.cdiv(n, blocks.rows), triton.cdiv(n_columns, blocks.columns)](
-            grad, t, s, w, own, bias, lse, gap, dlogit, n, v, d, first, n_columns, scale, softcap,
-            ROWS=blocks.rows, COLUMNS=blocks.columns, BLOCK_K=blocks.inner, OWN=own is not None,
-            HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, DIFFERENCE=difference, EVEN=d % blocks.inner == 0,
-            PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
+            grad, t, s, w, own, head.bias, lse, gap, dlogit, n, v, d, first, n_columns, head.scale, head.softcap,
+            ROWS=blocks.rows, COLUMNS=blocks.columns, BLOCK_K=blocks.inner, DIFFERENCE=difference,
+            EVEN=d % blocks.inner == 0, PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         if dstudent is not None:
             dstudent += dlogit @ w[columns]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastguard.ops import final_norm, transforms
-from fastguard.ops.lm_head_stats import op as head
+from fastguard.ops import transforms
+from fastguard.ops.lm_head_stats import op
 from fastguard.ops.lm_head_stats.op import LMHeadStats
+from fastguard.ops.vocabulary import Head, Norm
 
 
 def lens_stats(
@@ -48,14 +49,27 @@ def lens_stats(
         IndexError: a target of V or more.
         RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
-    if norm_kind not in final_norm.KINDS:
-        raise ValueError(f"norm_kind: expected one of {', '.join(final_norm.KINDS)}, got {norm_kind!r}")
-    if token is not None and token.shape != weight.shape:
-        raise ValueError(f"token: expected the shape of weight {tuple(weight.shape)}, got {tuple(token.shape)}")
-    transforms.check_plain(norm_weight=norm_weight, norm_bias=norm_bias, token=token)
-    weight = head.check(hidden, weight, target, bias, softcap, filter_tol, rows)
-    return head.call(
-        hidden.reshape(-1, hidden.shape[-1]), weight, target, rows=rows, bias=bias,
-        norm_kind=norm_kind, norm_weight=norm_weight, norm_bias=norm_bias, norm_eps=norm_eps,
-        scale=scale, softcap=softcap, filter_tol=filter_tol, with_mean=with_mean, token=token,
+    return lens(
+        hidden, rows, target, Head(weight, bias, scale, softcap), Norm(norm_kind, norm_weight, norm_bias, norm_eps),
+        filter_tol=filter_tol, with_mean=with_mean, token=token,
     )  # fmt: skip
+
+
+def lens(
+    hidden: Tensor,
+    rows: Tensor,
+    target: Tensor,
+    head: Head,
+    norm: Norm,
+    *,
+    filter_tol: float | None = None,
+    with_mean: bool = False,
+    token: Tensor | None = None,
+) -> tuple[LMHeadStats, Tensor | None]:
+    """``lens_stats`` for callers that hold the head and the norm in one piece each."""
+    if token is not None and token.shape != head.weight.shape:
+        raise ValueError(f"token: expected the shape of weight {tuple(head.weight.shape)}, got {tuple(token.shape)}")
+    transforms.check_plain(norm_weight=norm.weight, norm_bias=norm.bias, token=token)
+    head = op.check(hidden, target, head, filter_tol, rows)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return op.call(flat, target, head, norm, rows=rows, filter_tol=filter_tol, with_mean=with_mean, token=token)

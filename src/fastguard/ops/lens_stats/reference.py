@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from fastguard.ops.lm_head_stats import reference as head
+from fastguard.ops.vocabulary import Norm
 
 
-def final_norm(x: Tensor, kind: str, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """The final norm of a model as its own module computes it: ``none``, ``rms``, ``rms_offset`` or ``layer``."""
-    if kind == "none":
+def final_norm(x: Tensor, norm: Norm) -> Tensor:
+    """The final norm of a model as its own module computes it."""
+    if norm.kind == "none":
         return x
     wide = x if x.dtype == torch.float64 else x.float()
-    if kind == "layer":
+    if norm.kind == "layer":
         wide = wide - wide.mean(-1, keepdim=True)
-    unit = wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt()
-    if weight is not None:
-        unit = unit * (1 + weight if kind == "rms_offset" else weight)
-    if bias is not None:
-        unit = unit + bias
+    unit = wide / (wide.pow(2).mean(-1, keepdim=True) + norm.eps).sqrt()
+    if norm.weight is not None:
+        unit = unit * (1 + norm.weight if norm.kind == "rms_offset" else norm.weight)
+    if norm.bias is not None:
+        unit = unit + norm.bias
     return unit.to(x.dtype)
 
 
@@ -40,5 +41,6 @@ def lens_stats(
 
     hidden: [..., D], read as [M, D]; rows: [N] indices into M.
     """
-    x = final_norm(hidden.reshape(-1, hidden.shape[-1])[rows], norm_kind, norm_weight, norm_bias, norm_eps)
+    norm = Norm(norm_kind, norm_weight, norm_bias, norm_eps)
+    x = final_norm(hidden.reshape(-1, hidden.shape[-1])[rows], norm)
     return head.lm_head_stats(x, weight, target, bias, scale, softcap)

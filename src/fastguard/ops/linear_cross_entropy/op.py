@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastguard.ops import transforms
-from fastguard.ops.lm_head_stats import lm_head_stats
-from fastguard.ops.lm_head_stats.op import REDUCTIONS
+from fastguard.ops.lm_head_stats.op import call, check
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.vocabulary import Head, check_device, check_reduction
 
 CLASSES = 2**14
 """Classes of the head that are widened at a time where its dtype is narrower than the sum's."""
@@ -67,16 +67,16 @@ def linear_cross_entropy(
         IndexError: a target of V or more.
         RuntimeError: a forward-mode or a second derivative, which the op does not have.
     """
-    _check(hidden, weight, target, softcap, label_smoothing, z_loss, class_weight, reduction)
-    weight = weight.to(transforms.product_dtype(weight))  # once, for the products and for the mean logit
+    head = Head(weight, bias, scale, softcap)
+    _check(hidden, head, target, label_smoothing, class_weight, z_loss, reduction)
     flat = target.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
     counts = (flat != ignore_index) & (flat >= 0)
     if label_smoothing and filter_tol is None:
         filter_tol = 0.0
-    stats = lm_head_stats(
-        rows, weight, flat.masked_fill(~counts, -1), bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol
-    )
+    wanted = flat.masked_fill(~counts, -1)
+    head = check(rows, wanted, head, filter_tol)  # cast once, for the products and for the mean logit
+    stats, _ = call(rows, wanted, head, filter_tol=filter_tol)
     loss = stats.cross_entropy()
     row_weight, classes = None, None
     if class_weight is not None:
@@ -86,9 +86,9 @@ def linear_cross_entropy(
     if label_smoothing:
         total = weight.shape[0] if classes is None else classes.sum()
         # Rows that do not count are cut, not weighed by 0: what they hold, infinities included, must not come through.
-        live = rows.masked_fill(~counts[:, None], 0.0).to(weight.dtype)
-        wanted = _class_sum(live, weight, bias, classes) * scale
-        spread = torch.where(counts, total * stats.lse - wanted, 0.0)
+        live = rows.masked_fill(~counts[:, None], 0.0).to(head.weight.dtype)
+        summed = _class_sum(live, head, classes) * scale
+        spread = torch.where(counts, total * stats.lse - summed, 0.0)
         loss = (1 - label_smoothing) * loss + (label_smoothing / weight.shape[0]) * spread
     penalty = z_loss * stats.lse.square() if z_loss else None
     if reduction == "mean":
@@ -102,11 +102,10 @@ def linear_cross_entropy(
 
 
 def _check(
-    hidden: Tensor, weight: Tensor, target: Tensor, softcap: float | None, label_smoothing: float, z_loss: float,
-    class_weight: Tensor | None, reduction: str,
+    hidden: Tensor, head: Head, target: Tensor, label_smoothing: float, class_weight: Tensor | None, z_loss: float,
+    reduction: str,
 ) -> None:  # fmt: skip
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    check_reduction(reduction)
     if target.shape != hidden.shape[:-1]:
         raise ValueError(f"target: expected shape {tuple(hidden.shape[:-1])}, got {tuple(target.shape)}")
     if target.dtype != torch.int64:
@@ -115,39 +114,38 @@ def _check(
         raise ValueError(f"z_loss: expected a finite number >= 0, got {z_loss}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing: expected 0 <= label_smoothing <= 1, got {label_smoothing}")
-    if label_smoothing and softcap is not None:
+    if label_smoothing and head.softcap is not None:
         raise ValueError(
-            f"label_smoothing: expected 0 where logits are soft-capped (softcap={softcap}), got {label_smoothing}"
+            f"label_smoothing: expected 0 where logits are soft-capped (softcap={head.softcap}), got {label_smoothing}"
         )
-    transforms.check_plain(hidden=hidden, weight=weight, class_weight=class_weight)
+    transforms.check_plain(hidden=hidden, weight=head.weight, class_weight=class_weight)
     if class_weight is not None:
-        if class_weight.shape != weight.shape[:1] or not class_weight.is_floating_point():
+        classes = head.weight.shape[0]
+        if class_weight.shape != (classes,) or not class_weight.is_floating_point():
             raise ValueError(
-                f"class_weight: expected floating [{weight.shape[0]}], got {class_weight.dtype} "
-                f"{tuple(class_weight.shape)}"
+                f"class_weight: expected floating [{classes}], got {class_weight.dtype} {tuple(class_weight.shape)}"
             )
         if class_weight.requires_grad:
             raise ValueError("class_weight: expected a tensor that needs no gradient (class_weight.detach())")
-        if class_weight.device != hidden.device:
-            raise ValueError(f"class_weight: expected device {hidden.device}, got {class_weight.device}")
+        check_device(hidden, class_weight=class_weight)
 
 
 @transforms.without_autocast
-def _class_sum(rows: Tensor, weight: Tensor, bias: Tensor | None, classes: Tensor | None) -> Tensor:
+def _class_sum(rows: Tensor, head: Head, classes: Tensor | None) -> Tensor:
     """[N], for each row the sum over v of classes_v * (rows . weight_v + bias_v), in the accumulation dtype.
 
-    rows: [N, D]. weight: [V, D]. classes: [V] in the accumulation dtype, None for ones. Neither a wide copy of the head
-    nor rounded weights: the head is summed where it is, or widened ``CLASSES`` rows at a time.
+    rows: [N, D]. classes: [V] in the accumulation dtype, None for ones. Neither a wide copy of the head nor rounded
+    weights: the head is summed where it is, or widened ``CLASSES`` rows at a time.
     """
     wide = accumulation_dtype(rows.dtype)
     if classes is None:
-        head = weight.sum(0, dtype=wide)
-    elif weight.dtype == wide:
-        head = classes @ weight
+        summed = head.weight.sum(0, dtype=wide)
+    elif head.weight.dtype == wide:
+        summed = classes @ head.weight
     else:
-        parts = zip(classes.split(CLASSES), weight.split(CLASSES), strict=True)
-        head = torch.stack([c @ w.to(wide) for c, w in parts]).sum(0)
-    summed = rows.to(wide) @ head
-    if bias is None:
-        return summed
-    return summed + (bias.sum(dtype=wide) if classes is None else classes @ bias.to(wide))
+        parts = zip(classes.split(CLASSES), head.weight.split(CLASSES), strict=True)
+        summed = torch.stack([c @ w.to(wide) for c, w in parts]).sum(0)
+    products = rows.to(wide) @ summed
+    if head.bias is None:
+        return products
+    return products + (head.bias.sum(dtype=wide) if classes is None else classes @ head.bias.to(wide))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastguard.ops.lm_head_stats.reference import logits_of
+from fastguard.ops.vocabulary import Head
 
 
 def linear_cross_entropy(
@@ -25,7 +26,7 @@ def linear_cross_entropy(
 
     z_loss adds ``z_loss * lse^2`` of each row whose target is not ``ignore_index``; under ``mean`` their mean.
     """
-    z = logits_of(hidden.reshape(-1, hidden.shape[-1]), weight, bias, scale, softcap)
+    z = logits_of(hidden.reshape(-1, hidden.shape[-1]), Head(weight, bias, scale, softcap))
     z = z if z.dtype == torch.float64 else z.float()
     flat = target.reshape(-1)
     loss = torch.nn.functional.cross_entropy(

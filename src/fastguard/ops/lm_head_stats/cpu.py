@@ -9,31 +9,24 @@ from torch import Tensor
 
 from fastguard import _extension
 from fastguard.ops.lm_head_stats import portable
-from fastguard.ops.lm_head_stats.portable import Grads, Row
+from fastguard.ops.lm_head_stats.op import Grads, Row, Saved
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.vocabulary import Head
 
 
 class CppKernels:
     """`TileKernels` in C++; half-precision logits are widened to fp32 first, a tile at a time."""
 
     def statistics(
-        self, z: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float, filter_tol: float,
-        with_mean: bool, columns: Tensor | None,
-    ) -> Row:  # fmt: skip
+        self, z: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean: bool, columns: Tensor | None
+    ) -> Row:
         """See `TileKernels.statistics`."""
         wide = accumulation_dtype(z.dtype)
         out = torch.empty(4, z.shape[0], dtype=wide)
         torch.ops.fastguard_c.lm_head_statistics(
-            z.to(wide),
-            _as(bias, wide),
-            target.contiguous(),
-            scale,
-            softcap,
-            filter_tol,
-            with_mean,
-            columns,
-            out,
-        )
+            z.to(wide), _as(head.bias, wide), target.contiguous(), head.scale, head.softcap or 0.0, filter_tol,
+            with_mean, columns, out,
+        )  # fmt: skip
         return Row(*out)
 
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
@@ -47,18 +40,16 @@ class CppKernels:
             return None, codes.numel(), None
         return index[: live + warm], live, share[:warm] if warm else None
 
-    def gradient(
-        self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
-        row: Row, grads: Grads,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """See `TileKernels.gradient`."""
         wide = accumulation_dtype(z.dtype)
         logits = z.to(wide)
         tail = torch.empty(z.shape[0], dtype=wide)
-        stats = torch.stack([row.lse, row.rest_lse, row.mean_logit])
+        stats = torch.stack([row.lse, row.rest_lse, row.lse if row.mean_logit is None else row.mean_logit])
         torch.ops.fastguard_c.lm_head_gradient(
-            logits, _as(bias, wide), index, target.contiguous(), scale, softcap, stats, *grads, tail
-        )
+            logits, _as(head.bias, wide), index, target.contiguous(), head.scale, head.softcap or 0.0, stats, *grads,
+            tail,
+        )  # fmt: skip
         if logits is not z:
             z.copy_(logits)
         return tail

@@ -10,6 +10,7 @@ nothing), so its floor is 6 N D C flops for C live columns, against 6 N D V for 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from fastguard import backend
 from fastguard.ops import final_norm, transforms
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.vocabulary import Head, Norm, check_head, check_reduction
 
 TILE = 128
 """Rows that share one set of live columns."""
@@ -26,7 +28,30 @@ DEFAULT_FILTER_TOL = {torch.float64: 0.0, torch.float32: 0.05, torch.bfloat16: 0
 """Largest part of a row's rest mass (1 - p_target) that the backward may replace by its rank-one tail."""
 
 
-REDUCTIONS = ("none", "mean", "sum")
+class Row(NamedTuple):
+    """Per-row statistics, each [R] for a tile or [N] for a call."""
+
+    lse: Tensor
+    rest_lse: Tensor
+    target_logit: Tensor
+    mean_logit: Tensor
+
+
+class Grads(NamedTuple):
+    """Upstream gradients of a `Row`; None where there is none."""
+
+    lse: Tensor | None
+    rest_lse: Tensor | None
+    target_logit: Tensor | None
+    mean_logit: Tensor | None
+
+
+class Saved(NamedTuple):
+    """What a backend's backward reads of the forward's `Row`; mean_logit is None where it was not asked for."""
+
+    lse: Tensor
+    rest_lse: Tensor
+    mean_logit: Tensor | None
 
 
 class LMHeadStats(NamedTuple):
@@ -55,8 +80,7 @@ class LMHeadStats(NamedTuple):
         Raises:
             ValueError: an unknown reduction.
         """
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        check_reduction(reduction)
         # Past 40 the softplus is its argument to the last bit of a double, and exp(40) is finite in fp32.
         loss = torch.nn.functional.softplus(self.rest_lse - self.target_logit, threshold=40.0)
         counts = self.counts
@@ -119,86 +143,57 @@ def lm_head_stats(
             filter_tol=filter_tol, with_mean=with_mean,
         )  # fmt: skip
         return LMHeadStats(*(None if s is None else s.reshape(layers, n) for s in stacked))  # type: ignore[arg-type]
-    weight = check(hidden, weight, target, bias, softcap, filter_tol)
-    stats, _ = call(
-        hidden, weight, target, bias=bias, scale=scale, softcap=softcap, filter_tol=filter_tol, with_mean=with_mean
-    )
+    head = check(hidden, target, Head(weight, bias, scale, softcap), filter_tol)
+    stats, _ = call(hidden, target, head, filter_tol=filter_tol, with_mean=with_mean)
     return stats
 
 
-def check(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    softcap: float | None,
-    filter_tol: float | None,
-    rows: Tensor | None = None,
-) -> Tensor:
-    """Raise a ValueError that names the argument which does not fit; returns the weight in the products' dtype."""
-    transforms.check_plain(hidden=hidden, weight=weight, target=target, bias=bias, rows=rows)
+def check(hidden: Tensor, target: Tensor, head: Head, filter_tol: float | None, rows: Tensor | None = None) -> Head:
+    """Raise a ValueError that names the argument which does not fit; returns the head as products read it."""
     if hidden.dim() != 2 and rows is None:
         raise ValueError(f"hidden: expected [N, D], got shape {tuple(hidden.shape)}")
-    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in DEFAULT_FILTER_TOL:
-            raise ValueError(
-                f"{name}: expected a dtype of {', '.join(map(str, DEFAULT_FILTER_TOL))}, got {tensor.dtype}"
-                + ("" if tensor.is_floating_point() else "; a quantised tensor is to be dequantised first")
-            )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
-        raise ValueError(f"weight: expected [V, {hidden.shape[-1]}], got shape {tuple(weight.shape)}")
+    check_head(head, hidden, "hidden", target=target, rows=rows)
     product = transforms.product_dtype(hidden)
-    if transforms.product_dtype(weight) != product:
+    if transforms.product_dtype(head.weight) != product:
         raise ValueError(
-            f"weight: expected the dtype of hidden ({hidden.dtype}), got {weight.dtype}; cast one of them, or call the "
-            "op under torch.autocast"
+            f"weight: expected the dtype of hidden ({hidden.dtype}), got {head.weight.dtype}; cast one of them, or "
+            "call the op under torch.autocast"
         )
     n = hidden.shape[0] if rows is None else rows.shape[0]
     if target.shape != (n,) or target.dtype != torch.int64:
         raise ValueError(f"target: expected int64 [{n}], got {target.dtype} {tuple(target.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected [{weight.shape[0]}], got shape {tuple(bias.shape)}")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
     if filter_tol is not None and not 0 <= filter_tol < 1:
         raise ValueError(f"filter_tol: expected 0 <= filter_tol < 1 or None, got {filter_tol}")
-    for name, tensor in (("weight", weight), ("target", target), ("bias", bias), ("rows", rows)):
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name}: expected device {hidden.device}, got {tensor.device}")
-    return weight.to(product)
+    return replace(head, weight=head.weight.to(product))
 
 
 def call(
     hidden: Tensor,
-    weight: Tensor,
     target: Tensor,
+    head: Head,
+    norm: Norm | None = None,
     *,
     rows: Tensor | None = None,
-    bias: Tensor | None = None,
-    norm_kind: str = "none",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_eps: float = 0.0,
-    scale: float = 1.0,
-    softcap: float | None = None,
     filter_tol: float | None = None,
     with_mean: bool = False,
     token: Tensor | None = None,
 ) -> tuple[LMHeadStats, Tensor | None]:
-    """The unchecked op behind ``lm_head_stats`` and ``lens_stats``; returns the statistics and the next token.
+    """The unchecked op behind the family; returns the statistics and the next token.
 
-    weight: in the dtype of the products, to which the (normed) rows are rounded if theirs is another.
-    token: see ``lens_stats``. With a token, the gradient of ``weight`` flows into the token's gradient.
+    head: its weight in the dtype of the products, to which the (normed) rows are rounded if theirs is another.
+    norm, rows: None to read ``hidden`` as it is. token: see ``lens_stats``. With a token, the gradient of the head's
+    weight flows into the token's gradient.
     """
     if token is not None and transforms.under_func():
         raise RuntimeError("token: has no meaning under torch.func; give the weight itself the gradient")
     if filter_tol is None:
         filter_tol = DEFAULT_FILTER_TOL[hidden.dtype]
-    inputs = (hidden, weight, bias, norm_weight, norm_bias, token)
+    norm = norm or Norm()
+    inputs = (hidden, head.weight, head.bias, norm.weight, norm.bias, token)
     record = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     lse, rest_lse, target_logit, mean_logit, _, token_out = _call_forward(
-        hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
-        scale, softcap or 0.0, filter_tol, with_mean, record, token,
+        hidden, rows, head.weight, head.bias, target, norm.kind, norm.weight, norm.bias, norm.eps,
+        head.scale, head.softcap or 0.0, filter_tol, with_mean, record, token,
     )  # fmt: skip
     stats = LMHeadStats(lse, rest_lse, target_logit, mean_logit if with_mean else None)
     return stats, (token_out if token is not None else None)
@@ -242,13 +237,14 @@ def _forward(
     token: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     impl = backend.choose("lm_head_stats", hidden.device)
+    head, norm = Head(weight, bias, scale, softcap or None), Norm(norm_kind, norm_weight, norm_bias, norm_eps)
     valid = _valid(target, weight.shape[0])
     picked = rows if valid is None else valid if rows is None else rows[valid]
-    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps).to(weight.dtype)
+    x = final_norm.forward(hidden, picked, norm).to(weight.dtype)
     t = target if valid is None else target[valid]
     columns = torch.zeros(_columns_size(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
     tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())]
-    stats = impl.forward(x, weight, bias, t, scale, softcap, filter_tol, with_mean, tiles)
+    stats = impl.forward(x, head, t, filter_tol, with_mean, tiles)
     if valid is not None:
         stats = tuple(s.new_zeros(target.shape).index_copy_(0, valid, s) for s in stats)
     lse, rest_lse, target_logit, mean_logit = stats
@@ -299,7 +295,6 @@ def _backward(
     norm_eps: float,
     scale: float,
     softcap: float,
-    filter_tol: float,
     lse: Tensor,
     rest_lse: Tensor,
     mean_logit: Tensor,
@@ -310,15 +305,17 @@ def _backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     impl = backend.choose("lm_head_stats", hidden.device)
+    head, norm = Head(weight, bias, scale, softcap or None), Norm(norm_kind, norm_weight, norm_bias, norm_eps)
     wide = accumulation_dtype(hidden.dtype)
     valid = _valid(target, weight.shape[0])
     picked = rows if valid is None else valid if rows is None else rows[valid]
-    x = final_norm.forward(hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps).to(weight.dtype)
+    x = final_norm.forward(hidden, picked, norm).to(weight.dtype)
 
-    def at(s: Tensor | None) -> Tensor | None:
-        if s is None or s.numel() == 0:
-            return None
+    def at(s: Tensor) -> Tensor:
         return (s if valid is None else s[valid]).to(wide).contiguous()
+
+    def given(s: Tensor | None) -> Tensor | None:
+        return None if s is None or s.numel() == 0 else at(s)
 
     t = target if valid is None else target[valid]
     dweight = acc
@@ -326,18 +323,14 @@ def _backward(
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     dbias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if need_bias else None
     tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())] if columns.numel() else None
-    dx = impl.backward(
-        at(grad_lse), at(grad_rest), at(grad_target), at(grad_mean), x, weight, bias, t, scale, softcap,
-        at(lse), at(rest_lse), at(mean_logit), tiles, filter_tol,
-        need_hidden, dweight, dbias,
-    )  # fmt: skip
+    grads = Grads(*map(given, (grad_lse, grad_rest, grad_target, grad_mean)))
+    saved = Saved(at(lse), at(rest_lse), given(mean_logit))
+    dx = impl.backward(grads, x, head, t, saved, tiles, need_hidden, dweight, dbias)
     none = hidden.new_zeros(0)
     dhidden: Tensor = none
     dnorm_weight, dnorm_bias = None, None
     if dx is not None:
-        dhidden, dnorm_weight, dnorm_bias = final_norm.backward(
-            dx, hidden, picked, norm_kind, norm_weight, norm_bias, norm_eps
-        )
+        dhidden, dnorm_weight, dnorm_bias = final_norm.backward(dx, hidden, picked, norm)
         if dhidden is dx:
             dhidden = dx.clone()
     return (
@@ -356,7 +349,7 @@ def _like(grad: Tensor | None, parameter: Tensor | None, none: Tensor) -> Tensor
 @_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target, norm_kind, norm_weight,
-    norm_bias, norm_eps, scale, softcap, filter_tol, lse, rest_lse, mean_logit, columns, acc,
+    norm_bias, norm_eps, scale, softcap, lse, rest_lse, mean_logit, columns, acc,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     def like(t: Tensor | None, needed: bool) -> Tensor:
@@ -376,19 +369,20 @@ def _(  # type: ignore[no-untyped-def]
     )
 
 
+INPUTS = tuple(a.name for a in torch.ops.fastguard.lm_head_stats.default._schema.arguments)
+"""The schema's arguments, in order."""
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        hidden, rows, weight, bias, target, norm_kind, norm_weight, norm_bias, norm_eps,
-        scale, softcap, filter_tol, _, _, token,
-    ) = inputs  # fmt: skip
+    given = dict(zip(INPUTS, inputs, strict=True))
     lse, rest_lse, _, mean_logit, columns, _ = output
     ctx.mark_non_differentiable(columns)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden, rows, weight, bias, target, norm_weight, norm_bias, lse, rest_lse, mean_logit, columns
-    )
-    ctx.norm = norm_kind, norm_eps
-    ctx.head = scale, softcap, filter_tol
+    tensors = (given[name] for name in ("hidden", "rows", "weight", "bias", "target", "norm_weight", "norm_bias"))
+    ctx.save_for_backward(*tensors, lse, rest_lse, mean_logit, columns)
+    ctx.norm = given["norm_kind"], given["norm_eps"]
+    ctx.head = given["scale"], given["softcap"]
+    token = given["token"]
     ctx.token = None if token is None else (token.shape, token.dtype)
 
 
@@ -397,10 +391,10 @@ def _autograd(  # type: ignore[no-untyped-def]
 ):
     hidden, rows, weight, bias, target, norm_weight, norm_bias, lse, rest_lse, mean_logit, columns = ctx.saved_tensors
     norm_kind, norm_eps = ctx.norm
-    needs = ctx.needs_input_grad
-    need_norm = needs[6] or needs[7]
+    needs = dict(zip(INPUTS, ctx.needs_input_grad, strict=True))
+    need_norm = needs["norm_weight"] or needs["norm_bias"]
     if all(g is None for g in (grad_lse, grad_rest, grad_target, grad_mean)):
-        return (None,) * 14 + (acc,)
+        return tuple(acc if name == "token" else None for name in INPUTS)
     if ctx.token is None:
         acc = None
     elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -411,13 +405,13 @@ def _autograd(  # type: ignore[no-untyped-def]
     dhidden, dweight, dbias, dnorm_weight, dnorm_bias = _call_backward(
         grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target,
         norm_kind, norm_weight, norm_bias, norm_eps, *ctx.head, lse, rest_lse, mean_logit, columns, acc,
-        needs[0] or need_norm, needs[2] or acc is not None, needs[3],
+        needs["hidden"] or need_norm, needs["weight"] or acc is not None, needs["bias"],
     )  # fmt: skip
-    return (
-        dhidden if needs[0] else None, None, dweight if needs[2] and acc is None else None,
-        dbias if needs[3] else None, None, None, dnorm_weight if needs[6] else None, dnorm_bias if needs[7] else None,
-        None, None, None, None, None, None, acc,
-    )  # fmt: skip
+    found = {
+        "hidden": dhidden, "bias": dbias, "norm_weight": dnorm_weight, "norm_bias": dnorm_bias,
+        "weight": dweight if acc is None else None,
+    }  # fmt: skip
+    return tuple(acc if name == "token" else found.get(name) if needs[name] else None for name in INPUTS)
 
 
 _call_forward = transforms.bind("lm_head_stats", _forward, _setup_context, _autograd)

@@ -9,13 +9,14 @@ Shapes: N rows, R rows of one tile, V vocabulary, C live columns of a tile, D hi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from fastguard.ops.lm_head_stats.op import TILE
+from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.vocabulary import Head
 
 LIVE = 255
 """Column code of a live column; 1..254 hold the logarithm of a dropped column's mass, 0 is none worth keeping."""
@@ -30,59 +31,41 @@ DENSE = 0.5
 """Above this fraction of live and warm columns, gathering them costs more than computing all."""
 
 
-class Row(NamedTuple):
-    """Per-row statistics, each [R] for a tile or [N] for a call."""
-
-    lse: Tensor
-    rest_lse: Tensor
-    target_logit: Tensor
-    mean_logit: Tensor
-
-
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Upstream gradients of lse, rest_lse, target_logit, mean_logit; None where there is none."""
-
-
 class TileKernels(Protocol):
     """The element-wise work on one tile of logits."""
 
     def statistics(
-        self, z: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float, filter_tol: float,
-        with_mean: bool, columns: Tensor | None,
-    ) -> Row:  # fmt: skip
+        self, z: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean: bool, columns: Tensor | None
+    ) -> Row:
         """Reduce raw products z [R, V] (which may be overwritten) and fill ``columns`` [V] if given."""
 
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
         """See `tile_columns`."""
 
-    def gradient(
-        self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
-        row: Row, grads: Grads,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
 
         Returns the tail mass [R]: what the absent columns would add to the row's gradient before softcap and scale.
         """
 
 
-def _transform(z: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+def _transform(z: Tensor, head: Head, index: Tensor | None = None) -> Tensor:
     z = z.to(accumulation_dtype(z.dtype))
-    if bias is not None:
-        z = z + bias
-    if scale != 1.0:
-        z = z * scale
-    return softcap * torch.tanh(z / softcap) if softcap else z
+    if head.bias is not None:
+        z = z + (head.bias if index is None else head.bias[index])
+    if head.scale != 1.0:
+        z = z * head.scale
+    return head.softcap * torch.tanh(z / head.softcap) if head.softcap else z
 
 
 class TorchKernels:
     """`TileKernels` in plain torch: any device."""
 
     def statistics(
-        self, z: Tensor, bias: Tensor | None, target: Tensor, scale: float, softcap: float, filter_tol: float,
-        with_mean: bool, columns: Tensor | None,
-    ) -> Row:  # fmt: skip
+        self, z: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean: bool, columns: Tensor | None
+    ) -> Row:
         """See `TileKernels.statistics`."""
-        z = _transform(z, bias, scale, softcap)
+        z = _transform(z, head)
         target_logit = z.gather(1, target[:, None])[:, 0]
         lse = torch.logsumexp(z, 1)
         mean = (torch.softmax(z, 1) * z).sum(1) if with_mean else torch.zeros_like(lse)
@@ -99,15 +82,11 @@ class TorchKernels:
         """See `tile_columns`."""
         return tile_columns(codes, dtype)
 
-    def gradient(
-        self, z: Tensor, bias: Tensor | None, index: Tensor | None, target: Tensor, scale: float, softcap: float,
-        row: Row, grads: Grads,
-    ) -> Tensor:  # fmt: skip
+    def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """See `TileKernels.gradient`."""
         g_lse, g_rest, g_target, g_mean = (None if g is None else g[:, None] for g in grads)
         raw = z
-        b = bias if bias is None or index is None else bias[index]
-        z = _transform(z, b, scale, softcap)
+        z = _transform(z, head, index)
         columns = torch.arange(z.shape[1], device=z.device) if index is None else index
         is_target = columns[None] == target[:, None]
         d = torch.zeros_like(z)
@@ -119,7 +98,7 @@ class TorchKernels:
             d += g_lse * torch.exp(z - row.lse[:, None])
             tail += g_lse[:, 0] * rest_share * dropped
         if g_mean is not None:
-            m = torch.exp(z - row.lse[:, None]) * (1 + z - row.mean_logit[:, None])
+            m = torch.exp(z - row.lse[:, None]) * (1 + z - row.mean_logit[:, None])  # type: ignore[index]
             d += g_mean * m
             tail += g_mean[:, 0] * (1 - m.sum(1))
         if g_rest is not None:
@@ -127,9 +106,9 @@ class TorchKernels:
             tail += g_rest[:, 0] * dropped
         if g_target is not None:
             d += g_target * is_target
-        if softcap:
-            d *= 1 - (z / softcap).square()
-        raw.copy_(d * scale)
+        if head.softcap:
+            d *= 1 - (z / head.softcap).square()
+        raw.copy_(d * head.scale)
         return tail
 
 
@@ -178,11 +157,8 @@ def tile_columns(codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int,
 
 def forward(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     target: Tensor,
-    scale: float,
-    softcap: float,
     filter_tol: float,
     with_mean: bool,
     columns: Tensor,
@@ -193,34 +169,25 @@ def forward(
     x = x.contiguous()
     n = x.shape[0]
     out = Row(*(torch.zeros(n, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in Row._fields))
-    buffer = torch.empty(min(TILE, n), weight.shape[0], dtype=x.dtype, device=x.device)
+    buffer = torch.empty(min(TILE, n), head.weight.shape[0], dtype=x.dtype, device=x.device)
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
         z = buffer[: rows.stop - start]
-        torch.mm(x[rows], weight.t(), out=z)
+        torch.mm(x[rows], head.weight.t(), out=z)
         code = columns[i] if columns.numel() else None
-        stats = kernels.statistics(z, bias, target[rows], scale, softcap, filter_tol, with_mean, code)
+        stats = kernels.statistics(z, head, target[rows], filter_tol, with_mean, code)
         for o, s in zip(out, stats, strict=True):
             o[rows] = s
     return out
 
 
 def backward(
-    g_lse: Tensor | None,
-    g_rest: Tensor | None,
-    g_target: Tensor | None,
-    g_mean: Tensor | None,
+    grads: Grads,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     target: Tensor,
-    scale: float,
-    softcap: float,
-    lse: Tensor,
-    rest_lse: Tensor,
-    mean_logit: Tensor | None,
+    saved: Saved,
     columns: Tensor | None,
-    filter_tol: float,
     need_hidden: bool,
     dweight: Tensor | None,
     dbias: Tensor | None,
@@ -237,15 +204,16 @@ def backward(
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
         # The tile's columns: live ones, computed exactly, then warm ones, which stand for all that was dropped.
-        index, live, share = (None, weight.shape[0], None) if columns is None else kernels.columns(columns[i], wide)
-        w = weight if index is None else weight.index_select(0, index)
+        index, live, share = (
+            (None, head.weight.shape[0], None) if columns is None else kernels.columns(columns[i], wide)
+        )
+        w = head.weight if index is None else head.weight.index_select(0, index)
         d = x[rows] @ w[:live].t()
-        row = Row(lse[rows], rest_lse[rows], lse[rows], lse[rows] if mean_logit is None else mean_logit[rows])
-        grads = _rows(g_lse, rows), _rows(g_rest, rows), _rows(g_target, rows), _rows(g_mean, rows)
+        row = part(saved, rows)
         exact = None if index is None else index[:live]
-        tail = kernels.gradient(d, bias, exact, target[rows], scale, softcap, row, grads) * scale
-        if columns is not None and index is not None and share is not None and softcap:
-            share = share * slope_of_codes(columns[i][index[live:]], row.rest_lse.mean(), softcap)
+        tail = kernels.gradient(d, head, exact, target[rows], row, part(grads, rows)) * head.scale
+        if columns is not None and index is not None and share is not None and head.softcap:
+            share = share * slope_of_codes(columns[i][index[live:]], row.rest_lse.mean(), head.softcap)
         if dx is not None:
             dx[rows] = d @ w[:live]
             if share is not None:
@@ -275,8 +243,13 @@ def _add_product(total: Tensor, d: Tensor, x: Tensor) -> None:
         total.add_(d.t() @ x)
 
 
-def _rows(g: Tensor | None, rows: slice) -> Tensor | None:
-    return None if g is None else g[rows]
+Bundle = TypeVar("Bundle", Grads, Saved)
+
+
+def part(whole: Bundle, rows: slice) -> Bundle:
+    """The tensors of a bundle, a tile's rows of each."""
+    cut: list[Any] = [None if t is None else t[rows] for t in whole]
+    return type(whole)(*cut)
 
 
 def slope_of_tiles(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:

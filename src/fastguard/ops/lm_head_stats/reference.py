@@ -8,21 +8,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastguard.ops.vocabulary import Head
 
-def logits_of(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-) -> Tensor:
+
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
     """Logits [N, V]: ``scale * (hidden @ weight.T + bias)``, soft-capped to ``cap * tanh(z / cap)``."""
-    z = hidden @ weight.T
-    if bias is not None:
-        z = z + bias
-    z = z * scale
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
+    z = hidden @ head.weight.T
+    if head.bias is not None:
+        z = z + head.bias
+    z = z * head.scale
+    if head.softcap:
+        z = head.softcap * torch.tanh(z / head.softcap)
     return z
 
 
@@ -39,7 +35,7 @@ def lm_head_stats(
     rest_lse is the log-sum-exp over every token but the target; mean_logit the mean under the softmax.
     """
     live = target >= 0
-    z = logits_of(hidden, weight, bias, scale, softcap)
+    z = logits_of(hidden, Head(weight, bias, scale, softcap))
     # Half-precision logits are reduced in fp32, as torch's own cross-entropy reduces them.
     z = z if z.dtype == torch.float64 else z.float()
     safe = torch.where(live, target, 0)

@@ -29,6 +29,8 @@ Products run in the input dtype with fp32 accumulation; float32 products are exa
 ``torch.set_float32_matmul_precision`` allows TF32.
 
 Prefixes: p_ pointer, i_ index of a program or step, o_ offsets, m_ mask, b_ block of values, n_ count.
+A pointer (or soft-cap) that is None is absent: a kernel is compiled for what it is given. Some arguments are tuples of
+pointers, which go together as they do in ``op.py``.
 Shapes: N rows, V vocabulary, D hidden size, T tiles, S parts of V, C places in a list of live columns, W columns
 of a window, U columns live in any tile.
 """
@@ -38,6 +40,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -46,7 +49,8 @@ from torch import Tensor
 
 import triton
 from fastguard.ops.lm_head_stats import portable
-from fastguard.ops.lm_head_stats.op import TILE
+from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
+from fastguard.ops.vocabulary import Head
 
 OCTAVES = (6, 11)
 """A tile's threshold is 6 or 11 octaves below filter_tol (rounded down to a power of two), or 0."""
@@ -102,10 +106,10 @@ def config(dtype: torch.dtype, shared: int) -> Config:
 
 
 @triton.jit
-def logits(b_z, b_bias, scale, softcap, HAS_CAP: tl.constexpr):
+def logits(b_z, b_bias, scale, softcap):
     """Softcap(scale * (z + bias)); tanh by its series near 0, where the exponential form would cancel."""
     b_z = (b_z + b_bias) * scale
-    if HAS_CAP:
+    if softcap is not None:
         b_y = b_z / softcap
         b_e = tl.exp(-2.0 * tl.abs(b_y))
         b_far = tl.where(b_y < 0, -1.0, 1.0) * (1.0 - b_e) / (1.0 + b_e)
@@ -137,9 +141,8 @@ def product(
 
 @triton.jit
 def target_kernel(
-    p_x, p_weight, p_bias, p_target, p_out, N, D, scale, softcap,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-):  # fmt: skip
+    p_x, p_weight, p_bias, p_target, p_out, N, D, scale, softcap, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Target logit of each row: out [N]."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < N
@@ -151,8 +154,8 @@ def target_kernel(
         b_x = tl.load(p_x + o_n.to(tl.int64)[:, None] * D + (k + o_k)[None, :], mask=m, other=0.0)
         b_w = tl.load(p_weight + b_target[:, None] * D + (k + o_k)[None, :], mask=m, other=0.0)
         b_z += tl.sum(b_x.to(tl.float32) * b_w.to(tl.float32), 1)
-    b_bias = tl.load(p_bias + b_target, mask=m_n, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-    tl.store(p_out + o_n, logits(b_z, b_bias, scale, softcap, HAS_CAP), mask=m_n)
+    b_bias = tl.load(p_bias + b_target, mask=m_n, other=0.0).to(tl.float32) if p_bias is not None else 0.0
+    tl.store(p_out + o_n, logits(b_z, b_bias, scale, softcap), mask=m_n)
 
 
 @triton.jit
@@ -181,14 +184,18 @@ def product2(
 
 @triton.jit
 def fold(
-    b_z, o_v, b_max, b_sum, b_moment, b_drop0, b_drop1, p_target, p_target_logit, m_n, n_rows,
-    p_bias, p_columns, p_peak, V, scale, softcap, log_v, tau0, tau1,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr,
+    state, b_z, o_v, p_target, p_target_logit, m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, taus,
+    WITH_MEAN: tl.constexpr,
 ):  # fmt: skip
-    """Take the raw products b_z of the columns o_v into the running statistics; write their two bytes."""
+    """Take the raw products b_z of the columns o_v into a tile's running statistics; write their two bytes.
+
+    state, each [TILE]: the maximum m, sum exp(z - m), sum exp(z - m) z, and the part of the sum in columns below each
+    of the two ``taus``.
+    """
+    b_max, b_sum, b_moment, b_drop0, b_drop1 = state
     m_v = o_v < V
-    b_bias = tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :] if HAS_BIAS else 0.0
-    b_z = logits(b_z, b_bias, scale, softcap, HAS_CAP)
+    b_bias = tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :] if p_bias is not None else 0.0
+    b_z = logits(b_z, b_bias, scale, softcap)
     b_target = tl.load(p_target, mask=m_n, other=0).to(tl.int32)
     # Twice as low as the lowest maximum: an absent column has no mass even where nothing else has any.
     b_z = tl.where(m_v[None, :] & (o_v[None, :] != b_target[:, None]), b_z, 2 * NEGATIVE)
@@ -198,7 +205,7 @@ def fold(
     b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
     if WITH_MEAN:
         b_moment = b_moment * b_shrink + tl.sum(b_e * b_z, 1)
-    if RECORD:
+    if p_columns is not None:
         b_rest = tl.maximum(b_sum, 1.0)
         if WITH_MEAN:
             # mean_logit weighs a column by |1 + z - mean|; lse - log V <= mean <= max bounds it.
@@ -207,8 +214,8 @@ def fold(
             b_below = tl.maximum(b_new, b_target_logit)[:, None] - b_z
             b_e = b_e * tl.maximum(tl.maximum(b_above, b_below), 1.0)
         # A row loses no more than its own small masses: columns that another row keeps alive are counted too.
-        b_drop0 = b_drop0 * b_shrink + tl.sum(tl.where(b_e < (tau0 * b_rest)[:, None], b_e, 0.0), 1)
-        b_drop1 = b_drop1 * b_shrink + tl.sum(tl.where(b_e < (tau1 * b_rest)[:, None], b_e, 0.0), 1)
+        b_drop0 = b_drop0 * b_shrink + tl.sum(tl.where(b_e < (taus[0] * b_rest)[:, None], b_e, 0.0), 1)
+        b_drop1 = b_drop1 * b_shrink + tl.sum(tl.where(b_e < (taus[1] * b_rest)[:, None], b_e, 0.0), 1)
         b_mass = b_e * tl.where(m_n, 1.0 / b_rest, 0.0)[:, None]
         tl.store(p_columns + o_v, encode(tl.sum(b_mass, 0) / n_rows), mask=m_v)
         tl.store(p_peak + o_v, encode(tl.max(b_mass, 0)), mask=m_v)
@@ -224,17 +231,14 @@ def encode(b_mass):
 
 @triton.jit
 def scan_kernel(
-    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_peak, p_max, p_sum, p_moment, p_dropped,
-    N, V, D, n_blocks, scale, softcap, log_v, tau0, tau1,
-    TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    HAS_BOUND: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_peak, p_parts,
+    N, V, D, n_blocks, scale, softcap, log_v, taus,
+    TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile over ``n_blocks`` blocks of 2 BLOCK_V columns.
 
-    max, sum, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z over v != target;
-    dropped [S, 2, N]: the part of the sum in columns below each threshold. columns, peak: codes [T, V] of each
-    column's mean and largest mass in the tile, relative to the rest lse as known when it was read.
+    parts: `Parts`, over v != target. columns, peak: codes [T, V] of each column's mean and largest mass in the tile,
+    relative to the rest lse as known when it was read.
     """
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     o_n = i_tile * TILE + tl.arange(0, TILE)
@@ -242,12 +246,13 @@ def scan_kernel(
     n_rows = tl.minimum(N - i_tile * TILE, TILE)
     p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
     # The maximum starts at a lower bound of the rest lse: 1 <= sum wherever it was raised since.
-    b_max = tl.load(p_bound + o_n, mask=m_n, other=0.0) if HAS_BOUND else tl.full([TILE], NEGATIVE, tl.float32)
-    b_sum = tl.zeros([TILE], dtype=tl.float32)
-    b_moment = tl.zeros([TILE], dtype=tl.float32)
-    b_drop0 = tl.zeros([TILE], dtype=tl.float32)
-    b_drop1 = tl.zeros([TILE], dtype=tl.float32)
-    if RECORD:
+    if p_bound is not None:
+        b_max = tl.load(p_bound + o_n, mask=m_n, other=0.0)
+    else:
+        b_max = tl.full([TILE], NEGATIVE, tl.float32)
+    b_none = tl.zeros([TILE], dtype=tl.float32)
+    state = b_max, b_none, b_none, b_none, b_none
+    if p_columns is not None:
         p_columns += i_tile.to(tl.int64) * V
         p_peak += i_tile.to(tl.int64) * V
     for i_block in range(i_part * n_blocks, tl.minimum((i_part + 1) * n_blocks, tl.cdiv(V, 2 * BLOCK_V))):
@@ -255,34 +260,29 @@ def scan_kernel(
         p_left = p_weight + tl.minimum(o_v, V - 1).to(tl.int64) * D
         p_right = p_weight + tl.minimum(o_v + BLOCK_V, V - 1).to(tl.int64) * D
         b_left, b_right = product2(p_rows, p_left, p_right, D, TILE, BLOCK_V, BLOCK_K, EVEN, PRECISION)
-        b_max, b_sum, b_moment, b_drop0, b_drop1 = fold(
-            b_left, o_v, b_max, b_sum, b_moment, b_drop0, b_drop1, p_target + o_n, p_target_logit + o_n,
-            m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, tau0, tau1,
-            HAS_BIAS, HAS_CAP, WITH_MEAN, RECORD,
-        )  # fmt: skip
-        b_max, b_sum, b_moment, b_drop0, b_drop1 = fold(
-            b_right, o_v + BLOCK_V, b_max, b_sum, b_moment, b_drop0, b_drop1, p_target + o_n, p_target_logit + o_n,
-            m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, tau0, tau1,
-            HAS_BIAS, HAS_CAP, WITH_MEAN, RECORD,
-        )  # fmt: skip
+        for i_half in tl.static_range(2):
+            state = fold(
+                state, b_left if i_half == 0 else b_right, o_v + i_half * BLOCK_V, p_target + o_n, p_target_logit + o_n,
+                m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, taus, p_parts.moment is not None,
+            )  # fmt: skip
+    b_max, b_sum, b_moment, b_drop0, b_drop1 = state
     o_part = i_part * N + o_n
-    tl.store(p_max + o_part, b_max, mask=m_n)
-    tl.store(p_sum + o_part, b_sum, mask=m_n)
-    if WITH_MEAN:
-        tl.store(p_moment + o_part, b_moment, mask=m_n)
-    if RECORD:
+    tl.store(p_parts.maximum + o_part, b_max, mask=m_n)
+    tl.store(p_parts.total + o_part, b_sum, mask=m_n)
+    if p_parts.moment is not None:
+        tl.store(p_parts.moment + o_part, b_moment, mask=m_n)
+    if p_parts.dropped is not None:
         o_drop = 2 * i_part * N + o_n
-        tl.store(p_dropped + o_drop, b_drop0, mask=m_n)
-        tl.store(p_dropped + o_drop + N, b_drop1, mask=m_n)
+        tl.store(p_parts.dropped + o_drop, b_drop0, mask=m_n)
+        tl.store(p_parts.dropped + o_drop + N, b_drop1, mask=m_n)
 
 
 @triton.jit
 def combine_kernel(
-    p_max, p_sum, p_moment, p_dropped, p_target, p_target_logit, p_lse, p_rest, p_mean, p_least, p_peak,
-    N, V, n_parts, filter_tol, code0, code1,
-    TILE: tl.constexpr, WITH_MEAN: tl.constexpr, RECORD: tl.constexpr,
+    p_parts, p_target, p_target_logit, p_lse, p_rest, p_mean, p_least, p_peak, N, V, n_parts, filter_tol, codes,
+    TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the parts of one tile: lse, rest, mean [N]; least [T]: the peak code from which columns live."""
+    """Sum the parts of one tile: lse, rest, mean [N]; least [T]: which of ``codes`` columns live from."""
     i_tile = tl.program_id(0)
     o_n = i_tile * TILE + tl.arange(0, TILE)
     m_n = o_n < N
@@ -293,17 +293,17 @@ def combine_kernel(
     b_drop1 = tl.zeros([TILE], dtype=tl.float32)
     for i_part in range(n_parts):
         o_part = i_part * N + o_n
-        b_part = tl.load(p_max + o_part, mask=m_n, other=0.0)
+        b_part = tl.load(p_parts.maximum + o_part, mask=m_n, other=0.0)
         b_new = tl.maximum(b_max, b_part)
         b_old, b_part = tl.exp(b_max - b_new), tl.exp(b_part - b_new)
         b_max = b_new
-        b_sum = b_sum * b_old + b_part * tl.load(p_sum + o_part, mask=m_n, other=0.0)
-        if WITH_MEAN:
-            b_moment = b_moment * b_old + b_part * tl.load(p_moment + o_part, mask=m_n, other=0.0)
-        if RECORD:
+        b_sum = b_sum * b_old + b_part * tl.load(p_parts.total + o_part, mask=m_n, other=0.0)
+        if p_parts.moment is not None:
+            b_moment = b_moment * b_old + b_part * tl.load(p_parts.moment + o_part, mask=m_n, other=0.0)
+        if p_parts.dropped is not None:
             o_drop = 2 * i_part * N + o_n
-            b_drop0 = b_drop0 * b_old + b_part * tl.load(p_dropped + o_drop, mask=m_n, other=0.0)
-            b_drop1 = b_drop1 * b_old + b_part * tl.load(p_dropped + o_drop + N, mask=m_n, other=0.0)
+            b_drop0 = b_drop0 * b_old + b_part * tl.load(p_parts.dropped + o_drop, mask=m_n, other=0.0)
+            b_drop1 = b_drop1 * b_old + b_part * tl.load(p_parts.dropped + o_drop + N, mask=m_n, other=0.0)
     b_target_logit = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
     b_rest = b_max + tl.log(b_sum)
     b_top = tl.maximum(b_rest, b_target_logit)
@@ -311,14 +311,14 @@ def combine_kernel(
     tl.store(p_lse + o_n, b_lse, mask=m_n)
     tl.store(p_rest + o_n, b_rest, mask=m_n)
     b_floor = tl.maximum(b_sum, 1e-30)
-    if WITH_MEAN:
+    if p_parts.moment is not None:
         b_mean = tl.exp(b_rest - b_lse) * b_moment / b_floor + tl.exp(b_target_logit - b_lse) * b_target_logit
         tl.store(p_mean + o_n, b_mean, mask=m_n)
-    if RECORD:
+    if p_parts.dropped is not None:
         b_most = filter_tol * b_floor
         m_ok0 = tl.max((m_n & (b_drop0 > b_most)).to(tl.int32), 0) == 0
         m_ok1 = tl.max((m_n & (b_drop1 > b_most)).to(tl.int32), 0) == 0
-        tl.store(p_least + i_tile, tl.where(m_ok0, code0, tl.where(m_ok1, code1, 0)))
+        tl.store(p_least + i_tile, tl.where(m_ok0, codes[0], tl.where(m_ok1, codes[1], 0)))
         b_target = tl.load(p_target + o_n, mask=m_n, other=0)
         tl.store(p_peak + i_tile.to(tl.int64) * V + b_target, tl.full([TILE], LIVE, tl.int32).to(tl.uint8), mask=m_n)
 
@@ -357,17 +357,14 @@ def compact_kernel(p_codes, p_index, p_place, p_count, stride, n_columns, n_plac
 
 @triton.jit
 def dlogit_kernel(
-    p_g_lse, p_g_rest, p_g_target, p_g_mean, p_x, p_weight, p_bias, p_target, p_lse, p_rest, p_mean,
-    p_index, p_count, p_dlogit, p_kept, p_kept_mean,
+    p_grads, p_x, p_weight, p_bias, p_target, p_saved, p_index, p_count, p_dlogit, p_kept, p_kept_mean,
     N, D, n_places, stride_index, scale, softcap,
-    TILE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr,
-    G_LSE: tl.constexpr, G_REST: tl.constexpr, G_TARGET: tl.constexpr, G_MEAN: tl.constexpr, KEPT: tl.constexpr,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient at the raw products of the listed columns of one tile: dlogit [T, n_places, TILE].
 
-    kept, kept_mean [blocks, N]: per block of places, each row's sum of exp(z - rest_lse) over v != target and of
-    p (1 + z - mean_logit).
+    grads: `Grads`; saved: `Saved`. kept, kept_mean [blocks, N]: per block of places, each row's sum of
+    exp(z - rest_lse) over v != target and of p (1 + z - mean_logit).
     """
     i_tile, i_block = tl.program_id(0), tl.program_id(1)
     n_listed = tl.load(p_count + i_tile)
@@ -381,30 +378,30 @@ def dlogit_kernel(
     p_listed = p_weight + b_column.to(tl.int64) * D
     p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
     b_z = product(p_listed, p_rows, D, BLOCK_C, TILE, BLOCK_K, EVEN, PRECISION)
-    b_bias = tl.load(p_bias + b_column).to(tl.float32)[:, None] if HAS_BIAS else 0.0
+    b_bias = tl.load(p_bias + b_column).to(tl.float32)[:, None] if p_bias is not None else 0.0
     # Places beyond the list and rows beyond the last have no mass and no target.
-    b_z = tl.where(b_index[:, None] >= 0, logits(b_z, b_bias, scale, softcap, HAS_CAP), FAR)
+    b_z = tl.where(b_index[:, None] >= 0, logits(b_z, b_bias, scale, softcap), FAR)
     m_target = b_index[:, None] == tl.load(p_target + o_n, mask=m_n, other=-2).to(tl.int32)[None, :]
     b_d = tl.zeros([BLOCK_C, TILE], dtype=tl.float32)
-    if G_LSE or G_MEAN:
-        b_p = tl.exp(b_z - tl.load(p_lse + o_n, mask=m_n, other=float("inf"))[None, :])
-    if G_LSE:
-        b_d += b_p * tl.load(p_g_lse + o_n, mask=m_n, other=0.0)[None, :]
-    if G_MEAN:
-        b_m = b_p * (1.0 + b_z - tl.load(p_mean + o_n, mask=m_n, other=0.0)[None, :])
-        b_d += b_m * tl.load(p_g_mean + o_n, mask=m_n, other=0.0)[None, :]
-        if KEPT:
+    if p_grads.lse is not None or p_grads.mean_logit is not None:
+        b_p = tl.exp(b_z - tl.load(p_saved.lse + o_n, mask=m_n, other=float("inf"))[None, :])
+    if p_grads.lse is not None:
+        b_d += b_p * tl.load(p_grads.lse + o_n, mask=m_n, other=0.0)[None, :]
+    if p_grads.mean_logit is not None:
+        b_m = b_p * (1.0 + b_z - tl.load(p_saved.mean_logit + o_n, mask=m_n, other=0.0)[None, :])
+        b_d += b_m * tl.load(p_grads.mean_logit + o_n, mask=m_n, other=0.0)[None, :]
+        if p_kept_mean is not None:
             tl.store(p_kept_mean + i_block * N + o_n, tl.sum(b_m, 0), mask=m_n)
-    if G_REST or KEPT:
-        b_rest = tl.exp(b_z - tl.load(p_rest + o_n, mask=m_n, other=float("inf"))[None, :])
+    if p_grads.rest_lse is not None or p_kept is not None:
+        b_rest = tl.exp(b_z - tl.load(p_saved.rest_lse + o_n, mask=m_n, other=float("inf"))[None, :])
         b_rest = tl.where(m_target, 0.0, b_rest)
-        if KEPT:
+        if p_kept is not None:
             tl.store(p_kept + i_block * N + o_n, tl.sum(b_rest, 0), mask=m_n)
-    if G_REST:
-        b_d += b_rest * tl.load(p_g_rest + o_n, mask=m_n, other=0.0)[None, :]
-    if G_TARGET:
-        b_d += tl.where(m_target, tl.load(p_g_target + o_n, mask=m_n, other=0.0)[None, :], 0.0)
-    if HAS_CAP:
+    if p_grads.rest_lse is not None:
+        b_d += b_rest * tl.load(p_grads.rest_lse + o_n, mask=m_n, other=0.0)[None, :]
+    if p_grads.target_logit is not None:
+        b_d += tl.where(m_target, tl.load(p_grads.target_logit + o_n, mask=m_n, other=0.0)[None, :], 0.0)
+    if softcap is not None:
         b_y = b_z / softcap
         b_d *= 1.0 - b_y * b_y
     b_d *= scale
@@ -416,8 +413,7 @@ def dlogit_kernel(
 @triton.jit
 def dx_kernel(
     p_dlogit, p_weight, p_index, p_count, p_tail, p_tail_row, p_dx, N, D, n_places, stride_index,
-    TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, HAS_TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, ADD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx [N, D] = dlogit^T @ weight[index] (+ tail [N] times the tile's tail_row [T, D]); ADD adds to dx."""
     i_tile, i_d = tl.program_id(0), tl.program_id(1)
@@ -429,7 +425,7 @@ def dx_kernel(
     m = (o_n < N)[:, None] & m_d[None, :]
     p_out = p_dx + o_n.to(tl.int64)[:, None] * D + o_d[None, :]
     b_acc = tl.load(p_out, mask=m, other=0.0) if ADD else tl.zeros([TILE, BLOCK_D], dtype=tl.float32)
-    if HAS_TAIL:
+    if p_tail is not None:
         b_tail = tl.load(p_tail + o_n, mask=o_n < N, other=0.0)
         b_row = tl.load(p_tail_row + i_tile.to(tl.int64) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
         b_acc += b_tail[:, None] * b_row[None, :]
@@ -448,8 +444,7 @@ def dx_kernel(
 def dweight_kernel(
     p_dlogit, p_x, p_column, p_slot, p_tile, p_n_tiles, p_dweight, p_dbias, N, D, n_places, n_columns, n_tiles,
     stride_slot, stride_tile,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    TILE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dweight[column] += dlogit @ x and dbias[column] += dlogit summed over rows, for a block of columns.
 
@@ -466,7 +461,7 @@ def dweight_kernel(
     m_d = o_d < D
     o_t = tl.arange(0, BLOCK_N)
     b_column = tl.load(p_column + o_c, mask=m_c, other=0).to(tl.int64)
-    if WEIGHT:
+    if p_dweight is not None:
         m = m_c[:, None] & m_d[None, :]
         p_out = p_dweight + b_column[:, None] * D + o_d[None, :]
         b_acc = tl.load(p_out, mask=m, other=0.0)
@@ -477,16 +472,16 @@ def dweight_kernel(
         b_slot = tl.load(p_slot + i_tile.to(tl.int64) * stride_slot + o_c, mask=m_c, other=-1)
         p_lists = p_dlogit + i_tile.to(tl.int64) * n_places * TILE
         b_d = tl.load(p_lists + b_slot[:, None] * TILE + o_row[None, :], mask=(b_slot >= 0)[:, None], other=0.0)
-        if BIAS:
+        if p_dbias is not None:
             b_sum += tl.sum(b_d.to(tl.float32), 1)
-        if WEIGHT:
+        if p_dweight is not None:
             o_x = tl.minimum(o_row, N - 1 - i_tile * TILE)  # dlogit is 0 beyond the last row
             p_rows = p_x + i_tile.to(tl.int64) * TILE * D
             b_x = tl.load(p_rows + o_x[:, None] * D + o_d[None, :], mask=m_d[None, :], other=0.0)
             b_acc = tl.dot(b_d, b_x, b_acc, input_precision=PRECISION)
-    if WEIGHT:
+    if p_dweight is not None:
         tl.store(p_out, b_acc, mask=m)
-    if BIAS and i_d == 0:
+    if p_dbias is not None and i_d == 0:
         tl.store(p_dbias + b_column, tl.load(p_dbias + b_column, mask=m_c, other=0.0) + b_sum, mask=m_c)
 
 
@@ -521,6 +516,20 @@ def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
     tl.store(p_key + o, b_key, mask=m)
 
 
+class Parts(NamedTuple):
+    """What the scan writes of each part of V, over v != target, and ``combine_kernel`` adds up.
+
+    maximum, total, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z; dropped [S, 2, N]: the
+    part of the sum in columns below each threshold. moment and dropped are None where nobody asks for the mean logit
+    and for live columns.
+    """
+
+    maximum: Tensor
+    total: Tensor
+    moment: Tensor | None
+    dropped: Tensor | None
+
+
 class Window(NamedTuple):
     """Live columns of every tile within a range of columns of W.
 
@@ -552,46 +561,32 @@ def on_device(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @on_device
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    scale: float,
-    softcap: float,
-    filter_tol: float,
-    with_mean: bool,
-    columns: Tensor,
-) -> portable.Row:
+def forward(x: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean: bool, columns: Tensor) -> Row:
     """The statistics of x [N, D], each [N]; fills ``columns`` [T, V] unless empty.
 
     Without ``with_mean`` mean_logit is zeros. Signature and meaning of ``portable.forward``.
     """
     if x.dtype == torch.float64:
-        return portable.forward(x, weight, bias, target, scale, softcap, filter_tol, with_mean, columns)
-    x, weight = x.contiguous(), weight.contiguous()
-    (n, d), v = x.shape, weight.shape[0]
+        return portable.forward(x, head, target, filter_tol, with_mean, columns)
+    x, head = x.contiguous(), replace(head, weight=head.weight.contiguous())
+    (n, d), v = x.shape, head.weight.shape[0]
     target_logit = torch.empty(n, dtype=torch.float32, device=x.device)
     if n:
         target_kernel[triton.cdiv(n, 16),](
-            x, weight, bias, target, target_logit, n, d, scale, softcap,
-            BLOCK_N=16, BLOCK_K=128, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0,
-        )  # fmt: skip
-    head = (x, weight, bias, target, target_logit, scale, softcap, filter_tol)
+            x, head.weight, head.bias, target, target_logit, n, d, head.scale, head.softcap, BLOCK_N=16, BLOCK_K=128
+        )
     record = columns.numel() > 0
-    bound = _scan(*head, v=HOT)[1] if record and v >= 8 * HOT else None
-    lse, rest_lse, mean = _scan(*head, v=v, with_mean=with_mean, bound=bound, columns=columns if record else None)
-    return portable.Row(lse, rest_lse, target_logit, mean)
+    rows = (x, head, target, target_logit, filter_tol)
+    bound = _scan(*rows, v=HOT)[1] if record and v >= 8 * HOT else None
+    lse, rest_lse, mean = _scan(*rows, v=v, with_mean=with_mean, bound=bound, columns=columns if record else None)
+    return Row(lse, rest_lse, target_logit, mean)
 
 
 def _scan(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     target: Tensor,
     target_logit: Tensor,
-    scale: float,
-    softcap: float,
     filter_tol: float,
     v: int,
     with_mean: bool = False,
@@ -603,34 +598,31 @@ def _scan(
     tiles = triton.cdiv(n, TILE)
     blocks = config(x.dtype, _shared_memory(x.device)).scan
     n_blocks = triton.cdiv(v, 2 * blocks.outer)
-    parts = _parts(tiles, n_blocks, _processors(x.device)) if n else 1
-    per_part = triton.cdiv(n_blocks, parts)
+    n_parts = _parts(tiles, n_blocks, _processors(x.device)) if n else 1
+    per_part = triton.cdiv(n_blocks, n_parts)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
     lse, rest_lse, mean = empty(n), empty(n), torch.zeros(n, dtype=torch.float32, device=x.device)
-    maximum, total = empty(parts, n), empty(parts, n)
-    moment = empty(parts, n) if with_mean else None
     record = columns is not None
-    dropped = empty(parts, 2, n) if record else None
+    moment, dropped = empty(n_parts, n) if with_mean else None, empty(n_parts, 2, n) if record else None
+    parts = Parts(empty(n_parts, n), empty(n_parts, n), moment, dropped)
     peak = empty(tiles, v, dtype=torch.uint8) if record else None
     least = empty(tiles, dtype=torch.int32) if record else None
     if not n:
         return lse, rest_lse, mean
     exponents = [math.floor(math.log2(filter_tol)) - octaves for octaves in OCTAVES] if record else [0, 0]
-    scan_kernel[tiles, parts](
-        x, weight, bias, target, target_logit, bound, columns, peak, maximum, total, moment, dropped,
-        n, v, d, per_part, scale, softcap, math.log(v), *(2.0**e for e in exponents),
-        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0,
-        HAS_BOUND=bound is not None, WITH_MEAN=with_mean, RECORD=record, EVEN=d % blocks.inner == 0,
-        PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
+    scan_kernel[tiles, n_parts](
+        x, head.weight, head.bias, target, target_logit, bound, columns, peak, parts,
+        n, v, d, per_part, head.scale, head.softcap, math.log(v), tuple(2.0**e for e in exponents),
+        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, EVEN=d % blocks.inner == 0, PRECISION=_precision(),
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
+    codes = tuple(254 + portable.CODES_PER_OCTAVE * e for e in exponents)
     combine_kernel[tiles,](
-        maximum, total, moment, dropped, target, target_logit, lse, rest_lse, mean, least, peak,
-        n, v, parts, filter_tol, *(254 + portable.CODES_PER_OCTAVE * e for e in exponents),
-        TILE=TILE, WITH_MEAN=with_mean, RECORD=record,
-    )  # fmt: skip
+        parts, target, target_logit, lse, rest_lse, mean, least, peak, n, v, n_parts, filter_tol, codes, TILE=TILE
+    )
     if record:
         mark_kernel[tiles, triton.cdiv(v, 4096)](columns, peak, least, v, BLOCK=4096)
     return lse, rest_lse, mean
@@ -638,21 +630,12 @@ def _scan(
 
 @on_device
 def backward(
-    g_lse: Tensor | None,
-    g_rest: Tensor | None,
-    g_target: Tensor | None,
-    g_mean: Tensor | None,
+    grads: Grads,
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     target: Tensor,
-    scale: float,
-    softcap: float,
-    lse: Tensor,
-    rest_lse: Tensor,
-    mean_logit: Tensor | None,
+    saved: Saved,
     columns: Tensor | None,
-    filter_tol: float,
     need_hidden: bool,
     dweight: Tensor | None,
     dbias: Tensor | None,
@@ -660,16 +643,13 @@ def backward(
     """dx [N, D] in fp32 (None unless needed); adds to the fp32 buffers dweight [V, D] and dbias [V] if given.
 
     columns: [T, V] as the forward recorded them, or None for every column; the forward saw to it that they keep
-    ``filter_tol``. Signature and meaning of ``portable.backward``. dweight must be contiguous.
+    its ``filter_tol``. Signature and meaning of ``portable.backward``. dweight must be contiguous.
     """
     if x.dtype == torch.float64:
-        return portable.backward(
-            g_lse, g_rest, g_target, g_mean, x, weight, bias, target, scale, softcap, lse, rest_lse, mean_logit,
-            columns, filter_tol, need_hidden, dweight, dbias,
-        )  # fmt: skip
+        return portable.backward(grads, x, head, target, saved, columns, need_hidden, dweight, dbias)
     if dweight is not None and not dweight.is_contiguous():
         raise ValueError(f"dweight: expected a contiguous tensor, got strides {dweight.stride()}")
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = x.contiguous(), head.weight.contiguous()
     (n, d), v = x.shape, weight.shape[0]
     dx = torch.empty(n, d, dtype=torch.float32, device=x.device) if need_hidden else None
     if not n:
@@ -680,7 +660,7 @@ def backward(
     need_weight = dweight is not None or dbias is not None
     warm = share = tail_row = None
     if columns is not None:
-        warm, share = warm_columns(columns, rest_lse, softcap)
+        warm, share = warm_columns(columns, saved.rest_lse, head.softcap)
         tail_row = share.to(weight.dtype) @ weight[warm]
     tail = None
 
@@ -700,24 +680,21 @@ def backward(
         if columns is not None:
             kept, kept_m = torch.zeros(2, places, n, device=x.device).unbind()
         dlogit_kernel[tiles, places](
-            g_lse, g_rest, g_target, g_mean, x, weight, bias, target, lse, rest_lse, mean_logit,
-            window.listed, window.n_listed, dlogit, kept, kept_m,
-            n, d, n_places, stride_index, scale, softcap,
-            TILE=TILE, BLOCK_C=blocks.dlogit.outer, BLOCK_K=blocks.dlogit.inner, HAS_BIAS=bias is not None,
-            HAS_CAP=softcap > 0, G_LSE=g_lse is not None, G_REST=g_rest is not None, G_TARGET=g_target is not None,
-            G_MEAN=g_mean is not None, KEPT=kept is not None, EVEN=d % blocks.dlogit.inner == 0, PRECISION=precision,
-            num_warps=blocks.dlogit.warps, num_stages=blocks.dlogit.stages,
+            grads, x, weight, head.bias, target, saved, window.listed, window.n_listed, dlogit, kept, kept_m,
+            n, d, n_places, stride_index, head.scale, head.softcap,
+            TILE=TILE, BLOCK_C=blocks.dlogit.outer, BLOCK_K=blocks.dlogit.inner, EVEN=d % blocks.dlogit.inner == 0,
+            PRECISION=precision, num_warps=blocks.dlogit.warps, num_stages=blocks.dlogit.stages,
         )  # fmt: skip
         if kept is not None and kept_m is not None:
             kept_rest += kept.sum(0)
             kept_mean += kept_m.sum(0)
             if last:
-                tail = scale * _tail_mass(g_lse, g_rest, g_mean, lse, rest_lse, kept_rest, kept_mean)
+                tail = head.scale * _tail_mass(grads, saved, kept_rest, kept_mean)
         if dx is not None:
             dx_kernel[tiles, triton.cdiv(d, blocks.dx.outer)](
                 dlogit, weight, window.listed, window.n_listed, tail, tail_row, dx, n, d, n_places, stride_index,
                 TILE=TILE, BLOCK_D=blocks.dx.outer, BLOCK_C=blocks.dx.inner, ADD=first > 0,
-                HAS_TAIL=tail is not None, PRECISION=precision,
+                PRECISION=precision,
                 num_warps=blocks.dx.warps, num_stages=blocks.dx.stages,
             )  # fmt: skip
         if need_weight:
@@ -726,8 +703,7 @@ def backward(
                 dlogit, x, window.column, window.slot, window.tile, window.n_tiles, dweight, dbias,
                 n, d, n_places, window.column.shape[0], tiles, window.slot.stride(0), window.tile.stride(0),
                 TILE=TILE, COLUMNS=COLUMNS, BLOCK_D=blocks.dweight.outer, BLOCK_N=blocks.dweight.inner,
-                WEIGHT=dweight is not None, BIAS=dbias is not None, PRECISION=precision,
-                num_warps=blocks.dweight.warps, num_stages=blocks.dweight.stages,
+                PRECISION=precision, num_warps=blocks.dweight.warps, num_stages=blocks.dweight.stages,
             )  # fmt: skip
     if tail is not None and warm is not None and share is not None:
         if dweight is not None:
@@ -740,7 +716,7 @@ def backward(
     return dx
 
 
-def warm_columns(columns: Tensor, rest_lse: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
+def warm_columns(columns: Tensor, rest_lse: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(warm [K], share [T, K]): the dropped columns that stand for a tile's tail, of all tiles, and their weights.
 
     A tile's own are its heaviest, up to COVERAGE of its dropped mass; the others weigh 0, the soft-cap's slope is in.
@@ -761,24 +737,16 @@ def warm_columns(columns: Tensor, rest_lse: Tensor, softcap: float) -> tuple[Ten
     return warm, share * portable.slope_of_tiles(picked, rest_lse, softcap) if softcap else share
 
 
-def _tail_mass(
-    g_lse: Tensor | None,
-    g_rest: Tensor | None,
-    g_mean: Tensor | None,
-    lse: Tensor,
-    rest_lse: Tensor,
-    kept_rest: Tensor,
-    kept_mean: Tensor,
-) -> Tensor:
+def _tail_mass(grads: Grads, saved: Saved, kept_rest: Tensor, kept_mean: Tensor) -> Tensor:
     """What the dropped columns add to each row's sum of dlogits before soft-cap and scale: [N]."""
     dropped = (1 - kept_rest).clamp_min(0.0)
     tail = torch.zeros_like(dropped)
-    if g_lse is not None:
-        tail += g_lse * torch.exp(rest_lse - lse) * dropped
-    if g_rest is not None:
-        tail += g_rest * dropped
-    if g_mean is not None:
-        tail += g_mean * (1 - kept_mean)
+    if grads.lse is not None:
+        tail += grads.lse * torch.exp(saved.rest_lse - saved.lse) * dropped
+    if grads.rest_lse is not None:
+        tail += grads.rest_lse * dropped
+    if grads.mean_logit is not None:
+        tail += grads.mean_logit * (1 - kept_mean)
     return tail
 
 

@@ -7,13 +7,14 @@ Prints a line per case; raises at the first that fails.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastguard import RepNoiseLoss
+from fastguard import Booster, LanguageModelLoss, RepNoiseLoss
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 OPTIONS = {"beta": 0.5, "filter_tol": 0.0}
@@ -92,21 +93,14 @@ def run(case: dict, rank: int) -> None:
         loss_fn = RepNoiseLoss(model, **OPTIONS)
         wrapped = shard(model, case)
     harmful, harmless = batches(case["batch"])[rank]
-    if not any(hasattr(p, "device_mesh") for p in model.parameters()):  # DDP: a forgotten model= would split the ranks
-        try:
-            loss_fn(harmful=harmful, harmless=harmless)
-        except ValueError as error:
-            assert "RepNoiseLoss: model: expected the model as DDP" in str(error)
-        else:
-            raise AssertionError("a call without model= was not refused")
     retain = harmless if case.get("retain") else None
     if case.get("quiet"):  # a forward without backward leaves FSDP's root gathered; the next must not be stale
         with torch.no_grad():
             loss_fn(harmful=harmful, harmless=harmless, model=wrapped)
-        loss_fn.call.zero_()
+    given = {} if case.get("left out") else {"model": wrapped}
     loss = 0.0
     for _ in range(case.get("calls", 1)):
-        loss = loss + loss_fn(harmful=harmful, harmless=harmless, retain=retain, model=wrapped)
+        loss = loss + loss_fn(harmful=harmful, harmless=harmless, retain=retain, **given)
     loss.backward()
     tolerance = 5e-2 if case.get("mixed") else TOLERANCE
     assert abs(loss.item() - expected_losses[rank]) <= tolerance * abs(expected_losses[rank]), (loss, expected_losses)
@@ -116,6 +110,50 @@ def run(case: dict, rank: int) -> None:
     }
     assert_same_gradients(found, expected, tolerance)
     loss_fn.close()
+
+
+def forgotten(_: int) -> None:
+    """model= left out under DDP is an error of losses and methods; not without gradients, nor of the bare model."""
+    model = tiny("llama", num_hidden_layers=1)
+    losses = RepNoiseLoss(model, **OPTIONS), LanguageModelLoss(model)
+    DistributedDataParallel(model)
+    harmful, harmless = pair()
+    calls: tuple[Callable[..., Tensor], ...] = (
+        lambda **given: losses[0](harmful=harmful, harmless=harmless, **given),
+        lambda **given: losses[1](harmful, **given),
+        lambda **given: losses[1].sequence_logp(harmful, **given),
+    )
+    for call in calls:
+        refused(call)
+        with torch.no_grad():
+            call()
+        assert call(model=model).requires_grad
+    losses[1].hidden_states(harmful)
+    refused(lambda: Booster(model).backward(harmful=harmful, harmless=harmless))
+
+
+def refused(call: Callable[[], object]) -> None:
+    try:
+        call()
+    except ValueError as error:
+        assert "model: expected the model as DDP" in str(error) and "got none on 2 ranks" in str(error)
+    else:
+        raise AssertionError("each rank trained a model of its own without a word")
+
+
+def rounded(_: int) -> None:
+    """Shards of a bf16 model whose steps are rounded away, noticed on each rank; the default optimizer of a loop."""
+    model = shard(tiny("llama", torch.bfloat16, num_hidden_layers=1), {"layout": "root"})
+    loss_fn = RepNoiseLoss(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5)
+    harmful, harmless = pair()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(9):
+            loss_fn(harmful=harmful, harmless=harmless, model=model).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert sum("rounds most of its training away" in str(w.message) for w in caught) == 1
 
 
 CASES: dict[str, dict] = {
@@ -138,6 +176,12 @@ CASES: dict[str, dict] = {
     "frozen head": {"model": "llama", "batch": "plain", "layout": "root", "frozen": True},
     "bfloat16 products": {"model": "llama", "batch": "plain", "layout": "norm and head", "mixed": True},
     "ddp": {"model": "llama", "batch": "plain", "layout": "ddp"},
+    "root, model left out": {"model": "llama", "batch": "plain", "layout": "root", "left out": True},
+    "ddp, constructed on it, model left out": {
+        "model": "llama", "batch": "plain", "layout": "ddp", "late": True, "left out": True,
+    },
+    "model forgotten": {"run": forgotten},
+    "bfloat16 that rounds steps away": {"run": rounded},
     "ddp, checkpointing": {"model": "llama_tied", "batch": "plain", "layout": "ddp", "checkpointing": True},
 }  # fmt: skip
 
@@ -150,7 +194,7 @@ def main(cases: dict[str, dict], run: Callable[[dict, int], None]) -> None:
     )
     for name, case in cases.items():
         try:
-            run(case, rank)
+            case["run"](rank) if "run" in case else run(case, rank)
         except BaseException as error:
             error.add_note(f"case: {name}")
             raise

@@ -529,7 +529,7 @@ def test_a_forward_that_raises_leaves_nothing_behind():
         with pytest.raises(RuntimeError, match="layer 2 is out"):
             call(batch)
     hook.remove()
-    assert loss_fn._tapped.taps.scope is None
+    assert loss_fn.tapped.taps.scope is None
     assert_equal_losses(model, loss_fn(batch, distance_to=states), eager(model, batch, "cross_entropy"))
 
 
@@ -551,6 +551,20 @@ def test_nan_is_named():
             loss_fn(batch, kind)
     with pytest.raises(FloatingPointError, match="sequence_logp of sample 0 is nan"):
         loss_fn.sequence_logp(batch)
+
+
+def test_what_filter_tol_means():
+    """What it means to lm_head_stats: 0, the default, is exact, None the default of the dtype."""
+    model = tiny("llama", vocab_size=512)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # peaked, so that there is something to leave out
+    found = []
+    for options in ({}, {"filter_tol": 0.0}, {"filter_tol": 0.05}, {"filter_tol": None}):
+        LanguageModelLoss(model, **options)(batch_of()).backward()
+        found.append(gradients(model)["lm_head.weight"])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[2], found[3]) and not torch.equal(found[1], found[2])
+    with pytest.raises(ValueError, match="filter_tol: expected 0 <= filter_tol < 1 or None, got 1"):
+        LanguageModelLoss(model, filter_tol=1)
 
 
 def test_what_it_refuses():

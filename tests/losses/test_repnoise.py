@@ -18,10 +18,12 @@ from tiny_models import assert_same_gradients, gradients, pair, tiny, transform
 TOLERANCE = 1e-6
 
 
-def published(model: nn.Module, loss_fn: RepNoiseLoss, harmful: dict, harmless: dict, **options) -> tuple[Tensor, dict]:
+def published(
+    model: nn.Module, loss_fn: RepNoiseLoss, harmful: dict, harmless: dict, after=None, **options
+) -> tuple[Tensor, dict]:
     """The eager loss on the noise of the last fused call, the model's parts named by the test."""
     parts = loss_fn.structure
-    after = transform(model)
+    after = transform(model) if after is None else after
     return published_loss(
         model, harmful, harmless, loss_fn.last_noise, norm=parts.norm,
         head=lambda h: after(model.get_output_embeddings()(h)), mlps=parts.mlps,
@@ -29,16 +31,18 @@ def published(model: nn.Module, loss_fn: RepNoiseLoss, harmful: dict, harmless: 
     )  # fmt: skip
 
 
-def assert_equals_published(model: nn.Module, loss_fn: RepNoiseLoss, harmful: dict, harmless: dict, **options) -> None:
+def assert_equals_published(
+    model: nn.Module, loss_fn: RepNoiseLoss, harmful: dict, harmless: dict, tolerance: float = TOLERANCE, **options
+) -> None:
     loss = loss_fn(harmful=harmful, harmless=harmless)
     loss.backward()
     found = gradients(model)
     expected, parts = published(model, loss_fn, harmful, harmless, **options)
     expected.backward()
-    assert float((loss - expected).abs().detach()) <= TOLERANCE * float(expected.detach().abs())
+    assert float((loss - expected).abs().detach()) <= tolerance * float(expected.detach().abs())
     for name, value in parts.items():
-        torch.testing.assert_close(loss_fn.components[name], value, rtol=TOLERANCE, atol=0)
-    assert_same_gradients(found, gradients(model), TOLERANCE)
+        torch.testing.assert_close(loss_fn.components[name], value, rtol=tolerance, atol=0)
+    assert_same_gradients(found, gradients(model), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,27 @@ def test_equals_the_published_loss(name):
     loss_fn = RepNoiseLoss(model, alpha=1.5, beta=0.7, filter_tol=0.0)
     assert loss_fn.structure.norm_kind is not None
     assert_equals_published(model, loss_fn, *pair())
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2"])  # whose norms are in float64; an RMS norm is in float32
+def test_float64_throughout(name):
+    """The constants of boundary labels too, as pair() has them."""
+    model = tiny(name, torch.float64, attn_implementation="sdpa")
+    loss_fn = RepNoiseLoss(model, alpha=1.5, beta=0.7, filter_tol=0.0)
+    assert_equals_published(model, loss_fn, *pair(padding=True), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite"])
+def test_a_lens_without_the_transform_of_the_models_logits(name):
+    """As the published code reads hidden states, which the paper's models do not tell apart."""
+    model = tiny(name, torch.float64)
+    loss_fn = RepNoiseLoss(model, alpha=1.5, beta=0.7, filter_tol=0.0, lens_transform="none")
+    assert_equals_published(model, loss_fn, *pair(), after=lambda z: z)
+    with_it = RepNoiseLoss(model, alpha=1.5, beta=0.7, filter_tol=0.0)
+    with_it(harmful=pair()[0], harmless=pair()[1])
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(with_it.components["harmful_ce"][1:], loss_fn.components["harmful_ce"][1:])
+    torch.testing.assert_close(with_it.components["harmful_ce_output"], loss_fn.components["harmful_ce_output"])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -285,14 +310,55 @@ def test_the_noise_counter_is_state():
     assert not torch.equal(second.last_noise(0), second.last_noise(1))
 
 
+def test_evaluations_leave_training_as_it_was():
+    """Figures, counter, drawn layers and every weight; from a state_dict taken in between, too."""
+    (a, b), (c, d) = pair(), pair(seed=4)
+    results = []
+    for evaluated in (False, True):
+        model = tiny("llama")
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        loss_fn = RepNoiseLoss(model, beta=0.5, layers=2)
+        figures = []
+        for step in range(4):
+            loss_fn(harmful=a, harmless=b).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if evaluated:
+                before = dict(loss_fn.components)
+                model.eval()
+                with torch.no_grad():
+                    values = [loss_fn(harmful=c, harmless=d).item() for _ in range(2)]
+                model.train()
+                assert values[0] == values[1] == loss_fn.evaluation["loss"].item()
+                assert loss_fn.components == before
+            figures.append(loss_fn.components)
+            if evaluated and step == 1:  # resumed
+                state = loss_fn.state_dict()
+                loss_fn = RepNoiseLoss(model, beta=0.5, layers=2)
+                loss_fn.load_state_dict(state)
+        assert int(loss_fn.call) == 4
+        results.append((figures, {name: p.detach() for name, p in model.named_parameters()}))
+    for one, other in zip(results[0][0], results[1][0], strict=True):
+        assert all(torch.equal(one[name].nan_to_num(-1), other[name].nan_to_num(-1)) for name in one)
+    assert all(torch.equal(p, results[1][1][name]) for name, p in results[0][1].items())
+
+
+def test_figures_for_a_log():
+    model = tiny("llama", torch.float64)
+    parts = with_loss(model, *pair(), layers=2, backward=False)
+    whole = parts["harmful_ce"]
+    assert parts["harmful_ce_output"].dim() == parts["harmful_ce_lens"].dim() == 0
+    assert parts["harmful_ce_output"] == whole[0]
+    torch.testing.assert_close(parts["harmful_ce_lens"], whole[1:].nanmean())
+
+
 def test_a_call_without_gradients():
     model = tiny("llama")
     harmful, harmless = pair()
     loss_fn = RepNoiseLoss(model, beta=0.5)
     with torch.no_grad():
         quiet = loss_fn(harmful=harmful, harmless=harmless)
-    assert not quiet.requires_grad
-    loss_fn.call.zero_()
+    assert not quiet.requires_grad and not loss_fn.components
     loud = loss_fn(harmful=harmful, harmless=harmless)
     assert quiet.item() == loud.item()
     loud.backward()
@@ -325,6 +391,10 @@ def test_batches_that_do_not_fit():
         loss_fn(harmful=harmful, harmless=harmful)
     with pytest.raises(ValueError, match="harmful: expected input_ids"):
         loss_fn(harmful={}, harmless=harmless)
+    with pytest.raises(ValueError, match=r"harmless: expected a mapping with input_ids .*, got list"):
+        loss_fn(harmful=harmful, harmless=[harmless])
+    with pytest.raises(ValueError, match=r"retain: expected a mapping with input_ids .*, got list"):
+        loss_fn(harmful=harmful, harmless=harmless, retain=[harmless])
     with pytest.raises(ValueError, match="retain: no token carries loss"):
         loss_fn(harmful=harmful, harmless=harmless, retain={"input_ids": torch.ones(2, 1, dtype=torch.long)})
     assert int(loss_fn.call) == 0
@@ -333,12 +403,32 @@ def test_batches_that_do_not_fit():
 
 def test_options_out_of_range():
     model = tiny("llama")
-    for name, value in (("mask", "all"), ("boundary", "none"), ("layers", 0), ("layers", 5)):
+    for name, value in (
+        ("mask", "all"), ("boundary", "none"), ("lens_transform", "raw"), ("layers", 0), ("layers", 5), ("layers", 1.5),
+        ("alpha", -1), ("beta", -1), ("beta", math.nan), ("alpha", "1"), ("retain_weight", -0.5),
+        ("output_alpha", math.inf), ("filter_tol", 1.0), ("filter_tol", -0.1), ("seed", 0.5),
+    ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{name}: expected"):
             RepNoiseLoss(model, **{name: value})
     with pytest.raises(ValueError, match="name: expected one of published, short_run"):
         RepNoiseLoss.preset(model, "best")
     assert RepNoiseLoss.preset(model, "short_run", beta=2.0).output_alpha == 5.0
+    with pytest.raises(ValueError, match="retain_weight: expected a finite number >= 0, got -1"):
+        RepNoiseLoss(model)(harmful=pair()[0], harmless=pair()[1], retain_weight=-1)
+
+
+def test_a_preset_with_a_retain_term_needs_a_retain_batch():
+    model = tiny("llama")
+    harmful, harmless = pair()
+    loss_fn = RepNoiseLoss.preset(model, "short_run")
+    with pytest.raises(ValueError, match="retain: expected a batch, since this preset weighs one"):
+        loss_fn(harmful=harmful, harmless=harmless)
+    loss_fn(harmful=harmful, harmless=harmless, retain=harmless)
+    loss_fn(harmful=harmful, harmless=harmless, retain_weight=0)
+    with torch.no_grad():
+        loss_fn(harmful=harmful, harmless=harmless)
+    RepNoiseLoss.preset(model, "short_run", retain_weight=0)(harmful=harmful, harmless=harmless)
+    RepNoiseLoss.preset(model, "published")(harmful=harmful, harmless=harmless)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from fastguard import RepNoiseLoss
+from fastguard import LanguageModelLoss, RepNoiseLoss
 from fastguard.taps.taps import CHECKPOINT_FUNCTIONS, BoundCheckpoint, Inert, Site
 from tiny_models import gradients, pair, tiny
 
@@ -74,6 +74,16 @@ def test_close_and_collection_remove_every_trace():
     del second, each
     assert not any(isinstance(h, Site) for h in hooks(model))
     assert [m.__dict__.get("_gradient_checkpointing_func") for m in model.modules()] == functions
+
+
+def test_a_loss_cannot_be_copied():
+    """Its copy would have no taps, and its own would stay on the original."""
+    model = tiny("llama")
+    for loss_fn in (RepNoiseLoss(model), LanguageModelLoss(model)):
+        for take in (copy.copy, copy.deepcopy, pickle.dumps, lambda made: torch.save(made, io.BytesIO())):
+            with pytest.raises(TypeError, match=f"{type(loss_fn).__name__}: it cannot be copied or pickled"):
+                take(loss_fn)
+        copy.deepcopy(model)
 
 
 def test_a_nested_call_is_refused():

@@ -128,7 +128,7 @@ def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[
             one.load_state_dict(state)
     return lambda n: [
         one.backward(**{name: stream(n) for name, stream in common.streams(pairs, one.roles).items()},
-                     scale=0.5 / ACCUMULATE)
+                     model=model, scale=0.5 / ACCUMULATE)
         for one, pairs in zip(made, ranks, strict=True)
     ]  # fmt: skip
 

@@ -11,28 +11,19 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from fastguard.losses.repnoise import RepNoiseLoss
 
+NAMES = {"harmful_ce_output": "harmful_ce", "harmful_ce_lens": "lens_ce"}
+
 
 def figures_of(components: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """0-dim figures from the components of ``RepNoiseLoss``.
 
     ``harmful_ce`` is that of the model's output, ``lens_ce`` the mean over the hidden states that were read.
     """
-    figures = {name: value for name, value in components.items() if value.dim() == 0}
-    if "harmful_ce" in components:
-        figures["harmful_ce"] = components["harmful_ce"][0]
-        figures["lens_ce"] = components["harmful_ce"][1:].nanmean()
-    return figures
+    return {NAMES.get(name, name): value for name, value in components.items() if value.dim() == 0}
 
 
 def evaluated(loss_fn: RepNoiseLoss, batches: Mapping[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """The figures and the ``loss`` of held-out batches, without gradients; ``components`` stay those of training.
-
-    The noise counter stays too: a call without gradients does not move it.
-    """
-    components = loss_fn.components
-    try:
-        with torch.no_grad():
-            loss = loss_fn(**batches, model=model)
-        return {**figures_of(loss_fn.components), "loss": loss}
-    finally:
-        loss_fn.components = components
+    """The figures and the ``loss`` of held-out batches, without gradients; nothing of the training moves."""
+    with torch.no_grad():
+        loss = loss_fn(**batches, model=model)
+    return {**figures_of(loss_fn.evaluation), "loss": loss}

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses import tapped
+from fastguard.losses import guards, tapped
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.taps import Lens, Structure, find_structure
@@ -103,31 +103,6 @@ class _StatesScope(tapped.Reading[tuple[Tensor, ...]]):
         self.states = {}
 
 
-class _StatisticsScope(tapped.Reading[tuple[Tensor, ...]]):
-    """A forward of which each hidden state is worth a few numbers."""
-
-    numbers: dict[int, Tensor]
-
-    def __init__(self, count: int, statistic: Callable[[int, Tensor, bool], Tensor]) -> None:
-        super().__init__()
-        self.count, self.statistic = count, statistic
-        self.end()
-
-    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
-        """See `Scope.observe`: a hidden state."""
-        numbers = self.statistic(index, x, keep)
-        if keep:
-            self.numbers[index] = numbers
-
-    def found(self) -> tuple[Tensor, ...] | None:
-        """See `Reading.found`."""
-        return tuple(self.numbers[i] for i in range(self.count)) if len(self.numbers) == self.count else None
-
-    def end(self) -> None:
-        """See `Scope.end`."""
-        self.numbers = {}
-
-
 def saved_where_it_lies(original: Tensor, copy: Tensor) -> contextlib.AbstractContextManager[object]:
     """Where ``copy`` is one on another device, what autograd saves of it is ``original``, copied again in the backward.
 
@@ -174,38 +149,41 @@ class _Distance:
         return distance.mean() if self.count is None else distance.sum() / self.count
 
 
-class LanguageModelLoss:
+class LanguageModelLoss(guards.Uncopied):
     """Losses of a causal language model on plain batches.
 
     It is no ``nn.Module``: it has no parameters and no state. Construct it before the model's first compiled call
     and before wrapping by DDP or FSDP, and hand the wrapped model to each call. Works under activation
-    checkpointing; several calls may come before one backward.
+    checkpointing; several calls may come before one backward. It cannot be copied or pickled.
 
     Args:
         model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
-        filter_tol: see ``lm_head_stats``; None and 0 are exact.
+        filter_tol: as for ``lm_head_stats``; 0 is exact, None the default of the dtype: in fp32 and bf16 the gradient
+            may then replace up to 5% of each row's probability outside its target by a rank-one tail.
         structure: what ``find_structure`` found for the model, if the caller has it already.
         check_finite: False leaves that to a caller who asks all ranks at once, and spares a wait for the device; an
             error on one rank alone would leave the others in their next collective call.
 
     Attributes:
+        tapped: the model with this loss's taps on it, for readings of other kinds (see ``losses/tapped.py``).
         components: of the last call, detached: ``loss``, the loss under the name of its kind, and with
             ``distance_to`` also ``representation_distance`` and ``distance_per_state`` [L + 1].
 
     Raises:
-        ValueError: the model has no findable head, final norm or layers.
+        ValueError: the model has no findable head, final norm or layers; a filter_tol out of range.
     """
 
     def __init__(
-        self, model: nn.Module, *, filter_tol: float | None = None, structure: Structure | None = None,
+        self, model: nn.Module, *, filter_tol: float | None = 0.0, structure: Structure | None = None,
         check_finite: bool = True,
     ) -> None:  # fmt: skip
+        guards.a_filter_tol(filter_tol)
         self.structure = find_structure(model) if structure is None else structure
         tapped.warn_of_full_logits(self.structure)
         self.filter_tol, self.check_finite = filter_tol, check_finite
         self.components: dict[str, Tensor] = {}
-        self._tapped = tapped.Tapped("LanguageModelLoss", model, self.structure)
-        self._finalizer = weakref.finalize(self, self._tapped.taps.close)
+        self.tapped = tapped.Tapped("LanguageModelLoss", model, self.structure)
+        self._finalizer = weakref.finalize(self, self.tapped.taps.close)
         self._finalizer.atexit = False
 
     def __call__(
@@ -231,7 +209,8 @@ class LanguageModelLoss:
                 ``max_entropy``: minus the mean over positions of the entropy of the whole distribution (TAR).
                 ``log_one_minus_p``: minus the mean over those tokens of log(1 - p), to be minimised where the tokens
                 shall not be said ("min posterior" of TAR's code). None: no loss on the output.
-            model: the model as wrapped by DDP, FSDP or accelerate after construction.
+            model: the model as wrapped by DDP, FSDP or accelerate after construction; may be left out with one
+                process, and where FSDP2 shards the model in place.
             positions: of ``max_entropy``: ``all`` (published: padding and prompt too) or ``labels``, those that
                 predict a token that carries loss.
             cut: of ``log_one_minus_p``: tokens with log p under it carry no loss, but count in the mean (published).
@@ -243,9 +222,11 @@ class LanguageModelLoss:
             distance_mask: [B, T] bool, the tokens that count; None counts all, padding included (published).
 
         Raises:
-            ValueError: a batch none of whose tokens carries loss, an unknown kind, references that do not fit.
+            ValueError: a batch none of whose tokens carries loss, an unknown kind, references that do not fit; model
+                left out although several processes train a model that is neither wrapped nor sharded.
             FloatingPointError: a component is not finite; the message names it.
-            RuntimeError: taps that did not fire, or a checkpoint around them that drops gradients (reentrant form).
+            RuntimeError: taps that did not fire, or a checkpoint around them that drops gradients (reentrant form);
+                head, norm or layers were replaced after construction; the loss was closed.
         """
         self._check(batch, kind, positions, distance_to, distance_kind, distance_mask)
         tokens: tuple[Tensor, Tensor] | None = None
@@ -256,7 +237,7 @@ class LanguageModelLoss:
             tokens = tapped.next_tokens(batch, "batch")
         distance = None if distance_to is None else _Distance(distance_to, distance_kind, distance_mask)
         states = len(self.structure.layers) + 1 if distance_to is not None else 0
-        with self._tapped.call(model, None if tokens is None else self._lens) as call:
+        with self.tapped.call(model, None if tokens is None else self._lens) as call:
             scope = OutputScope(call.lens, tokens, kind == "max_entropy", distance, states)
             stats, distances = call.read(batch, scope)
             loss, parts = call.zero, dict[str, Tensor]()
@@ -267,7 +248,11 @@ class LanguageModelLoss:
                 parts["distance_per_state"] = torch.stack([distances[i] for i in range(len(distances))])
                 parts["representation_distance"] = parts["distance_per_state"].mean()
                 loss = loss + distance_weight * parts["representation_distance"]
-            return self._finish({**parts, "loss": loss}, call)
+            parts["loss"] = loss
+            if self.check_finite:
+                tapped.check_finite("LanguageModelLoss", _named(parts))
+            self.components = {name: value.detach() for name, value in parts.items()}
+            return call.gated(loss)
 
     def sequence_logp(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
         """log p of each sample's tokens that carry loss, summed: [B], fp32 (float64 for a float64 model).
@@ -275,7 +260,7 @@ class LanguageModelLoss:
         What DPO and NPO are made of; a sample without such tokens has 0. Arguments and errors as in a call.
         """
         rows, target = tapped.next_tokens(batch, "batch")
-        with self._tapped.call(model, self._lens) as call:
+        with self.tapped.call(model, self._lens) as call:
             stats = call.read(batch, OutputScope(call.lens, (rows, target))).stats
             assert stats is not None
             ce = stats.cross_entropy()
@@ -301,9 +286,8 @@ class LanguageModelLoss:
                 where the state arises, so that no state is held for the loss's sake.
             batch, model: as in a call.
         """
-        with self._tapped.call(model) as call:
-            found = call.read(batch, _StatisticsScope(len(self.structure.layers) + 1, statistic))
-            return tuple(call.gated(numbers + call.zero) for numbers in found)
+        with self.tapped.call(model) as call:
+            return call.numbers(batch, statistic)
 
     def hidden_states(
         self, batch: Mapping[str, Tensor], model: nn.Module | None = None, device: torch.device | str | None = None,
@@ -316,17 +300,19 @@ class LanguageModelLoss:
 
         Args:
             batch, model: as in a call. device: where to keep them; each is moved as it arises.
+            take: from a state's index and the state to what is kept of it; None keeps the state.
         """
-        with torch.no_grad(), self._tapped.call(model) as call:
+        with torch.no_grad(), self.tapped.call(model) as call:
             return call.read(batch, _StatesScope(len(self.structure.layers) + 1, device, take))
 
     def _lens(self) -> Lens:
-        return Lens(self.structure, self.filter_tol)
+        return Lens(self.structure, output_tol=self.filter_tol)
 
     def _check(
         self, batch: Mapping[str, Tensor], kind: str | None, positions: str, distance_to: Sequence[Tensor] | None,
         distance_kind: str, distance_mask: Tensor | None,
     ) -> None:  # fmt: skip
+        guards.a_batch(batch, "batch")
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2:
             raise ValueError("batch: expected input_ids of shape [B, T]")
@@ -346,13 +332,6 @@ class LanguageModelLoss:
                 f"distance_mask: expected bool {tuple(ids.shape)}, got {distance_mask.dtype} "
                 f"{tuple(distance_mask.shape)}"
             )
-
-    def _finish(self, parts: dict[str, Tensor], call: tapped.Call) -> Tensor:
-        """Refuse what is not finite, note the components, and return the loss ready for its backward."""
-        if self.check_finite:
-            tapped.check_finite("LanguageModelLoss", _named(parts))
-        self.components = {name: value.detach() for name, value in parts.items()}
-        return call.gated(parts["loss"])
 
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""

@@ -28,7 +28,7 @@ from fastguard.machine import rank
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.philox import gaussian_noise
 from fastguard.ops.precision import accumulation_dtype
-from fastguard.taps import Lens, find_structure
+from fastguard.taps import Lens, Taps, find_structure
 
 LENS_TRANSFORMS = ("model", "none")
 
@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "short_run": {"output_alpha": 5.0, "retain_weight": 1.5, "mask_padding": True, "boundary": "predicted"},
 }
-"""Named settings for `RepNoiseLoss.preset`."""
+"""Named settings for `RepNoiseLoss.preset`; one with a ``retain_weight`` needs a retain batch."""
 
 
 class _Pair(NamedTuple):
@@ -99,12 +99,21 @@ class _PairScope(tapped.Reading[_Pair]):
         self.output, self.hidden, self.mmd = None, {}, {}
 
 
-class RepNoiseLoss(nn.Module):
+class RepNoiseLoss(guards.Uncopied, nn.Module):
     """The loss of Representation Noising on paired batches.
 
     The model is not a submodule: the loss has no parameters, its state_dict holds the noise counter alone, and
     ``.train()``, ``.to()`` do not reach the model. Construct it before the model's first compiled call and
-    before wrapping by DDP or FSDP, and hand the wrapped model to each call.
+    before wrapping by DDP or FSDP, and hand the wrapped model to each call. It cannot be copied or pickled; its
+    state_dict can.
+
+    Trained parameters in bf16 or fp16 are watched: if fewer than a quarter of them changed in the first and in the
+    eighth step, one warning says how many (``losses/guards.py``). Most learning rates of fine-tuning are under bf16's
+    spacing; load the model with ``dtype=torch.float32``, or train LoRA adapters in fp32.
+
+    A call without gradients (``torch.no_grad``) evaluates: it uses the noise and the layers of the training call to
+    come, and leaves the counter and ``components`` as they are, so that training goes on as if it had not been.
+    ``model.eval()`` alone does not make an evaluation, since models are trained in that mode too.
 
     Warning: the published defaults did no more than plain safe fine-tuning in a short run (tens of steps on a
     135M model): the cross-entropy inside the logarithm starts near 25, so that alpha 1 hardly pulls. See the
@@ -114,8 +123,9 @@ class RepNoiseLoss(nn.Module):
         model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
         alpha: weight of the ascent on harmful answers. beta: weight of the noise term.
         seed: of the noise.
-        filter_tol: see ``lm_head_stats``; 0 is exact. None is the default of the dtype at the inner hidden states
-            and exact at the model's output.
+        filter_tol: of the inner hidden states, as for ``lm_head_stats``: 0 is exact, None the default of the dtype, in
+            fp32 and bf16 an approximation of the gradient: per row, up to 5% of the probability outside the target is
+            replaced by a rank-one tail (what that costs: docs/performance.md). Values and the output are exact.
         mask: ``difference`` (published: the tokens at which the two sequences differ) or ``labels``.
         mask_padding: leave padding out. The published code does not: where answers differ in length, the
             padding of the shorter one carries loss. True is recommended.
@@ -133,9 +143,11 @@ class RepNoiseLoss(nn.Module):
         mlp_of: from a decoder layer to its MLP, where the model's structure does not tell.
 
     Attributes:
-        components: of the last call, detached: ``loss``, ``harmless_ce``, ``noise`` (mean), ``noise_per_layer``
-            [L], ``harmful_ce`` [L + 2] (model output, then each hidden state; NaN for those not read) and
-            ``retain_ce`` if there was a retain batch.
+        components: of the last call with gradients, detached: ``loss``, ``harmless_ce``, ``noise`` (mean),
+            ``noise_per_layer`` [L], ``harmful_ce`` [L + 2] (model output, then each hidden state; NaN for those not
+            read), what a log wants of it, ``harmful_ce_output`` and ``harmful_ce_lens`` (mean over the hidden states
+            that were read), and ``retain_ce`` if there was a retain batch. All but the two vectors are 0-dim.
+        evaluation: the same of the last call without gradients.
 
     Raises:
         ValueError: the model has no findable head, final norm or layers, or an option is out of range.
@@ -166,12 +178,15 @@ class RepNoiseLoss(nn.Module):
         for name, value, choices in (("mask", mask, paired.MASKS), ("boundary", boundary, paired.BOUNDARIES)):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+        guards.a_filter_tol(filter_tol)
         guards.not_negative(alpha=alpha, beta=beta, retain_weight=retain_weight, output_alpha=output_alpha)
         if lens_transform not in LENS_TRANSFORMS:
             raise ValueError(f"lens_transform: expected {' or '.join(LENS_TRANSFORMS)}, got {lens_transform!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed: expected an int, got {seed!r}")
         self.structure = find_structure(model, mlp_of)
         entries = len(self.structure.layers) + 1
-        if layers is not None and not 1 <= layers <= entries:
+        if layers is not None and not (isinstance(layers, int) and 1 <= layers <= entries):
             raise ValueError(f"layers: expected None or 1 to {entries} (hidden states of this model), got {layers}")
         tapped.warn_of_full_logits(self.structure)
         self.alpha, self.beta, self.seed, self.filter_tol = alpha, beta, seed, filter_tol
@@ -180,12 +195,13 @@ class RepNoiseLoss(nn.Module):
         self.layers, self.retain_weight, self.output_alpha = layers, retain_weight, output_alpha
         self.lens_transform = lens_transform
         self._needs_retain = False
-        self._rounded = guards.RoundedAway("RepNoiseLoss", self.structure)
         self.components: dict[str, Tensor] = {}
+        self.evaluation: dict[str, Tensor] = {}
         self._last_noise: dict[str, Any] | None = None
         self.register_buffer("call", torch.zeros((), dtype=torch.int64))
         self._tapped = tapped.Tapped("RepNoiseLoss", model, self.structure, mlps=True)
-        self._finalizer = weakref.finalize(self, self._tapped.taps.close)
+        self._watch = guards.RoundingWatch("RepNoiseLoss")
+        self._finalizer = weakref.finalize(self, _close, self._tapped.taps, self._watch)
         self._finalizer.atexit = False
 
     @classmethod
@@ -194,12 +210,13 @@ class RepNoiseLoss(nn.Module):
 
         ``published``: the published code. ``short_run``: output_alpha 5, retain_weight 1.5, mask_padding, boundary
         ``predicted``; what the demo uses, with 40 steps at lr 1.5e-4 on SmolLM2-135M-Instruct (docs/demo.md has
-        what it bought and cost, and what other weights did). It needs a retain batch, unless ``retain_weight=0``.
+        what it bought and cost, and what other weights did). Training with it needs a ``retain`` batch, unless
+        ``retain_weight`` 0 says that there is to be none.
         """
         if name not in PRESETS:
             raise ValueError(f"name: expected one of {', '.join(PRESETS)}, got {name!r}")
         loss = cls(model, **{**PRESETS[name], **changes})
-        loss._needs_retain = "retain_weight" in PRESETS[name] and loss.retain_weight > 0
+        loss._needs_retain = "retain_weight" in PRESETS[name]
         return loss
 
     def forward(
@@ -220,17 +237,24 @@ class RepNoiseLoss(nn.Module):
             retain: a batch of any shape on which plain cross-entropy is kept low: on ``labels`` where it has
                 them (-100 ignored), else on every token that is not padding.
             retain_weight: for this call instead of the constructor's.
-            model: the model as wrapped by DDP, FSDP or accelerate after construction.
+            model: the model as wrapped by DDP, FSDP or accelerate after construction; may be left out with one
+                process, and where FSDP2 shards the model in place. With several processes and a model that is neither
+                wrapped nor sharded, passing that bare model says that you average its gradients yourself.
             sample_offset: index of the first sample among all ranks' samples, from which the noise is drawn;
                 by default rank * B.
 
         Raises:
-            ValueError: batches that do not fit each other, or none of whose tokens carries loss.
+            ValueError: batches that do not fit each other, or none of whose tokens carries loss; model left out where
+                the ranks would drift apart; a preset with a retain term, trained without a retain batch.
             FloatingPointError: a component is not finite; the message names it and its layer.
-            RuntimeError: reentrant checkpointing, or taps that did not fire.
+            RuntimeError: reentrant checkpointing, or taps that did not fire; head, norm, layers or MLPs were replaced
+                after construction; the loss was closed.
         """
         paired.check_pair(harmful, harmless)
-        if retain is None and self._needs_retain:
+        weight = self.retain_weight if retain_weight is None else retain_weight
+        guards.not_negative(retain_weight=weight)
+        training = torch.is_grad_enabled()
+        if retain is None and self._needs_retain and weight and training:
             raise ValueError("retain: expected a batch, since this preset weighs one, got None; or set retain_weight=0")
         masks = paired.token_masks(harmful, harmless, self.mask, self.mask_padding)
         options = (self.boundary, self.ignore_token_zero)
@@ -242,40 +266,45 @@ class RepNoiseLoss(nn.Module):
                     f"{name}: no token carries loss; expected at least one position t > 0 at which the mask "
                     f"({self.mask}{', padding left out' if self.mask_padding else ''}) is set"
                 )
-        if torch.is_grad_enabled():
-            self._rounded.look()
+        aside = None if retain is None else tapped.next_tokens(retain, "retain")
         batch, length = harmful["input_ids"].shape
         noise = {
             "seed": self.seed,
             "call": self.call.to(harmful["input_ids"].device, copy=True),
             "sample_offset": batch * rank() if sample_offset is None else sample_offset,
         }
-        inner = self.lens_transform == "model"
         good_in_pair = good._replace(rows=good.rows + batch * length)
         layers = len(self.structure.layers)
         entries = self._drawn_entries()
         read = entries if self.norm_last_twice else entries - {layers}
-        with self._tapped.call(model, lambda: Lens(self.structure, self.filter_tol, inner_transform=inner)) as call:
+        with self._tapped.call(model, self._lens) as call:
             assert call.lens is not None
+            if training:
+                self._watch(self.structure.model)
             scope = _PairScope(call.lens, batch, bad, good_in_pair, read, layers, noise, masks[0])
             output, hidden, mmd = call.read({k: torch.cat([harmful[k], harmless[k]]) for k in harmful}, scope)
             if not self.norm_last_twice and len(read) < len(entries):
                 hidden[layers] = output[: bad.rows.shape[0]].sum()
             parts = self._combine(output, hidden, mmd, bad, good)
             if retain is not None:
-                stats = call.read(retain, OutputScope(call.lens, tapped.next_tokens(retain, "retain"))).stats
+                stats = call.read(retain, OutputScope(call.lens, aside)).stats
                 assert stats is not None
                 parts["retain_ce"] = stats.cross_entropy().mean()
-                weight = self.retain_weight if retain_weight is None else retain_weight
                 parts["loss"] = parts["loss"] + weight * parts["retain_ce"]
             parts["loss"] = parts["loss"] + call.zero.to(parts["loss"].dtype)
             self._check_finite(parts, entries)
-            self.components = {name: value.detach() for name, value in parts.items()}
+            figures = {name: value.detach() for name, value in parts.items()}
             wide = accumulation_dtype(call.lens.weight.dtype)
             self._last_noise = {**noise, "shape": (batch, length, call.lens.weight.shape[1]), "dtype": wide}
-            if torch.is_grad_enabled():  # an evaluation does not move the training's noise
+            if training:
+                self.components = figures
                 self.call += 1
+            else:  # it moves nothing of the training's
+                self.evaluation = figures
             return call.gated(parts["loss"])
+
+    def _lens(self) -> Lens:
+        return Lens(self.structure, self.filter_tol, inner_transform=self.lens_transform == "model")
 
     def _drawn_entries(self) -> frozenset[int]:
         """The hidden states that this step reads: all, or ``layers`` of them drawn from (seed, call)."""
@@ -310,6 +339,8 @@ class RepNoiseLoss(nn.Module):
             "noise": noise,
             "noise_per_layer": per_layer,
             "harmful_ce": torch.stack([output_ce, *(lens.get(i, missing) for i in range(entries))]),
+            "harmful_ce_output": output_ce,
+            "harmful_ce_lens": torch.stack(list(lens.values())).mean(),
         }
 
     def _check_finite(self, parts: Mapping[str, Tensor], entries: frozenset[int]) -> None:
@@ -338,12 +369,11 @@ class RepNoiseLoss(nn.Module):
         batch, length, width = options.pop("shape")
         return gaussian_noise(batch, length * width, layer=layer, **options).view(batch, length, width)
 
-    def __getstate__(self) -> Any:
-        raise TypeError(
-            "RepNoiseLoss: it cannot be copied or pickled, since its hooks are on one model; construct one on the "
-            "other model, and hand on its counter by state_dict()"
-        )
-
     def close(self) -> None:
         """Remove the hooks from the model; the loss is of no use afterwards."""
         self._finalizer()
+
+
+def _close(taps: Taps, watch: guards.RoundingWatch) -> None:
+    taps.close()
+    watch.close()

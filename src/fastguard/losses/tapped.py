@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastguard.losses import guards
 from fastguard.taps import Gate, Lens, Scope, Structure, Taps, tap_hidden_states
-from fastguard.taps.structure import reshard
+from fastguard.taps.structure import reshard, synchronised
 
 Found = TypeVar("Found")
 
@@ -29,6 +29,36 @@ class Reading(Scope, Generic[Found]):
     def found(self) -> Found | None:
         """What the taps found, asked for before `end`; None where one of them did not fire."""
         raise NotImplementedError
+
+
+class Numbers(Reading[tuple[Tensor, ...]]):
+    """A forward of which each hidden state is worth a vector.
+
+    Args:
+        statistic: from a state's index, the state [B, T, D] and whether its result is kept (False in a recomputation)
+            to a vector, empty where the state is not read. count: hidden states, L + 1.
+    """
+
+    numbers: dict[int, Tensor]
+
+    def __init__(self, statistic: Callable[[int, Tensor, bool], Tensor], count: int) -> None:
+        super().__init__()
+        self.statistic, self.count = statistic, count
+        self.end()
+
+    def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
+        """See `Scope.observe`: a hidden state."""
+        numbers = self.statistic(index, x, keep)
+        if keep:
+            self.numbers[index] = numbers
+
+    def found(self) -> tuple[Tensor, ...] | None:
+        """See `Reading.found`."""
+        return tuple(self.numbers[i] for i in range(self.count)) if len(self.numbers) == self.count else None
+
+    def end(self) -> None:
+        """See `Scope.end`."""
+        self.numbers = {}
 
 
 class Call:
@@ -68,6 +98,16 @@ class Call:
         self._zero = zero if self._zero is None else self._zero + zero
         return found
 
+    def numbers(
+        self, batch: Mapping[str, Tensor], statistic: Callable[[int, Tensor, bool], Tensor]
+    ) -> tuple[Tensor, ...]:
+        """What ``statistic`` makes of each of the L + 1 hidden states of one forward (see `Numbers`), in their order.
+
+        They are ready for their backward, together or apart; what is left out costs a backward nothing.
+        """
+        found = self.read(batch, Numbers(statistic, len(self._tapped.structure.layers) + 1))
+        return tuple(self.gated(numbers + self.zero) for numbers in found)
+
     def gated(self, value: Tensor) -> Tensor:
         """``value``, computed from what the forwards found, ready for its backward."""
         taps, scopes = self._tapped.taps, self._scopes
@@ -84,6 +124,7 @@ class Tapped:
 
     def __init__(self, loss: str, model: nn.Module, structure: Structure, mlps: bool = False) -> None:
         self.loss, self.model, self.structure = loss, model, structure
+        self.places = guards.Places(structure, mlps)
         self.taps = Taps(structure.model)
         tap_hidden_states(self.taps, structure)
         for i, mlp in enumerate(structure.mlps if mlps else ()):
@@ -95,9 +136,12 @@ class Tapped:
 
         lens: makes the head that the taps read, once shards are back.
 
-        Raises what `guards.chosen` raises.
+        Raises ValueError for a model= that was forgotten (see ``guards.chosen``), RuntimeError after ``close`` or where
+        parts of the model were replaced.
         """
-        wrapped = guards.chosen(self.loss, self.model, model, self.structure)
+        self.taps.check_open()
+        wrapped = guards.chosen(self.loss, self.model, model)
+        self.places.check(self.loss)
         reshard(wrapped)
         head = None if lens is None else lens()
         try:
@@ -128,14 +172,7 @@ def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> 
         options["use_cache"] = False
     out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return 0 * logits.sum() if _wrapped(structure, model) else logits.new_zeros(())
-
-
-def _wrapped(structure: Structure, model: nn.Module) -> bool:
-    """Whether anything but PEFT or torch.compile stands around the language model, or shards it in place."""
-    if any(hasattr(module, "unshard") for module in model.modules()):
-        return True
-    return model is not structure.model and not (hasattr(model, "peft_config") or hasattr(model, "_orig_mod"))
+    return 0 * logits.sum() if synchronised(model, structure.model) else logits.new_zeros(())
 
 
 def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from fastguard.losses import guards
 from fastguard.losses.language_model import LanguageModelLoss
 from fastguard.machine import rank
 from fastguard.methods.passes import Batch, Loss, differentiate, finite_norm
@@ -127,7 +128,8 @@ class Training:
         """Add ``scale`` times the step's gradient to every parameter's.
 
         Args:
-            model: as wrapped by DDP, FSDP2 or accelerate. scale: 1 / micro-batches of an optimizer step.
+            model: as wrapped by DDP, FSDP2 or accelerate; may be left out with one process, and where FSDP2 shards the
+                model in place. scale: 1 / micro-batches of an optimizer step.
             batches: those that `roles` names.
 
         Returns figures, 0-dim and detached, ``loss`` among them.
@@ -136,9 +138,10 @@ class Training:
 
         Raises:
             TypeError: batches that are missing or not known. FloatingPointError: a loss or gradient is not finite.
+            ValueError: model left out although several processes train a model that is neither wrapped nor sharded.
         """
         self._check(batches)
-        model = self.model if model is None else model
+        model = guards.chosen(type(self).__name__, self.model, model)
         before = self.state_dict()
         try:
             select = self.prepare(model, **batches)

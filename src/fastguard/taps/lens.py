@@ -24,22 +24,27 @@ class Lens:
 
     Args:
         structure: the model's parts.
-        filter_tol: see ``lm_head_stats``. None is exact at the output, whose gradient passes through every layer
-            and whose broad distribution leaves little to skip, and the default of the dtype at the inner states.
+        filter_tol: of the inner hidden states, as for ``lm_head_stats``: None is the default of the dtype.
+        output_tol: the same of the output, whose gradient passes through every layer and whose broad distribution
+            leaves little to skip: exact unless asked for.
         inner_transform: whether inner states too pass the model's soft-cap and logit scale.
 
     Raises:
         RuntimeError: the head or the norm does not compute what its parameters say (see `SHIFTED`).
     """
 
-    def __init__(self, structure: Structure, filter_tol: float | None, inner_transform: bool = True) -> None:
+    def __init__(
+        self, structure: Structure, filter_tol: float | None = None, output_tol: float | None = 0.0,
+        inner_transform: bool = True,
+    ) -> None:  # fmt: skip
         for part in (structure.head, structure.norm):
             for by in (getattr(module, SHIFTED) for module in part.modules() if hasattr(module, SHIFTED)):
                 raise RuntimeError(
                     f"{type(part).__name__}: its output is shifted by {by}, which a loss that reads its weight would "
                     "miss; use a loss on the model's own logits"
                 )
-        self.structure, self.filter_tol, self.inner_transform = structure, filter_tol, inner_transform
+        self.structure, self.filter_tol, self.output_tol = structure, filter_tol, output_tol
+        self.inner_transform = inner_transform
         weight, bias = head_parameters(structure.head)
         self.weight = anchor.full(weight)
         self.bias = anchor.anchored(bias)
@@ -61,7 +66,7 @@ class Lens:
 
         Args:
             hidden: [..., D]. rows: [N] into its flattened rows. target: [N].
-            normed: ``hidden`` has been through the final norm already; read it as it is.
+            normed: ``hidden`` is the model's output, which has been through the final norm already.
             keep: False in a recompute, whose results are dropped: it must not take part in the token chain.
             with_mean: also the mean logit; see ``lm_head_stats``.
         """
@@ -69,7 +74,7 @@ class Lens:
         if kind is None:
             hidden = self.structure.norm.forward(hidden.reshape(-1, hidden.shape[-1])[rows])
             rows, kind = torch.arange(rows.shape[0], device=rows.device), "none"
-        filter_tol = 0.0 if normed and self.filter_tol is None else self.filter_tol
+        filter_tol = self.output_tol if normed else self.filter_tol
         # Mixed precision: products in autocast's dtype, else in the activations'; cast once for all taps.
         self.weight = self.weight.to(transforms.product_dtype(hidden))
         plain = not normed and not self.inner_transform

@@ -26,6 +26,9 @@ from fastguard.taps.taps import Taps, first_tensor
 
 PROBE_TOKENS = 4
 
+HEAD_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a head's weight may be; the codes of a quantised one are no weights."""
+
 
 @dataclass(frozen=True)
 class Structure:
@@ -64,36 +67,66 @@ class _Call:
     y: Tensor
 
 
+def inside(model: nn.Module) -> nn.Module | None:
+    """What PEFT, torch.compile or a checkpoint wrapper has wrapped; None where ``model`` is none of these."""
+    if hasattr(model, "get_base_model"):
+        config = getattr(model, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError("model: prompt tuning adds positions to the hidden states and is not supported; use LoRA")
+        return model.get_base_model()  # type: ignore[operator, no-any-return]
+    for name in ("_orig_mod", "_checkpoint_wrapped_module"):
+        if hasattr(model, name):
+            return getattr(model, name)  # type: ignore[no-any-return]
+    return None
+
+
+def _wraps(model: nn.Module) -> bool:
+    """Whether all that ``model`` has is another module, as DistributedDataParallel and its like."""
+    return [name for name, _ in model.named_children()] == ["module"]
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The language model inside torch.compile, DistributedDataParallel, PEFT and checkpoint wrappers."""
     while True:
-        if hasattr(model, "get_base_model"):
-            config = getattr(model, "active_peft_config", None)
-            if getattr(config, "is_prompt_learning", False):
-                raise ValueError(
-                    "model: prompt tuning adds positions to the hidden states and is not supported; use LoRA"
-                )
-            model = model.get_base_model()  # type: ignore[operator]
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
-        elif hasattr(model, "_checkpoint_wrapped_module"):
-            model = model._checkpoint_wrapped_module  # type: ignore[assignment]
-        elif hasattr(model, "_fsdp_wrapped_module"):
+        if hasattr(model, "_fsdp_wrapped_module"):
             raise ValueError("model: FSDP1 flattens the head's weight; use FSDP2 (torch.distributed.fsdp.fully_shard)")
-        elif [name for name, _ in model.named_children()] == ["module"]:
-            model = model.module  # type: ignore[assignment]
-        else:
+        within = inside(model)
+        if within is None and _wraps(model):
+            within = model.module  # type: ignore[assignment]
+        if within is None:
             return model
+        model = within
+
+
+def synchronised(model: nn.Module, base: nn.Module | None = None) -> bool:
+    """Whether something that sees to the ranks' gradients stands around ``model``, or shards it in place.
+
+    FSDP2's groups; around it DDP and its like, or, where ``base`` is the language model, anything but PEFT,
+    torch.compile and checkpoint wrappers.
+    """
+    if any(hasattr(module, "unshard") for module in model.modules()):
+        return True
+    while model is not base:
+        within = inside(model)
+        if within is None:
+            return base is not None or _wraps(model) or hasattr(model, "_fsdp_wrapped_module")
+        model = within
+    return False
 
 
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [V, D] and bias [V] that a head computes with; with LoRA on it, base plus delta (differentiable).
 
-    Raises ValueError where the head has no weight matrix.
+    Raises ValueError where the head has no weight matrix, or a quantised one.
     """
     weight, bias = getattr(head, "weight", None), getattr(head, "bias", None)
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError(f"model: its head {type(head).__name__} has no [V, D] weight")
+    if weight.dtype not in HEAD_DTYPES:
+        raise ValueError(
+            f"model: its head {type(head).__name__} has a weight of {weight.dtype}; expected float32, bfloat16, "
+            "float16 or float64. Leave the head out of the quantisation"
+        )
     if hasattr(head, "get_delta_weight") and not head.disable_adapters and not head.merged:
         for adapter in head.active_adapters:  # type: ignore[union-attr]
             if adapter in head.lora_A or adapter in head.lora_embedding_A:  # type: ignore[operator]
@@ -109,19 +142,21 @@ def find_structure(model: nn.Module, mlp_of: Callable[[nn.Module], nn.Module] | 
         mlp_of: from a decoder layer to the module whose output counts as its MLP's, where the rule fails.
 
     Raises:
-        ValueError: no head, final norm, layers or MLPs are found, or the logits are not head(norm(h)) up to a
-            scale and a soft-cap.
+        ValueError: no head, final norm, layers or MLPs are found, the logits are not head(norm(h)) up to a scale and
+            a soft-cap, or they are not finite.
     """
     base = unwrap(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ValueError("model: expected a decoder-only language model, got an encoder-decoder")
     arguments = frozenset(inspect.signature(base.forward).parameters)
-    head = _head(base)
+    head = output_head(base)
     weight, _ = head_parameters(head)
     if weight.device.type == "meta":
         raise ValueError("model: its parameters are on the meta device; load them before the loss is constructed")
     with _quiet(model, base):
         calls, logits = _record(base, arguments, weight.shape[0])
+        if not bool(torch.isfinite(logits).all()):
+            raise ValueError(f"model: its logits are not finite on a few tokens; {_not_finite(base)}")
         at = _last(calls, head)
         if at is None or calls[at].x is None:
             raise ValueError(f"model: its head {type(head).__name__} took no part in a forward")
@@ -129,8 +164,6 @@ def find_structure(model: nn.Module, mlp_of: Callable[[nn.Module], nn.Module] | 
         assert normed is not None
         norm_call = next((c for c in calls[:at] if _leaf(c.module) and _same(c.y, normed)), None)
         if norm_call is None or norm_call.x is None:
-            if not torch.isfinite(logits).all():
-                raise ValueError("model: its logits are not finite on a few tokens; expected finite weights")
             raise ValueError("model: no module produces the head's input; expected a final norm before the head")
         layers = _layers(base, calls, norm_call.x)
         width = norm_call.x.shape[-1]
@@ -159,7 +192,8 @@ def tap_hidden_states(taps: Taps, structure: Structure) -> None:
     taps.output(structure.norm, "norm", len(structure.layers))
 
 
-def _head(base: nn.Module) -> nn.Module:
+def output_head(base: nn.Module) -> nn.Module:
+    """The head of a language model as it stands now. Raises ValueError where there is none."""
     getter = getattr(base, "get_output_embeddings", None)
     head = getter() if callable(getter) else getattr(base, "lm_head", None)
     if not isinstance(head, nn.Module):
@@ -213,6 +247,19 @@ def _record(base: nn.Module, arguments: frozenset[str], vocabulary: int) -> tupl
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _not_finite(base: nn.Module) -> str:
+    """Which parameters are not finite, for an error; of a shard this rank's part."""
+    names = []
+    for name, p in base.named_parameters():
+        local = p.detach().to_local() if hasattr(p, "to_local") else p.detach()  # type: ignore[attr-defined]
+        if local.is_floating_point() and not bool(torch.isfinite(local).all()):
+            names.append(name)
+    if not names:
+        return "its weights are, so they overflow on the way"
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"expected finite weights, got others in {', '.join(names[:3])}{more}"
 
 
 def _last(calls: list[_Call], module: nn.Module) -> int | None:

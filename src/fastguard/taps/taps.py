@@ -230,17 +230,21 @@ class Taps:
         self.sites.append(site)
         self._handles.append(site.register())
 
+    def check_open(self) -> None:
+        """Raise a RuntimeError after `close`."""
+        if self.closed:
+            raise RuntimeError(
+                "taps: the loss or defense that they belong to was closed and its hooks are off the model; construct "
+                "it again"
+            )
+
     @contextlib.contextmanager
     def on(self, scope: Scope) -> Iterator[None]:
         """Serve ``scope`` while one forward runs; whatever happens in it, the sites end up switched off.
 
         Raises RuntimeError inside another such forward of this thread, and after `close`.
         """
-        if self.closed:
-            raise RuntimeError(
-                "taps: the loss or defense that they belong to was closed and its hooks are off the model; construct "
-                "it again"
-            )
+        self.check_open()
         if self.scope is not None:
             raise RuntimeError("taps: a tapped forward is already in progress on this model; it cannot be nested")
         self._bind_checkpoints()

@@ -149,19 +149,20 @@ class CRL(Training):
     ) -> Tensor:  # fmt: skip
         """The two hinges of each layer in the order of the model's states, then the divergence; one live forward."""
         both, split = torch.cat(rows), len(rows[0])
-        weight, bias = map(anchor.anchored, head_parameters(self.language.structure.head))
+        with self.language.tapped.call(model) as call:
+            weight, bias = map(anchor.anchored, head_parameters(self.language.structure.head))
 
-        def statistic(index: int, x: Tensor, keep: bool) -> Tensor:
-            found = []
-            if index in self.layers or index == self._last:
-                live = x.flatten(0, 1)[both]
-                if index in self.layers:
-                    found += self._hinges(live[:split], live[split:], frozen[index][:split], frozen[index][split:])
-                if index == self._last:
-                    found.append(self._divergence(live[split:], frozen[index][split:], weight, bias, frozen_head))
-            return torch.stack(found) if found else x.new_zeros(0)
+            def statistic(index: int, x: Tensor, keep: bool) -> Tensor:
+                found = []
+                if index in self.layers or index == self._last:
+                    live = x.flatten(0, 1)[both]
+                    if index in self.layers:
+                        found += self._hinges(live[:split], live[split:], frozen[index][:split], frozen[index][split:])
+                    if index == self._last:
+                        found.append(self._divergence(live[split:], frozen[index][split:], weight, bias, frozen_head))
+                return torch.stack(found) if found else x.new_zeros(0)
 
-        return torch.cat(self.language.statistics(batch, statistic, model))
+            return torch.cat(call.numbers(batch, statistic))
 
     def _hinges(self, bad: Tensor, good: Tensor, bad_before: Tensor, good_before: Tensor) -> list[Tensor]:
         """The harmless and the harmful hinge of one layer, each the mean over its rows [N, D]."""

@@ -75,7 +75,7 @@ class SEAM(Training):
         alpha, beta: of the refusals and of the cosine. eps: length of the steps of ``linearised`` and ``difference``.
         product: ``tangent``, ``linearised`` or ``difference``; see the module.
         mask_padding, boundary: of the pair's loss, as for ``RepNoiseLoss``.
-        filter_tol: see ``lm_head_stats``; None is exact at the output.
+        filter_tol: of the inner hidden states, as for ``lm_head_stats``; the output is exact.
         snapshot, through, allow_lost: of ``difference``, as for ``Booster``.
         seed: of dropout, a function of (seed, step, rank).
 
@@ -220,20 +220,20 @@ class SEAM(Training):
 
     def _fused(self, model: nn.Module, text: _Text, states: bool = False) -> tuple[Tensor, Tensor]:
         """Cross-entropies without logits: of all hidden states [L + 1], or none [0], and of the output, 0-dim."""
-        lens, last = Lens(self.language.structure, self.filter_tol), len(self.language.structure.layers)
-        rows, target = text.rows.rows, text.rows.target
+        structure, (rows, target) = self.language.structure, text.rows[:2]
+        last = len(structure.layers)
+        with self.language.tapped.call(model, lambda: Lens(structure, self.filter_tol)) as call:
+            lens = call.lens
+            assert lens is not None
 
-        def statistic(index: int, x: Tensor, keep: bool) -> Tensor:
-            read = [False] * states + [True] * (index == last)
-            found = [lens.cross_entropy(x, rows, target, normed=normed, keep=keep).sum() for normed in read]
-            return torch.stack(found) if found else x.new_zeros(0)
+            def statistic(index: int, x: Tensor, keep: bool) -> Tensor:
+                read = [False] * states + [True] * (index == last)
+                found = [lens.cross_entropy(x, rows, target, normed=normed, keep=keep).sum() for normed in read]
+                return torch.stack(found) if found else x.new_zeros(0)
 
-        try:
-            sums = self.language.statistics(text.batch, statistic, model)
-        finally:
-            lens.end()
-        inner = torch.cat([*sums[:last], sums[last][:-1]])
-        return self._mean(inner, text.rows), self._mean(sums[last][-1], text.rows)
+            sums = call.numbers(text.batch, statistic)
+            inner = torch.cat([*sums[:last], sums[last][:-1]])
+            return self._mean(inner, text.rows), self._mean(sums[last][-1], text.rows)
 
     def _own(self, model: nn.Module, text: _Text) -> Tensor:
         """The cross-entropy of the output from the model's own logits, of the positions from the first that is read."""

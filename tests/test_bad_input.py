@@ -95,6 +95,7 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
     "forward-mode derivatives": (lambda: torch.func.jvp(lambda a: fastguard.lm_head_stats(a, w, t).lse, (h,), (h,)),
                                  "lm_head_stats|forward"),
     "teacher of another shape": (lambda: fastguard.head_kl(h, h[:2], w), "teacher"),
+    "a basis that is not orthonormal": (lambda: fastguard.project_out(h, h[:2]), "orthonormal|basis"),
     # RepNoise
     "alpha below zero": (lambda: repnoise(alpha=-1.0), "alpha"),
     "beta below zero": (lambda: repnoise(beta=-1.0), "beta"),

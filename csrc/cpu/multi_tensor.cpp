@@ -24,6 +24,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "cpu/bf16.h"
 #include "cpu/simd.h"
 
 namespace {
@@ -31,7 +32,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-using bf16 = uint16_t;  // its bits
 
 constexpr int64_t SPAN = 1 << 16;        // elements of a task
 constexpr int64_t COPY_SPAN = 1 << 20;   // bytes of a task that copies
@@ -95,23 +95,10 @@ Work<N> work(const std::array<const Tensors*, N>& lists) {
   return out;
 }
 
-// By its bits, so that it vectorises; NaN becomes the quiet NaN, as in torch.
-FASTGUARD_INLINE bf16 to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
-  return static_cast<bf16>((bits & 0x7FFFFFFFU) > 0x7F800000U ? 0x7FC0U : rounded);
-}
-
 FASTGUARD_INLINE double value(double x) { return x; }
 FASTGUARD_INLINE float value(float x) { return x; }
 FASTGUARD_INLINE float value(c10::Half x) { return static_cast<float>(x); }
-FASTGUARD_INLINE float value(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float out;
-  std::memcpy(&out, &bits, sizeof out);
-  return out;
-}
+FASTGUARD_INLINE float value(bf16 x) { return of_bf16(x); }
 
 FASTGUARD_INLINE void set(double& to, double x) { to = x; }
 FASTGUARD_INLINE void set(float& to, double x) { to = static_cast<float>(x); }

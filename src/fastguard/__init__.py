@@ -28,11 +28,14 @@ _HOMES = {
     "head_kl": "fastguard.ops.head_kl",
     "gaussian_mmd": "fastguard.ops.gaussian_mmd",
     "representation_distance": "fastguard.ops.representation_distance",
+    "project_out": "fastguard.ops.project_out",
+    "project_out_": "fastguard.ops.project_out",
 }
 
-_ROOMS = ("nested", "trainers")
+_ROOMS = ("directions", "nested", "trainers")
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
+    from fastguard import directions as directions
     from fastguard import nested as nested
     from fastguard import trainers as trainers
     from fastguard.data.collate import ChatCollator as ChatCollator
@@ -53,6 +56,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.ops.lens_stats import lens_stats as lens_stats
     from fastguard.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from fastguard.ops.lm_head_stats import lm_head_stats as lm_head_stats
+    from fastguard.ops.project_out import project_out as project_out
+    from fastguard.ops.project_out import project_out_ as project_out_
     from fastguard.ops.representation_distance import representation_distance as representation_distance
 
 

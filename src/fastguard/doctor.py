@@ -31,6 +31,7 @@ OPS = {
     "gaussian_mmd": "gaussian_mmd",
     "multi_tensor": "multi_tensor",
     "representation_distance": "representation_distance",
+    "project_out": "project_out",
 }
 """Each op, and the folder of ``fastguard.ops`` that holds the kernels that serve it."""
 

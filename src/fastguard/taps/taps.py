@@ -136,9 +136,14 @@ class InputSite(Site):
         """Put the hook on its module."""
         return self.module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The hook that torch calls."""
-        self.fire(args if args else kwargs.get("hidden_states"))
+        replacement = self.fire(args if args else kwargs.get("hidden_states"))
+        if replacement is None:
+            return None
+        if args:
+            return with_first_tensor(args, replacement), kwargs
+        return args, {**kwargs, "hidden_states": replacement}
 
 
 class _Bound:

@@ -33,7 +33,8 @@ def test_equals_the_published_procedure(dtype):
     theirs = {h: mean_activations(model, b, list(mine.positions)) for h, b in batches.items()}
     assert mine.difference.dtype == dtype
     assert mine.positions == (-4, -3, -2, -1)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-10
+    # float64 models take their norms and their positions' angles in float32
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-7
     for a, b in ((mine.harmful, theirs[True]), (mine.harmless, theirs[False])):
         assert float((a - b).norm() / b.norm()) < tolerance
     expected = theirs[True] - theirs[False]

@@ -15,7 +15,7 @@ TOKENS = [REFUSAL]
 @pytest.fixture(scope="module")
 def case():
     model, direction = planted()
-    found = directions.estimate(model, prompts(True, 1, 16), prompts(False, 1, 16), positions=2)
+    found = directions.estimate(model, prompts(True, 1, 64), prompts(False, 1, 64), positions=2)
     harmful, harmless = (prompts(h, 2, 4, seed=5, padding="left") for h in (True, False))
     return model, direction, found, harmful, harmless
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
+import threading
 
 import peft
 import pytest
@@ -117,7 +119,7 @@ def test_each_sample_its_own_basis(fused):
 
 def traces(model: nn.Module) -> list:
     return [
-        (name, len(m._forward_hooks), len(m._forward_pre_hooks), "forward" in vars(m), m.training)
+        (name, type(m), sorted(vars(m)), len(m._forward_hooks), len(m._forward_pre_hooks), m.training)
         for name, m in model.named_modules()
     ]
 
@@ -130,7 +132,7 @@ def test_everything_is_put_back(error):
     model.model.layers[1].forward = lambda *args, **kwargs: own(*args, **kwargs)  # someone else's
     someone = vars(model.model.layers[1])["forward"]
     with contextlib.suppress(ValueError, KeyboardInterrupt), ablate(model, basis()):
-        assert "forward" in vars(model.model.layers[0])
+        assert type(model.model.layers[0]) is not before[3][1]
         if error is not None:
             hook = model.model.layers[2].mlp.register_forward_hook(lambda *_: (_ for _ in ()).throw(error))
             try:
@@ -212,9 +214,13 @@ def test_gradients_pass_through(fused, checkpointing):
     without = gradients(model)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    ran = []
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: ran.append(1))
     with ablate(model, q, fused=fused):
+        ran.clear()
         loss = loss_of(model)
         loss.backward()
+    assert len(ran) == 1 + checkpointing
     found = gradients(model)
     assert float(abs(loss - expected_loss)) < 1e-6
     assert_same_gradients(found, expected, 1e-5)
@@ -222,13 +228,33 @@ def test_gradients_pass_through(fused, checkpointing):
         assert_same_gradients(found, without, 1e-2)
 
 
-def test_a_backward_after_the_context_is_refused_under_checkpointing():
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_backward_after_the_context_is_refused_under_checkpointing(kept, fused):
     model = tiny("llama", torch.float64)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    with ablate(model, basis(1)):
+    stream = Stream(model)
+    with stream.ablated(basis(1), fused=fused) if kept else ablate(model, basis(1), fused=fused):
         loss = loss_of(model)
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+    with pytest.raises(RuntimeError, match="gradients of another function"):
         loss.backward()
+    stream.close()
+
+
+def test_recomputations_in_other_threads_by_any_checkpointer():
+    """Autograd runs a backward on a GPU in threads of its own."""
+    model, q = tiny("llama", torch.float64), basis(1)
+    with ablate(model, q, fused=False):
+        loss_of(model).backward()
+    expected = gradients(model)
+    for layer in model.model.layers:
+        layer.forward = functools.partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
+    with ablate(model, q):
+        loss = loss_of(model)
+        thread = threading.Thread(target=loss.backward)
+        thread.start()
+        thread.join()
+    assert_same_gradients(gradients(model), expected, 1e-10)
 
 
 def test_compiled_models():

@@ -8,7 +8,7 @@ projections inside the residual add and the norm that follows it (`taps.writes`)
 projecting the sum and projecting what is added are one.
 
 Everything is differentiable. Under activation checkpointing the backward runs inside the context as well, since a
-recomputation after it would be of another function; torch raises then.
+recomputation after it would be of another function, which raises.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastguard.directions.basis import orthonormalise
-from fastguard.directions.prompts import compiled, put_back
+from fastguard.directions.prompts import compiled
 from fastguard.ops.project_out import project_out
 from fastguard.taps import Structure, Taps, find_structure
 from fastguard.taps.taps import Scope
@@ -38,9 +39,11 @@ class _Changing(Scope):
     def __init__(self) -> None:
         super().__init__()
         self.grad_enabled = False  # forwards with and without gradients may run in one context
-        self.fired = False
+        self.fired = self.over = False
 
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> Tensor | None:
+        if self.over:
+            raise _left()
         self.fired = True
         return self.change(kind, index, x)
 
@@ -64,6 +67,32 @@ class _PerDevice:
         if device not in self._held:
             self._held[device] = self._value.to(device)
         return self._held[device]
+
+
+class _StreamTaps(Taps):
+    """Taps whose scope is known to recomputations in autograd's other threads while its context is open."""
+
+    current: _Changing | None = None
+
+    def scope_of_backward(self) -> Scope | None:
+        return self.current
+
+
+_open: list[_StreamTaps] = []
+"""Those of the contexts that are open now."""
+
+
+@contextlib.contextmanager
+def _suspended() -> Iterator[None]:
+    """No stream is changed by this thread: a model's parts are found as they are."""
+    before = [(taps, taps.scope) for taps in _open]
+    try:
+        for taps, _ in before:
+            taps.scope = None
+        yield
+    finally:
+        for taps, scope in before:
+            taps.scope = scope
 
 
 class _Ablating(_Changing):
@@ -132,9 +161,10 @@ class Stream:
 
     def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:
         self.model = model
-        self.structure = find_structure(model) if structure is None else structure
-        self.writes: tuple[Writes, ...] = find_writes(self.structure, model)
-        self._taps = Taps(self.structure.model)
+        with _suspended():
+            self.structure = find_structure(model) if structure is None else structure
+            self.writes: tuple[Writes, ...] = find_writes(self.structure, model)
+        self._taps = _StreamTaps(self.structure.model)
         for index, writes in enumerate(self.writes):
             self._taps.input(writes.layer, STREAM, index)
             for module in writes.modules:
@@ -215,7 +245,13 @@ class Stream:
     @contextlib.contextmanager
     def _on(self, scope: _Changing) -> Iterator[None]:
         with self._taps.on(scope):
-            yield
+            self._taps.current = scope
+            _open.append(self._taps)
+            try:
+                yield
+            finally:
+                _open.remove(self._taps)
+                self._taps.current, scope.over = None, True
         if not scope.fired and compiled(self.model):
             raise RuntimeError(
                 "directions: no forward of the compiled model passed the hooks on its stream, so that nothing was "
@@ -226,25 +262,63 @@ class Stream:
     def _fuse(self, writes: Writes, scope: _Ablating, stack: contextlib.ExitStack) -> bool:
         """Give a layer its fused forward until ``stack`` is left; whether that is possible now."""
         layer, parts = writes.layer, writes.pre_norm
-        if parts is None or "forward" in vars(layer) or _hooked(parts.norm2):
+        if parts is None or "forward" in vars(layer) or FUSED in vars(layer) or _hooked(parts.norm2):
             return False
-        stack.callback(put_back, layer, None)
-        layer.forward = _Fused(layer.forward, parts, scope, self._taps)
+        stack.callback(_own_class, layer, type(layer))
+        vars(layer)[FUSED] = _Fused(parts, scope, self._taps)
+        layer.__class__ = _fused_class(type(layer))
         return True
 
 
+FUSED = "_fastguard_fused"
+"""The attribute in which a layer of a fused class holds its `_Fused`."""
+
+
+@dataclass(frozen=True)
 class _Fused:
-    """A layer's forward that is fused in the forwards of its scope and the layer's own in all others."""
+    """What makes a layer's forward fused in the forwards of one scope."""
 
-    def __init__(self, own: Callable[..., Any], parts: PreNorm, scope: _Ablating, taps: Taps) -> None:
-        functools.update_wrapper(self, own)
-        self.own, self.parts, self.scope, self.taps = own, parts, scope, taps
+    parts: PreNorm
+    scope: _Ablating
+    taps: _StreamTaps
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.taps.scope is not self.scope:
-            return self.own(*args, **kwargs)
+    def __call__(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The fused forward, or ``own`` where another thread's forward passes."""
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        if self.taps.scope is not self.scope and not (self.taps.scope is None and recomputing):
+            return own(*args, **kwargs)
         device = (args[0] if args else kwargs["hidden_states"]).device
         return fused_layer(self.parts, self.scope.basis.on(device), self.scope.index_on(device), *args, **kwargs)
+
+
+@functools.lru_cache(maxsize=None)
+def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of a layer's class with the fused forward.
+
+    A forward set on the layer itself would pass by the activation checkpointing that transformers wraps around the
+    forwards of its classes, of subclasses too.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        fused: _Fused | None = vars(self).get(FUSED)
+        if fused is None:
+            raise _left()
+        return fused(functools.partial(kind.forward, self), *args, **kwargs)
+
+    functools.update_wrapper(forward, kind.forward)
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _own_class(layer: nn.Module, kind: type[nn.Module]) -> None:
+    layer.__class__ = kind
+    vars(layer).pop(FUSED, None)
+
+
+def _left() -> RuntimeError:
+    return RuntimeError(
+        "directions: an activation checkpoint recomputes a forward whose context was left, which would give "
+        "gradients of another function; call backward inside it"
+    )
 
 
 def _hooked(module: nn.Module) -> bool:

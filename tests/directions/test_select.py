@@ -72,15 +72,15 @@ def test_layers_that_return_more_than_a_tensor_share_no_prefix(case):
     plain = directions.select(model, found, harmful, harmless, refusal_tokens=TOKENS)
     layers = model.model.layers
     handles = [layer.register_forward_hook(lambda module, args, output: [output]) for layer in layers]
-    unwrap = [
-        layer.register_forward_pre_hook(lambda module, args: (args[0][0], *args[1:]) if isinstance(args[0], list) else None)
-        for layer in layers
-    ]
-    after = model.model.norm.register_forward_pre_hook(lambda module, args: (args[0][0],) if isinstance(args[0], list) else None)
+
+    def first(module, args):
+        return (args[0][0], *args[1:]) if isinstance(args[0], list) else None
+
+    unwrap = [module.register_forward_pre_hook(first) for module in (*layers, model.model.norm)]
     try:
         listed = directions.select(model, found, harmful, harmless, refusal_tokens=TOKENS)
     finally:
-        for handle in (*handles, *unwrap, after):
+        for handle in (*handles, *unwrap):
             handle.remove()
     assert listed.forwards > plain.forwards
     assert (listed.position, listed.layer) == (plain.position, plain.layer)

@@ -1,4 +1,4 @@
-"""Streaming class moments of the stream: one tap a layer, no activation kept, no loss however many samples there are."""
+"""Streaming class moments of the stream: one tap a layer, no activation kept, no loss however many samples come."""
 
 from __future__ import annotations
 

@@ -131,9 +131,7 @@ def _check(directions: Directions, tokens: Sequence[int], layers: float, rows: i
 class _Asked:
     """The questions that are asked of candidates, and the forwards that answer them."""
 
-    def __init__(
-        self, stream: Stream, prompts: Prompts, directions: Directions, tokens: list[int], rows: int
-    ) -> None:
+    def __init__(self, stream: Stream, prompts: Prompts, directions: Directions, tokens: list[int], rows: int) -> None:
         self.stream, self.prompts, self.tokens, self.rows = stream, prompts, tokens, rows
         self.structure = stream.structure
         if max(tokens) >= self.structure.vocabulary:

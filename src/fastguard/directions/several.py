@@ -97,7 +97,9 @@ def iterate(
         raise ValueError(f"count: expected at least 1, got {count}")
     for name, batches in (("harmful", harmful), ("harmless", harmless)):
         if iter(batches) is batches:
-            raise ValueError(f"{name}: expected batches that can be gone through again, such as a list; got an iterator")
+            raise ValueError(
+                f"{name}: expected batches that can be gone through again, such as a list; got an iterator"
+            )
     chosen = wanted(positions)
     own = Stream(model) if stream is None else stream
     basis: Tensor | None = None

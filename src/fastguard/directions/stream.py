@@ -2,8 +2,8 @@
 
 An ablated stream has no part along some directions. It starts without one if the first layer's input is projected, and
 it stays so if everything that is added to it is: L layers write twice, so that 2 L + 1 projections suffice (Arditi et
-al. 2024 make 3 L). Taking a share of each write's part is what the same edit of the weights would do, W <- W - s Q^T Q W,
-and what is meant by a ``scale`` other than 1. Layers of the common pre-norm form make the first of their two
+al. 2024 make 3 L). Taking a share of each write's part is what an edit of the weights would do, W <- W - s Q^T Q W, and
+what is meant by a ``scale`` other than 1. Layers of the common pre-norm form make the first of their two
 projections inside the residual add and the norm that follows it (`taps.writes`); that is so for scale 1 alone, where
 projecting the sum and projecting what is added are one.
 
@@ -291,8 +291,8 @@ class _Fused:
         return fused_layer(self.parts, self.scope.basis.on(device), self.scope.index_on(device), *args, **kwargs)
 
 
-@functools.lru_cache(maxsize=None)
-def _fused_class(kind: type[nn.Module]) -> type[nn.Module]:
+@functools.cache
+def _fused_class(kind: Any) -> Any:
     """A subclass of a layer's class with the fused forward.
 
     A forward set on the layer itself would pass by the activation checkpointing that transformers wraps around the

@@ -156,8 +156,8 @@ class _Bound:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if any(each.closed and scope is not OFF for each, scope in self.bound):
             raise RuntimeError(
-                "taps: an activation checkpoint recomputes a tapped forward whose hooks are off the model by now, which "
-                "would give gradients of another function. Call backward before the loss is closed or the context left"
+                "taps: an activation checkpoint recomputes a tapped forward whose hooks are off the model, which would "
+                "give gradients of another function. Call backward before the loss is closed or the context left"
             )
         before = [each.scope for each, _ in self.bound]
         for each, scope in self.bound:

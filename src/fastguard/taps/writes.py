@@ -1,8 +1,8 @@
 """Where a decoder's layers write to the residual stream, found by watching them add, not by names.
 
-A layer turns its input h into h + m (a + b): the outputs a and b of two of its children (attention and MLP, or the norms
-that Gemma 2 and OLMo 2 put behind them), which are *added*, times a number m (Granite). A probe forward tells which
-children those are: the ones whose outputs make up the difference.
+A layer turns its input h into h + m (a + b): the outputs a and b of two of its children (attention and MLP, or the
+norms that Gemma 2 and OLMo 2 put behind them), which are *added*, times a number m (Granite). A probe forward tells
+which children those are: the ones whose outputs make up the difference.
 
 Layers of the common form, x = h + attention(norm1(h)), x + mlp(norm2(x)), can also be run by `fused_layer`, in which
 the first add, a projection and the second norm are one pass over the stream. That form is recognised by what the
@@ -189,7 +189,9 @@ def _adds_up(x: Tensor, y: Tensor, written: list[Tensor]) -> bool:
         return bool((difference == 0).all())
     m = float((difference * total).sum()) / square
     size = max(float(t.double().abs().max()) for t in (x, y, *written))
-    return m != 0 and float((difference - m * total).abs().max()) <= 8 * torch.finfo(y.dtype).eps * size * max(1, abs(m))
+    return m != 0 and float((difference - m * total).abs().max()) <= 8 * torch.finfo(y.dtype).eps * size * max(
+        1, abs(m)
+    )
 
 
 def _pre_norm(
@@ -239,9 +241,7 @@ def _drops_out(layer: nn.Module) -> bool:
     return any(child.p > 0 for child in modules) or any(rate > 0 for rate in rates)
 
 
-def fused_layer(
-    parts: PreNorm, basis: Tensor | None, basis_index: Tensor | None, *args: Any, **kwargs: Any
-) -> Tensor:
+def fused_layer(parts: PreNorm, basis: Tensor | None, basis_index: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
     """A pre-norm layer's forward, its stream projected off ``basis`` at both writes; without one, the layer's own.
 
     Args:
@@ -258,7 +258,9 @@ def fused_layer(
     x: Tensor = given.pop(first)
     passed = {name: v for name, v in given.items() if parts.passed is None or name in parts.passed}
     normed = parts.norm1(x)
-    attended = parts.attention(**{parts.hidden: normed}, **passed) if parts.hidden else parts.attention(normed, **passed)
+    attended = (
+        parts.attention(**{parts.hidden: normed}, **passed) if parts.hidden else parts.attention(normed, **passed)
+    )
     weight, bias = getattr(parts.norm2, "weight", None), getattr(parts.norm2, "bias", None)
     stream, normed = add_project_rms_norm(
         x, first_tensor(attended), basis, weight, parts.eps, kind=parts.kind, bias=bias, basis_index=basis_index

@@ -96,6 +96,8 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
                                  "lm_head_stats|forward"),
     "teacher of another shape": (lambda: fastguard.head_kl(h, h[:2], w), "teacher"),
     "a basis that is not orthonormal": (lambda: fastguard.project_out(h, h[:2]), "orthonormal|basis"),
+    "an update of another shape": (lambda: fastguard.add_project_rms_norm(h, h[:2], None, w[0], 1e-5), "update"),
+    "moments without a rest": (lambda: fastguard.class_moments_(t[:1], x[:1], None, x, t[: len(x)]), "mean_rest"),
     # RepNoise
     "alpha below zero": (lambda: repnoise(alpha=-1.0), "alpha"),
     "beta below zero": (lambda: repnoise(beta=-1.0), "beta"),

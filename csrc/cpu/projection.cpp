@@ -36,6 +36,9 @@ constexpr int64_t GRAIN = 1 << 14;  // elements of a task, at least
 constexpr int64_t LANES = 8;        // elements of a vector
 constexpr int64_t SUMS = 32;        // partial sums of a reduction
 
+// Rows and directions of a block are few and known: unrolled before their sums are given registers, not after.
+#define UNROLLED _Pragma("GCC unroll 8")
+
 template <typename T>
 struct Vector {
   typedef T type __attribute__((vector_size(LANES * sizeof(T))));
@@ -56,20 +59,20 @@ FASTGUARD_INLINE void products(const T* h, const T* q, int64_t step, int64_t n, 
   int64_t f = 0;
   for (; f + LANES <= n; f += LANES) {
     vec<T> x[R];
-    for (int r = 0; r < R; ++r) load(x[r], h + r * step + f);
-    for (int k = 0; k < K; ++k) {
+    UNROLLED for (int r = 0; r < R; ++r) load(x[r], h + r * step + f);
+    UNROLLED for (int k = 0; k < K; ++k) {
       vec<T> y;
       load(y, q + k * step + f);
-      for (int r = 0; r < R; ++r) sums[r][k] += x[r] * y;
+      UNROLLED for (int r = 0; r < R; ++r) sums[r][k] += x[r] * y;
     }
   }
   for (; f < n; ++f) {
-    for (int k = 0; k < K; ++k) {
-      for (int r = 0; r < R; ++r) ends[r][k] += h[r * step + f] * q[k * step + f];
+    UNROLLED for (int k = 0; k < K; ++k) {
+      UNROLLED for (int r = 0; r < R; ++r) ends[r][k] += h[r * step + f] * q[k * step + f];
     }
   }
-  for (int r = 0; r < R; ++r) {
-    for (int k = 0; k < K; ++k) {
+  UNROLLED for (int r = 0; r < R; ++r) {
+    UNROLLED for (int k = 0; k < K; ++k) {
       double sum = ends[r][k];
       for (int64_t j = 0; j < LANES; ++j) sum += sums[r][k][j];
       c[r * MAX_K + k] += sum;
@@ -83,17 +86,17 @@ FASTGUARD_INLINE void remove(T* h, const T* q, int64_t step, int64_t n, const T*
   int64_t f = 0;
   for (; f + LANES <= n; f += LANES) {
     vec<T> x[R];
-    for (int r = 0; r < R; ++r) load(x[r], h + r * step + f);
-    for (int k = 0; k < K; ++k) {
+    UNROLLED for (int r = 0; r < R; ++r) load(x[r], h + r * step + f);
+    UNROLLED for (int k = 0; k < K; ++k) {
       vec<T> y;
       load(y, q + k * step + f);
-      for (int r = 0; r < R; ++r) x[r] -= c[r * MAX_K + k] * y;
+      UNROLLED for (int r = 0; r < R; ++r) x[r] -= c[r * MAX_K + k] * y;
     }
-    for (int r = 0; r < R; ++r) std::memcpy(h + r * step + f, &x[r], sizeof x[r]);
+    UNROLLED for (int r = 0; r < R; ++r) std::memcpy(h + r * step + f, &x[r], sizeof x[r]);
   }
   for (; f < n; ++f) {
-    for (int r = 0; r < R; ++r) {
-      for (int k = 0; k < K; ++k) h[r * step + f] -= c[r * MAX_K + k] * q[k * step + f];
+    UNROLLED for (int r = 0; r < R; ++r) {
+      UNROLLED for (int k = 0; k < K; ++k) h[r * step + f] -= c[r * MAX_K + k] * q[k * step + f];
     }
   }
 }
@@ -255,6 +258,214 @@ BODY(void, store, (float* from, bf16* to, int64_t n), (double* from, bf16* to, i
 BODY(void, store, (float* from, c10::Half* to, int64_t n), (double* from, c10::Half* to, int64_t n), (from, to, n))
 #undef BODY
 
+// No, 1, 2 or 4 directions and fp32 or bf16 throughout: no buffer. A block of R rows is read for the products, read again from
+// cache for what is left, which is stored as it comes, and the stored rows once more for the norm.
+
+typedef uint16_t bits16 __attribute__((vector_size(LANES * sizeof(uint16_t))));
+typedef uint32_t bits32 __attribute__((vector_size(LANES * sizeof(uint32_t))));
+
+FASTGUARD_INLINE void load(vec<float>& v, const bf16* p) {
+  bits16 narrow;
+  std::memcpy(&narrow, p, sizeof narrow);
+  const bits32 wide = __builtin_convertvector(narrow, bits32) << 16;
+  std::memcpy(&v, &wide, sizeof v);
+}
+// Stores v; v becomes what was stored.
+FASTGUARD_INLINE void store_vector(vec<float>& v, float* p) { std::memcpy(p, &v, sizeof v); }
+FASTGUARD_INLINE void store_vector(vec<float>& v, bf16* p) {
+  bits32 bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const bits32 rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+  const bits32 nan = (bits & 0x7FFFFFFFU) > 0x7F800000U;  // all ones where it is
+  const bits32 kept = (rounded & ~nan) | (nan & 0x7FC0U);
+  const bits16 narrow = __builtin_convertvector(kept, bits16);
+  std::memcpy(p, &narrow, sizeof narrow);
+  const bits32 wide = kept << 16;
+  std::memcpy(&v, &wide, sizeof v);
+}
+FASTGUARD_INLINE float one(float x) { return x; }
+FASTGUARD_INLINE float one(bf16 x) { return of_bf16(x); }
+FASTGUARD_INLINE float store_one(float x, float* p) { return *p = x; }
+FASTGUARD_INLINE float store_one(float x, bf16* p) { return of_bf16(*p = to_bf16(x)); }
+FASTGUARD_INLINE double total(const vec<float>& v) {
+  double sum = 0;
+  for (int64_t j = 0; j < LANES; ++j) sum += v[j];
+  return sum;
+}
+
+template <typename S>
+struct Direct {
+  const S *x, *update;  // update may be null
+  int64_t x_step, update_step, D;
+  const float* q;  // [K, D]
+  int64_t K;
+  float scale;
+  S *stream, *out;  // out may be null: no norm
+  int64_t stream_step;
+  const float *weight, *bias;
+  bool centred;  // a layer norm
+  double eps;
+};
+
+template <int R, int K, bool UPDATE, typename S>
+FASTGUARD_INLINE void direct_rows(const Direct<S>& a, int64_t i) {
+  const S *x = a.x + i * a.x_step, *u = UPDATE ? a.update + i * a.update_step : nullptr;
+  S* to = a.stream + i * a.stream_step;
+  const int64_t D = a.D;
+  float c[R][K + 1];
+  if constexpr (K > 0) {
+    double sums[R][K] = {};
+    for (int64_t first = 0; first < D; first += CHUNK) {
+      const int64_t end = std::min(D, first + CHUNK);
+      vec<float> part[R][K] = {};
+      float ends[R][K] = {};
+      int64_t f = first;
+      for (; f + LANES <= end; f += LANES) {
+        vec<float> h[R], y;
+        UNROLLED for (int r = 0; r < R; ++r) {
+          load(h[r], x + r * a.x_step + f);
+          if constexpr (UPDATE) {
+            load(y, u + r * a.update_step + f);
+            h[r] += y;
+          }
+        }
+        UNROLLED for (int k = 0; k < K; ++k) {
+          load(y, a.q + k * D + f);
+          UNROLLED for (int r = 0; r < R; ++r) part[r][k] += h[r] * y;
+        }
+      }
+      for (; f < end; ++f) {
+        UNROLLED for (int r = 0; r < R; ++r) {
+          float h = one(x[r * a.x_step + f]);
+          if constexpr (UPDATE) h += one(u[r * a.update_step + f]);
+          UNROLLED for (int k = 0; k < K; ++k) ends[r][k] += h * a.q[k * D + f];
+        }
+      }
+      UNROLLED for (int r = 0; r < R; ++r) {
+        UNROLLED for (int k = 0; k < K; ++k) sums[r][k] += total(part[r][k]) + ends[r][k];
+      }
+    }
+    UNROLLED for (int r = 0; r < R; ++r) {
+      UNROLLED for (int k = 0; k < K; ++k) c[r][k] = static_cast<float>(sums[r][k]) * a.scale;
+    }
+  }
+  double squared[R] = {}, summed[R] = {};
+  for (int64_t first = 0; first < D; first += CHUNK) {
+    const int64_t end = std::min(D, first + CHUNK);
+    vec<float> part[R] = {}, plain[R] = {};
+    float ends[R] = {}, plain_ends[R] = {};
+    int64_t f = first;
+    for (; f + LANES <= end; f += LANES) {
+      vec<float> h[R], y;
+      UNROLLED for (int r = 0; r < R; ++r) {
+        load(h[r], x + r * a.x_step + f);
+        if constexpr (UPDATE) {
+          load(y, u + r * a.update_step + f);
+          h[r] += y;
+        }
+      }
+      UNROLLED for (int k = 0; k < K; ++k) {
+        load(y, a.q + k * D + f);
+        UNROLLED for (int r = 0; r < R; ++r) h[r] -= c[r][k] * y;
+      }
+      UNROLLED for (int r = 0; r < R; ++r) {
+        store_vector(h[r], to + r * a.stream_step + f);
+        part[r] += h[r] * h[r];
+        plain[r] += h[r];
+      }
+    }
+    for (; f < end; ++f) {
+      UNROLLED for (int r = 0; r < R; ++r) {
+        float h = one(x[r * a.x_step + f]);
+        if constexpr (UPDATE) h += one(u[r * a.update_step + f]);
+        UNROLLED for (int k = 0; k < K; ++k) h -= c[r][k] * a.q[k * D + f];
+        h = store_one(h, to + r * a.stream_step + f);
+        ends[r] += h * h;
+        plain_ends[r] += h;
+      }
+    }
+    UNROLLED for (int r = 0; r < R; ++r) {
+      squared[r] += total(part[r]) + ends[r];
+      summed[r] += total(plain[r]) + plain_ends[r];
+    }
+  }
+  if (a.out == nullptr) return;
+  UNROLLED for (int r = 0; r < R; ++r) {
+    const S* h = to + r * a.stream_step;
+    S* out = a.out + (i + r) * D;
+    float mean = 0;
+    if (a.centred) {
+      mean = static_cast<float>(summed[r] / static_cast<double>(D));
+      squared[r] = 0;
+      for (int64_t first = 0; first < D; first += CHUNK) {
+        const int64_t end = std::min(D, first + CHUNK);
+        vec<float> part = {}, y;
+        float ends = 0;
+        int64_t f = first;
+        for (; f + LANES <= end; f += LANES) {
+          load(y, h + f);
+          y -= mean;
+          part += y * y;
+        }
+        for (; f < end; ++f) ends += (one(h[f]) - mean) * (one(h[f]) - mean);
+        squared[r] += total(part) + ends;
+      }
+    }
+    const float inverse = static_cast<float>(1 / std::sqrt(squared[r] / static_cast<double>(D) + a.eps));
+    int64_t f = 0;
+    for (; f + LANES <= D; f += LANES) {
+      vec<float> y, w;
+      load(y, h + f);
+      load(w, a.weight + f);
+      y = (y - mean) * inverse * w;
+      if (a.bias != nullptr) {
+        load(w, a.bias + f);
+        y += w;
+      }
+      store_vector(y, out + f);
+    }
+    for (; f < D; ++f) {
+      const float y = (one(h[f]) - mean) * inverse * a.weight[f];
+      store_one(a.bias != nullptr ? y + a.bias[f] : y, out + f);
+    }
+  }
+}
+
+template <bool UPDATE, typename S>
+FASTGUARD_INLINE void direct_block(const Direct<S>& a, int64_t i, int64_t rows, bool projected) {
+  if (projected && rows == 2) {
+    switch (a.K) {
+      case 1: return direct_rows<2, 1, UPDATE>(a, i);
+      case 2: return direct_rows<2, 2, UPDATE>(a, i);
+      default: return direct_rows<2, 4, UPDATE>(a, i);
+    }
+  }
+  for (int64_t r = i; r < i + rows; ++r) {
+    switch (projected ? a.K : 0) {
+      case 0: direct_rows<1, 0, UPDATE>(a, r); break;
+      case 1: direct_rows<1, 1, UPDATE>(a, r); break;
+      case 2: direct_rows<1, 2, UPDATE>(a, r); break;
+      default: direct_rows<1, 4, UPDATE>(a, r);
+    }
+  }
+}
+// Rows i and, where there are two, i + 1, which share the basis a.q.
+template <typename S>
+FASTGUARD_INLINE void direct(const Direct<S>& a, int64_t i, int64_t rows, bool projected) {
+  if (a.update != nullptr) {
+    direct_block<true>(a, i, rows, projected);
+  } else {
+    direct_block<false>(a, i, rows, projected);
+  }
+}
+// Not for AVX-512: vectors are of 32 bytes as they are, and memory is what they wait for.
+FASTGUARD_AVX2 void direct_(const Direct<float>& a, int64_t i, int64_t rows, bool projected) {
+  direct(a, i, rows, projected);
+}
+FASTGUARD_AVX2 void direct_(const Direct<bf16>& a, int64_t i, int64_t rows, bool projected) {
+  direct(a, i, rows, projected);
+}
+
 // Calls f with a pointer to what lies at `data` in a dtype.
 template <typename F>
 void by_dtype(const void* data, ScalarType dtype, const F& f) {
@@ -352,11 +563,11 @@ struct Basis {
     const int64_t g = index[i / each];
     return g < 0 ? nullptr : data + g * K * D;
   }
-  // f(i, rows, q) for blocks of rows from i on that share the basis q. Few directions are read again sooner than many
-  // rows: short blocks leave the rows in the nearest cache.
+  // f(i, rows, q) for blocks of at most so many rows from i on that share the basis q. A block of few directions, which
+  // are soon read again, is short: its rows stay in the nearest cache.
   template <typename F>
-  void blocks(int64_t begin, int64_t end, const F& f) const {
-    const int64_t most = data == nullptr ? 1 : (K <= 4 ? 4 : MAX_ROWS);
+  void blocks(int64_t begin, int64_t end, const F& f, int64_t most = 0) const {
+    if (most == 0) most = data == nullptr ? 1 : (K <= 4 ? 2 : MAX_ROWS);
     for (int64_t i = begin; i < end;) {
       const T* q = of(i);
       int64_t rows = 1;
@@ -401,8 +612,59 @@ void by_wide(const Tensor& x, const F& f) {
   }
 }
 
+// Whether the direct kernels take it, for which all tensors have the dtype S; then f does, with a Direct<S>.
+template <typename F>
+bool directly(const Tensor& x, const Maybe& update, const Basis<float>& b, const F& f) {
+  if (b.K > 4 || b.K == 3 || (update.has_value() && update->scalar_type() != x.scalar_type())) return false;
+  auto call = [&](auto type) {
+    using S = decltype(type);
+    Direct<S> a = {};
+    a.x = static_cast<const S*>(x.const_data_ptr());
+    a.x_step = x.stride(0);
+    if (update.has_value()) {
+      a.update = static_cast<const S*>(update->const_data_ptr());
+      a.update_step = update->stride(0);
+    }
+    a.D = b.D;
+    a.K = b.K;
+    a.scale = b.scale;
+    f(a);
+  };
+  if (x.scalar_type() == ScalarType::Float) {
+    call(float());
+  } else if (x.scalar_type() == ScalarType::BFloat16) {
+    call(bf16());
+  } else {
+    return false;
+  }
+  return true;
+}
+
+template <typename S>
+void run_directly(const Direct<S>& a, const Basis<float>& b, int64_t n) {
+  parallel_rows(n, a.D, [&](int64_t begin, int64_t end) {
+    Direct<S> own = a;
+    b.blocks(
+        begin, end,
+        [&](int64_t i, int64_t rows, const float* q) {
+          own.q = q;
+          direct_(own, i, rows, q != nullptr);
+        },
+        2);
+  });
+}
+
 void project_out(const Tensor& x, const Tensor& basis, const Maybe& index, double scale, bool preserve,
                  const Tensor& out) {
+  if (!preserve && x.scalar_type() != ScalarType::Double && out.scalar_type() == x.scalar_type()) {
+    const Basis<float> b(basis, index, scale, x.size(0), x.size(1));
+    const bool done = directly(x, std::nullopt, b, [&](auto& a) {
+      a.stream = static_cast<std::remove_const_t<std::remove_pointer_t<decltype(a.x)>>*>(out.mutable_data_ptr());
+      a.stream_step = out.stride(0);
+      run_directly(a, b, x.size(0));
+    });
+    if (done) return;
+  }
   by_wide(x, [&](auto t) {
     using T = decltype(t);
     const int64_t N = x.size(0), D = x.size(1);
@@ -524,6 +786,23 @@ struct Norm {
 void add_project_rms_norm(const Tensor& residual, const Tensor& update, const Maybe& basis, const Maybe& index,
                           const Maybe& weight, const Maybe& bias, double eps, double scale, int64_t kind,
                           const Tensor& stream, const Tensor& out) {
+  if (residual.scalar_type() != ScalarType::Double) {
+    const int64_t N = residual.size(0), D = residual.size(1);
+    const Basis<float> b(basis, index, scale, N, D);
+    const bool done = directly(residual, update, b, [&](auto& a) {
+      const Norm<float> norm(weight, bias, kind, eps, D);
+      using S = std::remove_const_t<std::remove_pointer_t<decltype(a.x)>>;
+      a.stream = static_cast<S*>(stream.mutable_data_ptr());
+      a.stream_step = D;
+      a.out = static_cast<S*>(out.mutable_data_ptr());
+      a.weight = norm.weight.data();
+      a.bias = bias.has_value() ? norm.bias.data() : nullptr;
+      a.centred = kind == LAYER;
+      a.eps = eps;
+      run_directly(a, b, N);
+    });
+    if (done) return;
+  }
   by_wide(residual, [&](auto t) {
     using T = decltype(t);
     const int64_t N = residual.size(0), D = residual.size(1);

@@ -7,11 +7,14 @@
 #define FASTGUARD_INLINE inline __attribute__((always_inline))
 
 // On x86-64 under GCC a function so marked is cloned for AVX-512, AVX2 and the baseline, and the loader picks one.
-// It must be a plain function (no template, no lambda); what it calls must be FASTGUARD_INLINE to be cloned with it.
+// FASTGUARD_AVX2 leaves AVX-512 out. It must be a plain function (no template, no lambda); what it calls must be
+// FASTGUARD_INLINE to be cloned with it.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__linux__)
 #define FASTGUARD_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define FASTGUARD_AVX2 __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define FASTGUARD_MULTIVERSION
+#define FASTGUARD_AVX2
 #endif
 
 // exp for floats in branch-free arithmetic that vectorises; within 2 ulp of the true value where that is a normal

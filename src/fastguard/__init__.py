@@ -30,6 +30,8 @@ _HOMES = {
     "representation_distance": "fastguard.ops.representation_distance",
     "project_out": "fastguard.ops.project_out",
     "project_out_": "fastguard.ops.project_out",
+    "add_project_rms_norm": "fastguard.ops.add_project_rms_norm",
+    "class_moments_": "fastguard.ops.class_moments",
 }
 
 _ROOMS = ("directions", "nested", "trainers")
@@ -51,6 +53,8 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.losses.language_model import LanguageModelLoss as LanguageModelLoss
     from fastguard.losses.repnoise import RepNoiseLoss as RepNoiseLoss
     from fastguard.nested import SimulatedAttack as SimulatedAttack
+    from fastguard.ops.add_project_rms_norm import add_project_rms_norm as add_project_rms_norm
+    from fastguard.ops.class_moments import class_moments_ as class_moments_
     from fastguard.ops.gaussian_mmd import gaussian_mmd as gaussian_mmd
     from fastguard.ops.head_kl import head_kl as head_kl
     from fastguard.ops.lens_stats import lens_stats as lens_stats

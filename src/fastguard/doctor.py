@@ -32,6 +32,8 @@ OPS = {
     "multi_tensor": "multi_tensor",
     "representation_distance": "representation_distance",
     "project_out": "project_out",
+    "add_project_rms_norm": "add_project_rms_norm",
+    "class_moments": "class_moments",
 }
 """Each op, and the folder of ``fastguard.ops`` that holds the kernels that serve it."""
 

@@ -264,9 +264,10 @@ class Stream:
         layer, parts = writes.layer, writes.pre_norm
         if parts is None or "forward" in vars(layer) or FUSED in vars(layer) or _hooked(parts.norm2):
             return False
-        stack.callback(_own_class, layer, type(layer))
+        kind: Any = type(layer)
+        stack.callback(_own_class, layer, kind)
         vars(layer)[FUSED] = _Fused(parts, scope, self._taps)
-        layer.__class__ = _fused_class(type(layer))
+        layer.__class__ = _fused_class(kind)
         return True
 
 

@@ -1,5 +1,38 @@
-"""Directions in a model's residual stream: how they are made orthonormal."""
+"""Directions in a model's residual stream: estimated, chosen among, kept in a file, taken out of forwards.
+
+``estimate``  means of harmful and harmless instructions at every layer and position, in one pass
+``found``     `Directions`, what that gives, and its file
+``select``    which of them mediates refusal
+``several``   principal directions, and those found again after ablation
+``stream``    `ablate`, `add`, `rotate`: a model's stream changed for the duration of a context
+``probe``     how well a direction tells the classes apart, by layer
+``basis``     from directions to an orthonormal basis
+"""
 
 from fastguard.directions.basis import orthonormalise
+from fastguard.directions.estimate import estimate
+from fastguard.directions.found import Directions
+from fastguard.directions.probe import Probe, auc, probe
+from fastguard.directions.select import Selection, divergences, refusal_scores, select
+from fastguard.directions.several import iterate, principal, samples
+from fastguard.directions.stream import Stream, ablate, add, rotate
 
-__all__ = ["orthonormalise"]
+__all__ = [
+    "Directions",
+    "Probe",
+    "Selection",
+    "Stream",
+    "ablate",
+    "add",
+    "auc",
+    "divergences",
+    "estimate",
+    "iterate",
+    "orthonormalise",
+    "principal",
+    "probe",
+    "refusal_scores",
+    "rotate",
+    "samples",
+    "select",
+]

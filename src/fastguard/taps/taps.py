@@ -136,9 +136,14 @@ class InputSite(Site):
         """Put the hook on its module."""
         return self.module.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         """The hook that torch calls."""
-        self.fire(args if args else kwargs.get("hidden_states"))
+        replacement = self.fire(args if args else kwargs.get("hidden_states"))
+        if replacement is None:
+            return None
+        if args:
+            return with_first_tensor(args, replacement), kwargs
+        return args, {**kwargs, "hidden_states": replacement}
 
 
 class _Bound:
@@ -149,6 +154,11 @@ class _Bound:
         self.bound = [(each, each.scope or OFF) for each in taps]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(each.closed and scope is not OFF for each, scope in self.bound):
+            raise RuntimeError(
+                "taps: an activation checkpoint recomputes a tapped forward whose hooks are off the model, which would "
+                "give gradients of another function. Call backward before the loss is closed or the context left"
+            )
         before = [each.scope for each, _ in self.bound]
         for each, scope in self.bound:
             each.scope = scope

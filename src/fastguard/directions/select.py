@@ -26,6 +26,11 @@ EPSILON = 1e-8
 KL_EPSILON = 1e-6
 """In the divergence's logarithms, as published."""
 
+
+class NoCandidateError(ValueError):
+    """No candidate passes the filters."""
+
+
 Candidate = tuple[int, int]
 """A row of the positions, and a layer."""
 
@@ -95,7 +100,8 @@ def select(
         stream: of the model, where there is one already.
 
     Raises:
-        ValueError: prompts, tokens or directions that do not fit, a sharded model, no candidate that passes.
+        ValueError: prompts, tokens or directions that do not fit, a sharded model.
+        NoCandidateError: none passes.
     """
     _check(directions, refusal_tokens, layers, rows)
     own = Stream(model) if stream is None else stream
@@ -166,7 +172,7 @@ class _Asked:
         kl /= numbers[0]
         passed = [c for c in after_steering if kl[c] <= max_kl]
         if not passed:
-            raise ValueError(
+            raise NoCandidateError(
                 f"directions: no candidate passed: {len(left)} below the layer bound, {len(after_steering)} with a "
                 f"steering score >= {min_steering}, 0 of those with a divergence <= {max_kl}"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -93,6 +93,22 @@ def iterate(
 
     Raises ValueError as `estimate`, and for generators or a ``count`` below 1.
     """
+    *_, basis = phases(model, harmful, harmless, count, choose, positions=positions, stop=stop, stream=stream)
+    return basis
+
+
+def phases(
+    model: nn.Module,
+    harmful: Iterable[Batch],
+    harmless: Iterable[Batch],
+    count: int,
+    choose: Callable[[Directions], Tensor],
+    *,
+    positions: int | Iterable[int] = 5,
+    stop: float = 1e-3,
+    stream: Stream | None = None,
+) -> Iterator[Tensor]:
+    """The bases [1, D], [2, D], ... that `iterate` goes through, one a phase; arguments and errors as there."""
     if count < 1:
         raise ValueError(f"count: expected at least 1, got {count}")
     for name, batches in (("harmful", harmful), ("harmless", harmless)):
@@ -119,12 +135,12 @@ def iterate(
             length = float(torch.linalg.vector_norm(new.double()))
             first = first if phase else length
             if length <= stop * first:
+                if not phase:
+                    raise ValueError("choose: expected a direction that is not zero, got one in the first phase")
                 break
             rows = new[None] if basis is None else torch.cat([basis.to(new), new[None] / length])
             basis = orthonormalise(rows).to(device)
+            yield basis
     finally:
         if stream is None:
             own.close()
-    if basis is None:
-        raise ValueError("choose: expected a direction that is not zero, got one in the first phase")
-    return basis

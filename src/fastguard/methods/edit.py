@@ -13,7 +13,7 @@ An attacker's round is his next try; a defense has one. A subclass says what a r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, Self
 
 from torch import nn
@@ -46,7 +46,7 @@ class Edit:
         """The method with its options."""
         return cls(model, **options.to_dict(), seed=seed)
 
-    def apply(self, data: Batches) -> Iterator[Figures]:
+    def apply(self, data: Batches) -> Generator[Figures]:
         """Make one round after the other; after each the model is what that round made of it. Yields its figures."""
         raise NotImplementedError(f"{type(self).__name__} has no apply()")
 

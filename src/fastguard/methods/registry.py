@@ -39,6 +39,7 @@ BUILTIN = (
     "fastguard.defenses.crl",
     "fastguard.attacks.harmful_finetuning",
     "fastguard.attacks.lora",
+    "fastguard.attacks.refusal_ablation",
 )
 """The packages of this distribution, each with an ``ENTRY``."""
 

@@ -131,16 +131,20 @@ def plain(corpus: Corpus, rows: list[Encoded], count: int, seed: int, device: st
 
 
 def evidence(corpus: Corpus, roles: Mapping[str, Role], count: int, device: str) -> dict[str, list[Batch]]:
-    """All that a role of an edit reads, in batches of requests up to the answer; ``count``: of a batch.
+    """All that a role of an edit reads, in batches of ``count``.
+
+    ``attack`` and ``instructions`` end where the answer begins, ``refusal`` has it.
 
     Raises ValueError for data that a run does not have, or that have no sample.
     """
     found: dict[str, list[Batch]] = {}
     for name, role in roles.items():
-        known = {"attack": corpus.harmful.get("attack", []), "instructions": corpus.harmless.get("immunize", [])}
+        known = {"attack": corpus.harmful, "instructions": corpus.harmless, "refusal": corpus.safe}
         if role.data not in known:
             raise ValueError(f"roles: {name}: expected data {', '.join(known)}, got {role.data!r}")
-        rows = [Encoded(e.ids[: e.prompt], e.prompt) for e in known[role.data]][: role.count]
+        rows = known[role.data].get("attack" if role.data == "attack" else "immunize", [])[: role.count]
+        if role.data != "refusal":
+            rows = [Encoded(e.ids[: e.prompt], e.prompt) for e in rows]
         if not rows:
             raise ValueError(f"roles: {name}: expected samples of {role.data!r}, and the run has none")
         found[name] = [collate(rows[i : i + count], corpus.pad, device) for i in range(0, len(rows), count)]

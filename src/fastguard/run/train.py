@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -142,9 +143,10 @@ def edit_scored(
 ) -> Curve:
     """Let an edit make its rounds, and score the model before the first and after each; see `train_scored`."""
     curve = [{"step": 0.0, **score()}]
-    for made, figures in enumerate(method.apply(data), start=1):
-        report(made / method.rounds, f"round {made}")
-        curve.append({"step": float(made), **{k: float(v) for k, v in figures.items()}, **score()})
-        if stop(curve[-1]):
-            break
+    with contextlib.closing(method.apply(data)) as rounds:
+        for made, figures in enumerate(rounds, start=1):
+            report(made / method.rounds, f"round {made}")
+            curve.append({"step": float(made), **{k: float(v) for k, v in figures.items()}, **score()})
+            if stop(curve[-1]):
+                break
     return curve

@@ -10,6 +10,7 @@ directions out of the weights gives the same model (``fastguard.edits.ablation``
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Generator, Sequence
 from typing import ClassVar
 
@@ -102,6 +103,7 @@ class RefusalAblation(Edit):
     def _select(
         self, found: Directions, harmful: list[Batch], harmless: list[Batch], tokens: Sequence[int]
     ) -> tuple[Selection, bool]:
+        """What passes the filters; else what passes none, and False."""
         try:
             selection = select(
                 self.model, found, harmful, harmless, refusal_tokens=tokens, max_kl=self.max_kl,
@@ -109,8 +111,11 @@ class RefusalAblation(Edit):
             )  # fmt: skip
             return selection, True
         except NoCandidateError:
-            anything = {"max_kl": float("inf"), "min_steering": float("-inf"), "layers": 1.0}
-            return select(self.model, found, harmful, harmless, refusal_tokens=tokens, **anything), False
+            selection = select(
+                self.model, found, harmful, harmless, refusal_tokens=tokens, max_kl=math.inf, min_steering=-math.inf,
+                layers=1.0,
+            )  # fmt: skip
+            return selection, False
 
 
 def first_answer_tokens(batches: Sequence[Batch]) -> list[int]:

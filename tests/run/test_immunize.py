@@ -8,6 +8,7 @@ import torch
 import tiny
 from fastguard import methods
 from fastguard.evaluation.scores import mean_answer_loss
+from fastguard.run.config import PrepareConfig, load
 from recipes import corpus, immunized, recipe  # noqa: F401, a fixture
 
 SHORT = {
@@ -47,3 +48,16 @@ def test_preference_pairs_for_dpo(corpus):  # noqa: F811
     options = {**SHORT["tar"], "inner_steps": 1, "tamper_loss": "dpo"}
     training = immunized(tiny.model(), corpus, recipe("tar", steps=1, options=options))
     assert training["curve"][0]["tamper"] == pytest.approx(0.69, abs=0.05)  # log 2 where model and reference agree
+
+
+def test_a_defense_may_go_before_another(corpus):  # noqa: F811
+    part = recipe("sft", steps=3, settle_steps=1, prepare=PrepareConfig(steps=2, lr=1e-3))
+    marks = []
+    training = immunized(tiny.model(), corpus, part, lambda fraction, text: marks.append(fraction))
+    assert [p["step"] for p in training["curve"]] == list(range(6)) and training["steps"] == 6
+    assert marks == sorted(marks) and marks[-1] == pytest.approx(1)
+    assert training["method"].startswith("Random Mapping for 2 steps") and "; SFT; " in training["method"]
+    names = [set(point) - {"step", "loss", "gradient_norm"} for point in training["curve"]]
+    assert names[0] == names[1] != names[2] == names[3]
+    assert load("tar_prepared").immunize.prepare.method == "random_mapping"
+    assert load("tar_prepared", quick=True).immunize.prepare.steps == 2

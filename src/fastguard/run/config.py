@@ -18,7 +18,7 @@ from fastguard.data.options import UserData
 from fastguard.evaluation.metrics import MAIN
 from fastguard.settings import SettingError, Settings, build, choice, merged, number, numbers
 
-PACKAGED = ("demo", "quick", "ablation")
+PACKAGED = ("demo", "quick", "ablation", "tar_prepared")
 """Configurations that belong to no method; a defense's own has its name."""
 
 RESERVED = ("base", "aligned", "immunized", "control")
@@ -87,6 +87,22 @@ class MethodConfig(Settings):
 
 
 @dataclass(frozen=True)
+class PrepareConfig(MethodConfig):
+    """A defense that goes before another, on the same data: TAR is published with Random Mapping before it."""
+
+    kind: ClassVar[str] = "defense"
+
+    method: str = "random_mapping"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    steps: int = number(20, at_least=1)
+    lr: float = number(1.5e-4, above=0)
+
+    def check(self) -> None:
+        """A method that exists, with options that it has."""
+        self.chosen()
+
+
+@dataclass(frozen=True)
 class ImmunizeConfig(MethodConfig):
     """The defense: which, on how much data, for how long."""
 
@@ -100,6 +116,7 @@ class ImmunizeConfig(MethodConfig):
     pairs: int = number(4, at_least=1)  # harmful requests per step, and refusals
     retain: int = number(5, at_least=1)  # ordinary instructions per step
     warmup: float = number(0.1, at_least=0, below=1)  # share of the steps
+    prepare: PrepareConfig | None = None  # what is trained first; its time counts
     settle_steps: int = number(0, at_least=0)  # last steps on safe answers and retain data alone
     settle_lr: float = number(1e-4, above=0)
     freeze_embedding: bool = True
@@ -251,6 +268,9 @@ def shortened(config: Config) -> Config:
     tree = merged(config.to_dict(), quick)
     for name in ("immunize", "attack"):
         tree[name]["options"] = {**tree[name]["options"], **getattr(config, name).entry.load_options().quick}
+    if first := config.immunize.prepare:
+        small = {"steps": min(first.steps, 2), "options": dict(first.entry.load_options().quick)}
+        tree["immunize"]["prepare"] = merged(tree["immunize"]["prepare"], small)
     for name, part in config.all_attacks().items():
         if name != MAIN:
             small = {"options": dict(part.entry.load_options().quick)}

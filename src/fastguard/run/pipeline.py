@@ -31,7 +31,7 @@ from fastguard.losses.answer import answer_loss
 from fastguard.machine import cores, cpu_name, write_json
 from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
-from fastguard.run.config import AttackConfig, Config, ControlConfig, ImmunizeConfig, shortened
+from fastguard.run.config import AttackConfig, Config, ControlConfig, ImmunizeConfig, PrepareConfig, shortened
 from fastguard.run.stages import Stages
 from fastguard.run.streams import Streams
 from fastguard.run.train import Curve, Report, train, trainable
@@ -84,30 +84,41 @@ def immunize(
     model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report
 ) -> Training:
     """Train ``model`` IN PLACE with the defense that ``part.method`` names, and settle it where that is asked for."""
-    trainable(model, part.freeze_embedding)  # before the method looks at what is trained
-    method = part.entry.build(model, options := part.chosen(), seed=part.seed)
+    trainable(model, part.freeze_embedding)  # before a method looks at what is trained
     streams = Streams(corpus, str(model.device), part.pairs, part.retain, part.seed)
-    total = part.steps + part.settle_steps
-    try:
-        steps, wall, curve = train(
-            method, streams.of(method.roles), part.lr, steps=part.steps, warmup=part.warmup,
-            report=lambda fraction, text: report(fraction * part.steps / total, text),
-        )  # fmt: skip
-    finally:
-        method.close()
-    if part.settle_steps:
-        more = _plain(
-            model, corpus, part, control, part.seed + 2, lr=part.settle_lr, warmup=0.1, steps=part.settle_steps,
-            report=lambda fraction, text: report((part.steps + fraction * part.settle_steps) / total, text),
-        )  # fmt: skip
-        curve += [{**point, "step": steps + point["step"]} for point in more[2]]
+    total = (part.prepare.steps if part.prepare else 0) + part.steps + part.settle_steps
+    steps, wall, curve, said = 0, 0.0, Curve(), []
+
+    def within(count: int) -> Report:
+        before = steps
+        return lambda fraction, text: report((before + fraction * count) / total, text)
+
+    def took(more: tuple[int, float, Curve]) -> None:
+        nonlocal steps, wall
+        curve.extend({**point, "step": steps + point["step"]} for point in more[2])
         steps, wall = steps + more[0], wall + more[1]
+
+    parts: list[PrepareConfig | ImmunizeConfig] = [*([part.prepare] if part.prepare else []), part]
+    for one in parts:
+        method = one.entry.build(model, options := one.chosen(), seed=part.seed)
+        try:
+            took(train(
+                method, streams.of(method.roles), one.lr, steps=one.steps, warmup=part.warmup, report=within(one.steps)
+            ))  # fmt: skip
+        finally:
+            method.close()
+        described = f": {text}" if (text := options.describe()) else ""
+        said.append(f"{one.entry.title}{f' for {one.steps} steps' if one is part.prepare else ''}{described}")
+    if part.settle_steps:
+        took(_plain(
+            model, corpus, part, control, part.seed + 2, lr=part.settle_lr, warmup=0.1, steps=part.settle_steps,
+            report=within(part.settle_steps),
+        ))  # fmt: skip
     model.requires_grad_(True)
-    said = [part.entry.title, options.describe(), f"{part.pairs} requests and {part.retain} harmless answers a step"]
+    said.append(f"{part.pairs} requests and {part.retain} harmless answers a step")
     if part.settle_steps:
         said.append(f"last {part.settle_steps} steps on safe answers and retain data alone")
-    text = f"{said[0]}: {'; '.join(filter(None, said[1:]))}"
-    return Training(parent="aligned", method=text, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
+    return Training(parent="aligned", method="; ".join(said), steps=steps, wall_s=wall, lr=part.lr, curve=curve)
 
 
 def plain_control(

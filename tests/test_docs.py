@@ -54,7 +54,7 @@ def test_every_public_name_is_in_the_api_pages():
     for path in shown:
         home, name = path.rsplit(".", 1)
         assert hasattr(importlib.import_module(home), name), f"docs/api shows {path}, which is not there"
-    rooms = [fastguard.nested, fastguard.trainers]
+    rooms = [fastguard.directions, fastguard.nested, fastguard.trainers]
     rooms += [
         importlib.import_module(f"fastguard.ops.{op.name}") for op in pkgutil.iter_modules(ops.__path__) if op.ispkg
     ]

@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 
 from edits import oracle
 from fastguard import cli
+from fastguard.edits.basis import write_basis
 
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):
     path = tmp_path_factory.mktemp("given")
-    save_file({"basis": oracle.basis().float()}, path / "directions.safetensors")
+    write_basis(oracle.basis(), path / "directions.safetensors", {"layer": "1"})
     save_file({"basis": torch.ones(2, oracle.WIDTH)}, path / "crooked.safetensors")
     save_file({"basis": oracle.basis(width=8).float()}, path / "narrow.safetensors")
     save_file({"other": torch.ones(1)}, path / "other.safetensors")

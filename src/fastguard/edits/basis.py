@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fastguard.directions.edit import checked_basis
+from fastguard.machine import write_atomically
 
 KEY = "basis"
 
@@ -32,6 +34,17 @@ def read_basis(path: str | Path) -> Tensor:
     if found is None:
         raise ValueError(f"directions: {str(file)!r} holds {', '.join(sorted(names)) or 'nothing'}, expected {KEY!r}")
     return checked_basis(found)
+
+
+def write_basis(basis: Tensor, path: str | Path, about: Mapping[str, str] | None = None) -> None:
+    """Write a basis [K, D] as `read_basis` reads it, whole or not at all, with what ``about`` says of its origin.
+
+    Raises ValueError for rows that are not orthonormal.
+    """
+    from safetensors.torch import save
+
+    rows = checked_basis(basis).cpu().contiguous()
+    write_atomically(Path(path), save({KEY: rows}, {"format": "pt", **(about or {})}))
 
 
 def digest(basis: Tensor) -> str:

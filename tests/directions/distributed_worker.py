@@ -72,11 +72,11 @@ def ablate(case: dict, rank: int) -> None:
 
 
 CASES: dict[str, dict] = {
-    "estimate, sharded data": {"run": estimate},
-    "estimate, sharded model": {"run": estimate, "shard": "plain"},
-    "ablate, sharded model": {"run": ablate, "shard": "plain"},
-    "ablate, sharded model, checkpointing": {"run": ablate, "shard": "checkpointing"},
+    "estimate, sharded data": {"do": estimate},
+    "estimate, sharded model": {"do": estimate, "shard": "plain"},
+    "ablate, sharded model": {"do": ablate, "shard": "plain"},
+    "ablate, sharded model, checkpointing": {"do": ablate, "shard": "checkpointing"},
 }
 
 if __name__ == "__main__":
-    main(CASES, lambda case, rank: case["run"](case, rank))
+    main(CASES, lambda case, rank: case["do"](case, rank))

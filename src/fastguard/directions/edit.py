@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from fastguard.ops.orthonormal import TOLERANCE, deviation
+
 STRIP = 2**20
 """Elements that are computed on at a time."""
 
@@ -79,11 +81,11 @@ def checked_basis(basis: Tensor, width: int | None = None) -> Tensor:
         raise ValueError(f"basis: expected a floating [K, D] with 1 <= K <= D, got {basis.dtype} {tuple(basis.shape)}")
     if width is not None and basis.shape[1] != width:
         raise ValueError(f"basis: expected rows of {width} features, got {tuple(basis.shape)}")
+    error = deviation(basis)
+    if not error <= TOLERANCE:
+        raise ValueError(f"basis: its rows are not orthonormal (Q Q^T differs from the identity by {error:.2g})")
     rows = basis.detach().double()
     one = torch.eye(len(rows), dtype=rows.dtype, device=rows.device)
-    error = float((rows @ rows.T - one).abs().max())
-    if not error <= 1e-4:
-        raise ValueError(f"basis: its rows are not orthonormal (Q Q^T differs from the identity by {error:.2g})")
     for _ in range(2):  # the nearest orthonormal rows, of the same span
         rows = (1.5 * one - 0.5 * rows @ rows.T) @ rows
     return rows

@@ -47,16 +47,20 @@ def _check_rows(basis: Tensor) -> None:
     version = -1 if basis.is_inference() else basis._version  # inference tensors do not count versions
     if _seen.get(basis) == version:
         return
-    with torch.no_grad():
-        rows = basis.detach().double()
-        gram = rows @ rows.mT
-        worst = float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max())
+    worst = deviation(basis)
     if not worst <= TOLERANCE:
         raise ValueError(
             f"basis: expected orthonormal rows, got rows whose products differ from the identity by {worst:.1e}; "
             "make it with fastguard.directions.orthonormalise"
         )
     _seen[basis] = version
+
+
+def deviation(basis: Tensor) -> float:
+    """The largest entry of Q Q^T - I, in float64; basis: [..., K, D]."""
+    rows = basis.detach().double()
+    gram = rows @ rows.mT
+    return float((gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)).abs().max())
 
 
 def check_index(index: Tensor, shape: torch.Size, device: torch.device) -> None:

@@ -10,12 +10,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from fastguard.ops import transforms
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastguard.ops.precision import DTYPES
 
 KINDS = ("none", "rms", "rms_offset", "layer")
 """Kinds of final norm; see ``final_norm.py``."""

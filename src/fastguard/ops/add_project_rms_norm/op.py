@@ -18,10 +18,9 @@ from torch import Tensor
 from fastguard import backend
 from fastguard.ops import transforms
 from fastguard.ops.orthonormal import check_basis, check_index, check_range
-from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.precision import DTYPES, accumulation_dtype
 from fastguard.ops.project_out.op import prepared, rows_of
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("rms", "rms_offset", "layer")
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops import transforms
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastguard.ops.precision import DTYPES
 
 
 @torch.no_grad()

@@ -19,9 +19,7 @@ from fastguard import backend
 from fastguard.ops import transforms
 from fastguard.ops.gaussian_mmd.portable import Source
 from fastguard.ops.philox import check_coordinates, seed_int64
-from fastguard.ops.precision import accumulation_dtype
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastguard.ops.precision import DTYPES, accumulation_dtype
 
 
 def gaussian_mmd(

@@ -24,8 +24,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops.multi_tensor.scalars import AdamW
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastguard.ops.precision import DTYPES
 
 Tensors = Sequence[Tensor]
 

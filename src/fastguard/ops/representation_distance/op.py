@@ -17,9 +17,8 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops import transforms
-from fastguard.ops.precision import accumulation_dtype
+from fastguard.ops.precision import DTYPES, accumulation_dtype
 
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 KINDS = ("l2", "cosine")
 
 

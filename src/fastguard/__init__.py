@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "RepNoiseLoss": "fastguard.losses.repnoise",
     "LanguageModelLoss": "fastguard.losses.language_model",
+    "CircuitBreakerLoss": "fastguard.losses.circuit_breaker",
     "TAR": "fastguard.defenses.tar.step",
     "RandomMapping": "fastguard.defenses.random_mapping.step",
     "Booster": "fastguard.defenses.booster.step",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.defenses.t_vaccine.step import TVaccine as TVaccine
     from fastguard.defenses.tar.step import TAR as TAR
     from fastguard.defenses.vaccine.step import Vaccine as Vaccine
+    from fastguard.losses.circuit_breaker import CircuitBreakerLoss as CircuitBreakerLoss
     from fastguard.losses.language_model import LanguageModelLoss as LanguageModelLoss
     from fastguard.losses.repnoise import RepNoiseLoss as RepNoiseLoss
     from fastguard.nested import SimulatedAttack as SimulatedAttack

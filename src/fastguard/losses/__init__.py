@@ -1,6 +1,7 @@
 """Losses that users swap in: they place taps in a model and combine what the taps found."""
 
+from fastguard.losses.circuit_breaker import CircuitBreakerLoss
 from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
 from fastguard.losses.repnoise import RepNoiseLoss
 
-__all__ = ["LanguageModelLoss", "RepNoiseLoss", "dpo_loss"]
+__all__ = ["CircuitBreakerLoss", "LanguageModelLoss", "RepNoiseLoss", "dpo_loss"]

@@ -2,6 +2,7 @@
 
 from fastguard.losses.circuit_breaker import CircuitBreakerLoss
 from fastguard.losses.language_model import LanguageModelLoss, dpo_loss
+from fastguard.losses.probe_projection import ProbeProjectionLoss
 from fastguard.losses.repnoise import RepNoiseLoss
 
-__all__ = ["CircuitBreakerLoss", "LanguageModelLoss", "RepNoiseLoss", "dpo_loss"]
+__all__ = ["CircuitBreakerLoss", "LanguageModelLoss", "ProbeProjectionLoss", "RepNoiseLoss", "dpo_loss"]

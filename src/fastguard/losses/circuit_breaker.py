@@ -13,30 +13,27 @@ each state's distances are taken by a tap where it arises, and the layers above 
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses import guards, tapped
-from fastguard.losses.joined import joined
+from fastguard.losses import guards
+from fastguard.losses.referenced import Pair, ReferencedLoss, Statistic, checked_layers
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.reference import Reference
 from fastguard.ops import final_norm
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.ops.vocabulary import Norm
 from fastguard.taps import Structure, anchor, find_structure
-from fastguard.taps.shallow import shallow
 
-POSITIONS = ("attended", "labels")
 RETAIN_STATES = ("truncated", "all")
 
 NUDGE = 2.0**-8
 """Radians; the spacing of bf16."""
 
 
-class CircuitBreakerLoss(guards.Uncopied, nn.Module):
+class CircuitBreakerLoss(ReferencedLoss):
     """The loss of circuit breakers on a harmful and a retain batch.
 
         loss_fn = fastguard.CircuitBreakerLoss(model, layers=(10, 20))     # before compilation, DDP and FSDP2
@@ -108,111 +105,32 @@ class CircuitBreakerLoss(guards.Uncopied, nn.Module):
         structure: Structure | None = None,
         check_finite: bool = True,
     ) -> None:
-        super().__init__()
         guards.not_negative(alpha=alpha, nudge=nudge)
         for name, number, least in (("schedule", schedule, 1), ("seed", seed, None)):
             if isinstance(number, bool) or not isinstance(number, int) or (least is not None and number < least):
                 raise ValueError(f"{name}: expected an int{'' if least is None else f' >= {least}'}, got {number!r}")
-        for name, value, choices in (
-            ("positions", positions, POSITIONS),
-            ("retain_states", retain_states, RETAIN_STATES),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
-        self.structure = find_structure(model) if structure is None else structure
-        self.last = len(self.structure.layers)
-        self.layers = default_layers(self.last) if layers is None else checked_layers(layers, self.last)
-        tapped.warn_of_full_logits(self.structure)
-        self.alpha, self.schedule, self.positions, self.mask_padding = alpha, schedule, positions, mask_padding
-        self.retain_states, self.nudge, self.seed, self.check_finite = retain_states, nudge, seed, check_finite
-        top = self.last if retain_states == "all" else min(max(self.layers) + 1, self.last)
-        self.retained = tuple(range(top + 1))
-        self._depth = top  # layers that run; the output of the last of them is state `top`, before the final norm
-        self.reference = Reference(model) if reference is None else reference
-        self.components: dict[str, Tensor] = {}
-        self.evaluation: dict[str, Tensor] = {}
+        if retain_states not in RETAIN_STATES:
+            raise ValueError(f"retain_states: expected {' or '.join(RETAIN_STATES)}, got {retain_states!r}")
+        structure = find_structure(model) if structure is None else structure
+        last = len(structure.layers)
+        chosen = default_layers(last) if layers is None else checked_layers(layers, last)
+        super().__init__(
+            model, positions=positions, reference=reference, structure=structure, check_finite=check_finite
+        )
+        self.layers = chosen
+        self.alpha, self.schedule, self.mask_padding = alpha, schedule, mask_padding
+        self.retain_states, self.nudge, self.seed = retain_states, nudge, seed
+        # The output of the last layer that runs is state `depth`, before the final norm.
+        self.depth = self.last if retain_states == "all" else min(max(self.layers) + 1, self.last)
+        self.retained = tuple(range(self.depth + 1))
         self.register_buffer("call", torch.zeros((), dtype=torch.int64))
-        self._tapped = tapped.Tapped("CircuitBreakerLoss", model, self.structure)
-        self._finalizer = weakref.finalize(self, self._tapped.taps.close)
-        self._finalizer.atexit = False
 
-    def forward(
-        self, *, harmful: Mapping[str, Tensor], retain: Mapping[str, Tensor], model: nn.Module | None = None
-    ) -> Tensor:
-        """The loss, 0-dim, in fp32 (float64 for a float64 model).
-
-        Args:
-            harmful: requests with harmful answers, which are to lead nowhere. retain: refusals and ordinary answers.
-                Each ``input_ids`` [B, T], and optionally ``attention_mask`` and ``labels`` [B, T]; the two may differ
-                in both sizes.
-            model: the model as wrapped by DDP, FSDP or accelerate after construction; may be left out with one
-                process, and where FSDP2 shards the model in place. With several processes and a model that is neither
-                wrapped nor sharded, passing that bare model says that you average its gradients yourself.
-
-        Raises:
-            ValueError: batches that do not fit, or without a token that counts; model left out where the ranks would
-                drift apart.
-            FloatingPointError: a component is not finite; the message names it and its layer.
-            RuntimeError: reentrant checkpointing, or taps that did not fire; head, norm or layers were replaced after
-                construction; the loss was closed.
-        """
-        given = {"harmful": harmful, "retain": retain}
-        batch, counts = joined(given), self._counts(given)
-        wrapped = guards.chosen("CircuitBreakerLoss", self._tapped.model, model)
-        split = len(counts[0])
-        with self.reference.consulted(wrapped), self._tapped.call(wrapped) as call:
-            norm = self._norm()
-
-            def take(index: int, x: Tensor, keep: bool) -> Tensor:
-                if index in self.layers:  # both batches' are read; the normed one is no such state
-                    return x.detach()
-                if index not in self.retained:
-                    return x.new_zeros(0)
-                rows = x[split:].detach()
-                return norm(rows) if self._is_normed_here(index) else rows.clone()
-
-            frozen = self._read(call, wrapped, batch, take)
-        with self._tapped.call(wrapped) as call:
-            parts, loss = self._live(call, wrapped, batch, counts, retain["input_ids"].numel(), frozen)
-            found = {name: value.detach() for name, value in parts.items()}
-            training = torch.is_grad_enabled()
-            if self.check_finite:
-                self._check_finite(found)
-            if training:
-                self.components = found
-                self.call += 1
-            else:
-                self.evaluation = found
-            return call.gated(loss)
-
-    def _read(
-        self, call: tapped.Call, model: nn.Module, batch: Mapping[str, Tensor],
-        statistic: Callable[[int, Tensor, bool], Tensor],
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        """What ``statistic`` makes of each hidden state of one forward of the layers that are read."""
-        with shallow(self.structure, model, self._depth):
-            return call.read(batch, tapped.Numbers(statistic, self.last + 1))
-
-    def _counts(self, batches: Mapping[str, Mapping[str, Tensor]]) -> list[Tensor]:
-        """Bool [B, T of the joined batch] for each batch: the tokens that count."""
-        found: list[Tensor] = []
-        length = max(batch["input_ids"].shape[1] for batch in batches.values())
-        for name, batch in batches.items():
-            ids = batch["input_ids"]
-            if self.positions == "labels":
-                if "labels" not in batch:
-                    raise ValueError(f"{name}: expected labels, since positions is 'labels', got none")
-                counts = batch["labels"] != -100
-            else:
-                counts = batch.get("attention_mask", torch.ones_like(ids)) != 0
-            if not bool(counts.any()):
-                raise ValueError(f"{name}: expected a token that counts (positions={self.positions!r}), got none")
-            found.append(nn.functional.pad(counts, (0, length - ids.shape[1])))
-        return found
+    def _has_trained(self) -> None:
+        self.call += 1
 
     def _is_normed_here(self, index: int) -> bool:
         """Whether state ``index``, of the retain term alone, is read through the final norm by this loss itself."""
-        return index == self._depth < self.last
+        return index == self.depth < self.last
 
     def _norm(self) -> Callable[[Tensor], Tensor]:
         """The final norm, for a state that the model does not give to it; made while parameters are sharded."""
@@ -222,48 +140,59 @@ class CircuitBreakerLoss(guards.Uncopied, nn.Module):
         norm = Norm(self.structure.norm_kind, weight, bias, self.structure.norm_eps)
         return lambda x: final_norm.forward(x, None, norm)
 
-    def _live(
-        self, call: tapped.Call, model: nn.Module, batch: Mapping[str, Tensor], counts: Sequence[Tensor],
-        places: int, frozen: Sequence[Tensor],
-    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-        """The components and the loss, from one live forward; ``places``: tokens of the retain batch, padding too."""
-        split = len(counts[0])
-        bad, good = (mask.flatten() for mask in counts)
-        norm, directions = self._norm(), self._directions(frozen)
+    def _frozen(self, pair: Pair) -> Statistic:
+        """Both batches' states at ``layers``, the retain batch's at the others."""
+        norm = self._norm()
+
+        def take(index: int, x: Tensor, keep: bool) -> Tensor:
+            if index in self.layers:  # the normed one is no such state
+                return x.detach()
+            if index not in self.retained:
+                return x.new_zeros(0)
+            rows = x[pair.split :].detach()
+            return norm(rows) if self._is_normed_here(index) else rows.clone()
+
+        return take
+
+    def _live(self, pair: Pair, frozen: Sequence[Tensor]) -> Statistic:
+        """Of each state the sum of relu(cos) and the nudge, where it is rerouted; the sum of distances."""
+        split, norm, directions = pair.split, self._norm(), self._directions(frozen)
 
         def statistic(index: int, x: Tensor, keep: bool) -> Tensor:
-            """Of state ``index`` the sum of relu(cos) and the nudge, where it is rerouted; the sum of distances."""
             sums = []
             if index in self.layers:
                 live, before = (state[:split].flatten(0, 1) for state in (x, frozen[index]))
-                apart = representation_distance(live[None], before[None], bad, kind="cosine")[0]
-                sums.append(torch.where(bad, torch.relu(1 - apart), 0).sum())
-                sums.append(_turn(live, directions.get(index), bad & (apart.detach() == 0), apart.dtype))
+                apart = representation_distance(live[None], before[None], pair.bad, kind="cosine")[0]
+                sums.append(torch.where(pair.bad, torch.relu(1 - apart), 0).sum())
+                equal = pair.bad & (apart.detach() == 0)
+                sums.append(_turn(live, directions.get(index), equal, apart.dtype))
             if index in self.retained:
                 before = frozen[index][split if index in self.layers else 0 :].flatten(0, 1)
                 live = x[split:].flatten(0, 1)
                 live = norm(live) if self._is_normed_here(index) else live
-                sums.append(representation_distance(live[None], before[None], good, kind="l2")[0].sum())
+                sums.append(representation_distance(live[None], before[None], pair.good, kind="l2")[0].sum())
             return torch.stack(sums) if sums else x.new_zeros(0)
 
-        numbers = self._read(call, model, batch, statistic)
-        rows = bad.sum() * len(self.layers)
+        return statistic
+
+    def _combine(self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        rows = pair.bad.sum()
         rerouting = torch.stack([numbers[i][0] for i in self.layers])
-        turns = torch.stack([numbers[i][1] for i in self.layers]).sum() / rows
+        turns = torch.stack([numbers[i][1] for i in self.layers])
         distances = torch.stack([numbers[i][-1] for i in self.retained])
-        tokens = good.sum() if self.mask_padding else places
+        tokens = pair.good.sum() if self.mask_padding else pair.places
         progress = min((int(self.call) + 1) / self.schedule, 1.0)
         weights = {"retain_weight": self.alpha * progress, "rerouting_weight": self.alpha * (1 - progress)}
         parts = {
             "retain_per_state": distances / tokens,
-            "rerouting_per_layer": rerouting / bad.sum(),
+            "rerouting_per_layer": rerouting / rows,
             "retain": distances.sum() / (tokens * len(self.retained)),
-            "rerouting": rerouting.sum() / rows,
+            "rerouting": rerouting.sum() / (rows * len(self.layers)),
             **{name: distances.new_full((), value) for name, value in weights.items()},
         }
         loss = parts["retain_weight"] * parts["retain"] + parts["rerouting_weight"] * parts["rerouting"]
-        nudge = parts["rerouting_weight"] * self.nudge * turns
-        parts["loss"] = loss + call.zero.to(loss.dtype)
+        parts["loss"] = loss + zero.to(loss.dtype)
+        nudge = parts["rerouting_weight"] * self.nudge * turns.sum() / (rows * len(self.layers))
         return parts, parts["loss"] + (nudge - nudge.detach())
 
     def _directions(self, frozen: Sequence[Tensor]) -> dict[int, Tensor]:
@@ -275,11 +204,7 @@ class CircuitBreakerLoss(guards.Uncopied, nn.Module):
             found[index] = (row / torch.linalg.vector_norm(row)).to(frozen[index])
         return found
 
-    def check_components(self) -> None:
-        """Raise the FloatingPointError that names what of the last call's ``components`` is not finite, if anything."""
-        self._check_finite(self.components)
-
-    def _check_finite(self, parts: Mapping[str, Tensor]) -> None:
+    def _named(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         last = f"(of 0 to {self.last})"
         values: dict[str, Tensor] = {}
         for i, value in zip(self.retained, parts["retain_per_state"], strict=True):
@@ -287,26 +212,12 @@ class CircuitBreakerLoss(guards.Uncopied, nn.Module):
             values[f"retain distance of {of} {last}"] = value
         for i, value in zip(self.layers, parts["rerouting_per_layer"], strict=True):
             values[f"cosine of hidden state {i} {last}"] = value
-        tapped.check_finite("CircuitBreakerLoss", {**values, "loss": parts["loss"]})
-
-    def close(self) -> None:
-        """Remove the hooks from the model; the loss is of no use afterwards."""
-        self._finalizer()
+        return values
 
 
 def default_layers(depth: int) -> tuple[int, ...]:
     """The published hidden states 10 and 20 of 32 layers, at the same part of ``depth`` layers."""
     return tuple(dict.fromkeys(min(max(round(at * depth / 32), 1), depth) for at in (10, 20)))
-
-
-def checked_layers(layers: Sequence[int], last: int) -> tuple[int, ...]:
-    """``layers`` as a tuple. Raises ValueError unless they are indices of hidden states 0 to ``last``, each once."""
-    found = tuple(layers)
-    if not 0 < len(set(found)) == len(found) or not all(
-        isinstance(i, int) and not isinstance(i, bool) and 0 <= i <= last for i in found
-    ):
-        raise ValueError(f"layers: expected indices of hidden states, 0 to {last}, each once, got {found}")
-    return found
 
 
 def _turn(live: Tensor, direction: Tensor | None, rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -62,7 +62,8 @@ class _Passing:
         if threading.get_ident() != self.thread:
             return self.forward(*args, **kwargs)
         x: Tensor = first_tensor(args if args else kwargs["hidden_states"])
-        return with_first_tensor(self.returned[0], x)
+        # FSDP2 hands on a view, of which it would warn where the view is returned to it.
+        return with_first_tensor(self.returned[0], x.clone() if x._is_view() else x)
 
 
 def _bare(layer: nn.Module) -> nn.Module:

@@ -71,9 +71,26 @@ def ablate(case: dict, rank: int) -> None:
         assert error <= 1e-6 * float(gradient.norm()) + 1e-12, (name, error, float(gradient.norm()))  # norms in float32
 
 
+def neurons(case: dict, rank: int) -> None:
+    """Rank 1 has no batch at all."""
+    direction = planted(3)[1]
+    found = directions.neurons.neurons(sharded(case), HARMFUL if rank == 0 else [], direction)
+    store = torch.distributed.is_initialized
+    torch.distributed.is_initialized = lambda: False  # the reference is one process
+    try:
+        expected = directions.neurons.neurons(planted(3)[0], HARMFUL, direction)
+    finally:
+        torch.distributed.is_initialized = store
+    assert found.tokens == expected.tokens == sum(int(b["attention_mask"].sum()) for b in HARMFUL)
+    for name in ("mean", "alignment"):
+        torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-12)
+
+
 CASES: dict[str, dict] = {
     "estimate, sharded data": {"do": estimate},
     "estimate, sharded model": {"do": estimate, "shard": "plain"},
+    "neurons, sharded data": {"do": neurons},
+    "neurons, sharded model": {"do": neurons, "shard": "plain"},
     "ablate, sharded model": {"do": ablate, "shard": "plain"},
     "ablate, sharded model, checkpointing": {"do": ablate, "shard": "checkpointing"},
 }

@@ -5,6 +5,7 @@
 ``select``    which of them mediates refusal
 ``several``   principal directions, and those found again after ablation
 ``stream``    `ablate`, `add`, `rotate`: a model's stream changed for the duration of a context
+``neurons``   which MLP neurons move the stream along one, and how training changed that
 ``probe``     how well a direction tells the classes apart, by layer
 ``basis``     from directions to an orthonormal basis
 """
@@ -12,6 +13,7 @@
 from fastguard.directions.basis import orthonormalise
 from fastguard.directions.estimate import estimate
 from fastguard.directions.found import Directions
+from fastguard.directions.neurons import NeuronGroups, Neurons, neuron_groups
 from fastguard.directions.probe import Probe, auc, probe
 from fastguard.directions.select import Selection, divergences, refusal_scores, select
 from fastguard.directions.several import iterate, principal, samples
@@ -19,6 +21,8 @@ from fastguard.directions.stream import Stream, ablate, add, rotate
 
 __all__ = [
     "Directions",
+    "NeuronGroups",
+    "Neurons",
     "Probe",
     "Selection",
     "Stream",
@@ -28,6 +32,7 @@ __all__ = [
     "divergences",
     "estimate",
     "iterate",
+    "neuron_groups",
     "orthonormalise",
     "principal",
     "probe",

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from checks import assert_agrees, assert_catches_spoiled
+from defenses.published_refat import directions_of, forward
 from directions.planted import REFUSAL, planted, prompts
 from fastguard import ReFATLoss
 from fastguard.directions import Stream, estimate
 from fastguard.nested.guard import derived_seed
 from fastguard.ops import add_project_rms_norm as fused_op
-from losses.published_refat import directions_of, forward
 from tiny_models import ARCHITECTURES, VOCABULARY, assert_same_gradients, gradients, tiny
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastguard.directions.found import Directions
 from fastguard.directions.prompts import Batch, Prompts, reading, rows_at
 from fastguard.directions.stream import Stream
+from fastguard.progress import Progress, silent
 
 EPSILON = 1e-8
 """In the refusal score's logarithms, as published."""
@@ -84,6 +85,7 @@ def select(
     layers: float = 0.8,
     rows: int = 128,
     stream: Stream | None = None,
+    progress: Progress = silent,
 ) -> Selection:
     """The candidate of least refusal under ablation among those that pass the paper's filters (arXiv 2406.11717, C).
 
@@ -98,6 +100,7 @@ def select(
         refusal_tokens: token ids with which refusals begin (the paper: [40], "I", for Llama 3).
         rows: prompts times candidates in one forward.
         stream: of the model, where there is one already.
+        progress: told of each question (``steering``, ``divergence``, ``refusal``) and the share that is answered.
 
     Raises:
         ValueError: prompts, tokens or directions that do not fit, a sharded model.
@@ -116,7 +119,7 @@ def select(
                     f"directions: expected {count} layers of {own.width} features, got {directions.harmful.shape[1]} "
                     f"of {width}"
                 )
-            asked = _Asked(own, prompts, directions, list(refusal_tokens), rows)
+            asked = _Asked(own, prompts, directions, list(refusal_tokens), rows, progress)
             return asked.choose(list(harmful), list(harmless), max_kl, min_steering, int(count * layers))
     finally:
         if stream is None:
@@ -137,8 +140,10 @@ def _check(directions: Directions, tokens: Sequence[int], layers: float, rows: i
 class _Asked:
     """The questions that are asked of candidates, and the forwards that answer them."""
 
-    def __init__(self, stream: Stream, prompts: Prompts, directions: Directions, tokens: list[int], rows: int) -> None:
-        self.stream, self.prompts, self.tokens, self.rows = stream, prompts, tokens, rows
+    def __init__(
+        self, stream: Stream, prompts: Prompts, directions: Directions, tokens: list[int], rows: int, progress: Progress
+    ) -> None:
+        self.stream, self.prompts, self.tokens, self.rows, self.progress = stream, prompts, tokens, rows, progress
         self.structure = stream.structure
         if max(tokens) >= self.structure.vocabulary:
             raise ValueError(f"refusal_tokens: expected ids below {self.structure.vocabulary}, got {max(tokens)}")
@@ -159,7 +164,7 @@ class _Asked:
         kl, steering, refusal = (torch.full(shape, math.nan, dtype=torch.float64) for _ in range(3))
         bases = []
         _begin(steering, left)
-        for batch in harmless:
+        for batch in self._counted(harmless, "steering", left):
             base, inputs = self._base(batch, {layer for _, layer in left})
             bases.append(base)
             self._steer(batch, inputs, left, steering)
@@ -167,7 +172,8 @@ class _Asked:
         steering /= numbers[0]
         after_steering = [c for c in left if steering[c] >= min_steering]
         _begin(kl, after_steering)
-        for batch, base in zip(harmless, bases, strict=True):
+        counted = self._counted(harmless, "divergence", after_steering)
+        for batch, base in zip(counted, bases, strict=True):
             self._ablate(batch, after_steering, kl, lambda logits, base=base: divergences(base, logits))
         kl /= numbers[0]
         passed = [c for c in after_steering if kl[c] <= max_kl]
@@ -177,7 +183,7 @@ class _Asked:
                 f"steering score >= {min_steering}, 0 of those with a divergence <= {max_kl}"
             )
         _begin(refusal, passed)
-        for batch in harmful:
+        for batch in self._counted(harmful, "refusal", passed):
             self._ablate(batch, passed, refusal, lambda logits: refusal_scores(logits, self.tokens))
         refusal /= numbers[1]
         best = min(passed, key=lambda c: float(refusal[c]))
@@ -193,6 +199,13 @@ class _Asked:
             float(sum(refusal_scores(base, self.tokens).sum() for base in bases)) / numbers[0],
             self.forwards,
         )
+
+    def _counted(self, batches: list[Batch], what: str, candidates: list[Candidate]) -> Iterator[Batch]:
+        """The batches; progress is told when each is done."""
+        for done, batch in enumerate(batches):
+            self.progress(what, done / len(batches), f"{len(candidates)} candidates")
+            yield batch
+        self.progress(what, 1.0, f"{len(candidates)} candidates")
 
     def _moved(self, batches: list[Batch], name: str) -> list[Batch]:
         if not batches:

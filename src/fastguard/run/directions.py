@@ -125,7 +125,7 @@ def find(
         model=model,
         basis=basis.cpu(),
         means=_with_origin(means, models.model_digest(model), parts),
-        choices=search.choices,
+        choices=search.choices[: len(basis)],  # of a last phase nothing may have been left
         separation=auc,
         refusals=refusals,
         position_tokens=_texts(tokenizer, shared, means.positions),

@@ -4,7 +4,7 @@ The attacker has the weights. He estimates the difference in means between harmf
 model that he attacks, chooses among its layers and positions as published, and runs the model without that direction.
 Where it still refuses he estimates anew under the ablation, and takes one more direction out: a defense that is only
 measured with one direction may have moved refusal to another. No weight is changed, and none need be: cutting the same
-directions out of the weights gives the same model (``fastguard.edits.ablation``).
+directions out of the weights gives the same model (``fastguard.edits.ablate``).
 """
 
 from __future__ import annotations

@@ -213,16 +213,16 @@ def _figures(found: Found, series: Mapping[int, int]) -> dict[str, str]:
     selection = first.selection
     row, layer = first.at
 
-    def panel(title: str, values: Tensor, level: float | None, label: str, said: str, floor: float = -math.inf) -> str:
-        """Curves by layer, one a position; the chosen place has a ring."""
-        drawn = values.clamp_min(floor)  # keeps nan
+    def panel(title: str, values: Tensor, level: float | None, label: str, said: str, asked: bool = False) -> str:
+        """Curves by layer, one a position; the chosen place has a ring. asked: of some candidates alone."""
+        drawn = values.clamp_min(KL_FLOOR) if asked else values  # keeps nan
         lines = [
             Line(list(range(drawn.shape[1])), drawn[r].tolist(), series[r])
             for r in sorted(series, key=lambda r: r == row)
         ]
         return svg(
             Panel(
-                title, lines, "layer", drawn.shape[1] - 1, level=level, level_label=label, markers=False,
+                title, lines, "layer", drawn.shape[1] - 1, level=level, level_label=label, markers=asked,
                 rings=[(layer, float(drawn[row, layer]))], description=said,
             )
         )  # fmt: skip
@@ -245,8 +245,8 @@ def _figures(found: Found, series: Mapping[int, int]) -> dict[str, str]:
             "Refusal score of harmless prompts with each candidate added, by layer",
         ),
         "kl": panel(
-            "Divergence", selection.kl, found.max_kl if math.isfinite(found.max_kl) else None,
+            "Divergence (KL)", selection.kl, found.max_kl if math.isfinite(found.max_kl) else None,
             f"dashed: at most {found.max_kl:g}",
-            "Divergence of the next token on harmless prompts without each candidate, by layer", KL_FLOOR,
+            "Divergence of the next token on harmless prompts without each candidate, by layer", asked=True,
         ),
     }  # fmt: skip

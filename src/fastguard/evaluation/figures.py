@@ -59,7 +59,7 @@ class Panel:
 
 @dataclass
 class Grid:
-    """A field of numbers as a heat map, of which the lowest are the strongest in colour."""
+    """A field of numbers as a heat map, the lowest strongest in colour."""
 
     title: str
     values: Sequence[Sequence[float]]  # [rows, columns]; nan: left out
@@ -175,7 +175,9 @@ def _field(grid: Grid) -> Figure:
             Rectangle((i / steps, 0), 1 / steps, 1, facecolor=colour(1), alpha=strength(value), linewidth=0)
         )
     scale.set(xlim=(0, 1), ylim=(0, 1), yticks=[], xlabel=grid.scale_label)
-    scale.set_xticks([0, 0.5, 1], [f"{value:.3g}" for value in (low, (low + high) / 2, high)])
+    scale.set_xticks(
+        [0, 0.5, 1], [f"{value:.3g}".replace("-", "\N{MINUS SIGN}") for value in (low, (low + high) / 2, high)]
+    )
     scale.tick_params(length=0)
     scale.spines[:].set_visible(False)
     return figure

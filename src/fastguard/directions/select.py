@@ -44,7 +44,7 @@ class Selection:
         position, layer: of the choice; the position counted from the prompt's end.
         direction: [D], the difference of means, of its own length.
         refusal: [P, L] refusal scores of harmful prompts under ablation; NaN where a filter had decided already.
-        kl: [P, L] divergence on harmless prompts under ablation; NaN likewise.
+        kl: [P, L] divergence on harmless prompts under ablation; NaN likewise, and where its bound is infinite.
         steering: [P, L] refusal scores of harmless prompts with the difference added; NaN likewise.
         harmful, harmless: refusal scores of the model as it is.
         forwards: rows of prompts that ran, each counted by the share of the layers that it passed.
@@ -126,6 +126,34 @@ def select(
             own.close()
 
 
+def select_anyway(
+    model: nn.Module,
+    directions: Directions,
+    harmful: Sequence[Batch],
+    harmless: Sequence[Batch],
+    *,
+    refusal_tokens: Sequence[int],
+    max_kl: float = 0.1,
+    min_steering: float = 0.0,
+    progress: Progress = silent,
+) -> tuple[Selection, bool]:
+    """`select`, and True; where no candidate passes, what an attacker takes all the same, and False.
+
+    First without the filter on steering, which a model that was taught to refuse in a few steps, or refuses no more,
+    fails everywhere; then, if all candidates change harmless prompts too much, without any. Arguments and errors as
+    `select`.
+    """
+    for least, most, share in ((min_steering, max_kl, 0.8), (-math.inf, max_kl, 0.8), (-math.inf, math.inf, 1.0)):
+        last = most == math.inf
+        with contextlib.nullcontext() if last else contextlib.suppress(NoCandidateError):
+            found = select(
+                model, directions, harmful, harmless, refusal_tokens=refusal_tokens, max_kl=most, min_steering=least,
+                layers=share, progress=progress,
+            )  # fmt: skip
+            return found, least == min_steering and most == max_kl
+    raise AssertionError("the last call returns or raises")
+
+
 def _check(directions: Directions, tokens: Sequence[int], layers: float, rows: int) -> None:
     if not isinstance(directions, Directions):
         raise ValueError(f"directions: expected Directions of estimate, got {type(directions).__name__}")
@@ -163,24 +191,29 @@ class _Asked:
         left = [(p, layer) for p in range(shape[0]) for layer in range(layers) if usable[p, layer]]
         kl, steering, refusal = (torch.full(shape, math.nan, dtype=torch.float64) for _ in range(3))
         bases = []
-        _begin(steering, left)
-        for batch in self._counted(harmless, "steering", left):
-            base, inputs = self._base(batch, {layer for _, layer in left})
+        steered = left if min_steering > -math.inf else []  # else all pass, unasked
+        _begin(steering, steered)
+        for batch in self._counted(harmless, "steering", steered):
+            base, inputs = self._base(batch, {layer for _, layer in steered})
             bases.append(base)
-            self._steer(batch, inputs, left, steering)
+            self._steer(batch, inputs, steered, steering)
         numbers = sum(len(batch["input_ids"]) for batch in harmless), sum(len(b["input_ids"]) for b in harmful)
         steering /= numbers[0]
-        after_steering = [c for c in left if steering[c] >= min_steering]
-        _begin(kl, after_steering)
-        counted = self._counted(harmless, "divergence", after_steering)
+        after_steering = [c for c in left if steering[c] >= min_steering] if steered else left
+        measured = after_steering if max_kl < math.inf else []
+        _begin(kl, measured)
+        counted = self._counted(harmless, "divergence", measured)
         for batch, base in zip(counted, bases, strict=True):
-            self._ablate(batch, after_steering, kl, lambda logits, base=base: divergences(base, logits))
+            self._ablate(batch, measured, kl, lambda logits, base=base: divergences(base, logits))
         kl /= numbers[0]
-        passed = [c for c in after_steering if kl[c] <= max_kl]
+        passed = [c for c in after_steering if kl[c] <= max_kl] if max_kl < math.inf else after_steering
         if not passed:
+            highest = max((float(steering[c]) for c in steered), default=math.nan)
+            least = min((float(kl[c]) for c in after_steering), default=math.nan)
             raise NoCandidateError(
                 f"directions: no candidate passed: {len(left)} below the layer bound, {len(after_steering)} with a "
-                f"steering score >= {min_steering}, 0 of those with a divergence <= {max_kl}"
+                f"steering score >= {min_steering} (the highest is {highest:.3g})"
+                + (f", 0 of those with a divergence <= {max_kl} (the least is {least:.3g})" if after_steering else "")
             )
         _begin(refusal, passed)
         for batch in self._counted(harmful, "refusal", passed):

@@ -60,12 +60,13 @@ class Choice:
         return float(self.selection.steering[self.at])
 
     def plain(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
+        """For JSON; None for what was not asked."""
+        made = {
             "layer": self.layer, "position": self.position, "passed": self.passed, "refusal": self.refusal,
             "kl": self.kl, "steering": self.steering, "refusal_before": self.selection.harmful,
             "harmless_before": self.selection.harmless,
         }  # fmt: skip
+        return {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in made.items()}
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ def summary(found: Found) -> str:
     for i, one in enumerate(found.choices[1:], 2):
         said.append(
             f"Direction {i}: layer {one.layer}, position {one.position}; refusal score {_signed(one.refusal)} without "
-            f"all {i}{'' if one.passed else ' (no candidate passed the filters: the least refusal decided)'}."
+            f"all {i}{'' if one.passed else ' (no candidate passed all filters)'}."
         )
     return "\n".join(said)
 

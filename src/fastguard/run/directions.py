@@ -16,7 +16,6 @@ import dataclasses
 import datetime
 import hashlib
 import json
-import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +36,7 @@ from fastguard.data.own import split_set
 from fastguard.data.sources import DataSource, Split
 from fastguard.directions.found import Directions
 from fastguard.directions.probe import separation
-from fastguard.directions.select import NoCandidateError, Selection, select
+from fastguard.directions.select import NoCandidateError, Selection, select, select_anyway
 from fastguard.directions.several import phases
 from fastguard.directions.stream import Stream
 from fastguard.evaluation.directions import Choice, Found, Refusals
@@ -207,29 +206,28 @@ class _Search:
 
     def _choose(self, means: Directions, stream: Stream) -> Tensor:
         """The choice of one phase, with the directions of those before it ablated."""
+        search = select_anyway if self.choices else self._first
         with contextlib.nullcontext() if self._basis is None else stream.ablated(self._basis):
-            try:
-                chosen, passed = self._select(means, self.options.max_kl, self.options.min_steering), True
-            except NoCandidateError as error:
-                if not self.choices:
-                    raise NoCandidateError(self._advice(error)) from None
-                # Later ones leave less to refuse with, and so to steer with: the least refusal decides alone.
-                chosen, passed = self._select(means, math.inf, -math.inf), False
+            chosen, passed = search(
+                self.model,
+                means,
+                self.batches["harmful"]["validation"],
+                self.batches["harmless"]["validation"],
+                refusal_tokens=self.tokens,
+                max_kl=self.options.max_kl,
+                min_steering=self.options.min_steering,
+                progress=lambda stage, fraction, text: self.progress(self._named(f"select: {stage}"), fraction, text),
+            )
         self.found.append(means)
         self.choices.append(Choice(chosen, means.positions, passed))
         return chosen.direction
 
-    def _select(self, means: Directions, max_kl: float, min_steering: float) -> Selection:
-        return select(
-            self.model,
-            means,
-            self.batches["harmful"]["validation"],
-            self.batches["harmless"]["validation"],
-            refusal_tokens=self.tokens,
-            max_kl=max_kl,
-            min_steering=min_steering,
-            progress=lambda stage, fraction, text: self.progress(self._named(f"select: {stage}"), fraction, text),
-        )
+    def _first(self, *given: Any, **how: Any) -> tuple[Selection, bool]:
+        """The first has to pass; those after it, which leave less to refuse and so to steer with, need not."""
+        try:
+            return select(*given, **how), True
+        except NoCandidateError as error:
+            raise NoCandidateError(self._advice(error)) from None
 
     @staticmethod
     def _advice(error: NoCandidateError) -> str:

@@ -138,6 +138,8 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
     "one tamper batch too many": (lambda: tar(tamper=[batch(), batch()]), "tamper"),
     "a seam without alpha": (lambda: fastguard.SEAM(model(), alpha=-1.0), "alpha"),
     "a crl on no layers": (lambda: fastguard.CRL(model(), layers=()), "layers"),
+    "circuit breakers on a layer that is none": (
+        lambda: fastguard.CircuitBreakerLoss(model(), layers=(99,)), "layers"),
     "options of another method": (
         lambda: find("tar").build(model(), find("sft").load_options()()), "options: expected"),
     "a method that is none": (lambda: find("magic"), "method"),

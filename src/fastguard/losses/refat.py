@@ -269,6 +269,10 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         self._forget()
         self._choose(None)
 
+    def check_components(self) -> None:
+        """Raise a FloatingPointError that names the first component of the last call that is not finite."""
+        tapped.check_finite("ReFATLoss", self.components)
+
     def bases(self) -> dict[int, Tensor]:
         """The directions of each layer that has some, [K, D] in float64, orthonormal, the difference in means first."""
         lives = self.basis.abs().amax(-1).cpu() > 0

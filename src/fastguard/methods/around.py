@@ -42,7 +42,13 @@ class AroundLoss(Training):
     def gradient(self, step: Step, **batches: Any) -> Figures:
         """One step: batches as the loss takes them. Returns its 0-dim components; errors as there."""
         loss = self.loss_fn(**batches, model=step.model)
-        return {**figures_of(self.loss_fn.components), "loss": step.differentiate(loss, "")}
+        try:
+            value = step.differentiate(loss, "")
+        except FloatingPointError:
+            if named := getattr(self.loss_fn, "check_components", None):  # where it was, if it was on this rank
+                named()
+            raise
+        return {**figures_of(self.loss_fn.components), "loss": value}
 
     def state_dict(self) -> dict[str, Any]:
         """See `Training.state_dict`: the counter of steps, and what the loss counts and keeps."""

@@ -38,6 +38,7 @@ BUILTIN = (
     "fastguard.defenses.seam",
     "fastguard.defenses.crl",
     "fastguard.defenses.refat",
+    "fastguard.defenses.circuit_breaker",
     "fastguard.attacks.harmful_finetuning",
     "fastguard.attacks.lora",
     "fastguard.attacks.refusal_ablation",

@@ -71,6 +71,12 @@ def test_without_the_direction_it_does_not_refuse_and_with_it_added_it_does(done
     assert "sorry" not in said["ablated"] and said["refusing"].split()[0] == "sorry", said
 
 
+def test_the_defenses_do_what_their_comments_say(done):
+    _, _, names = done
+    assert 0 <= names["share"] <= 1 and names["rerouting"] > 0.9  # nothing has been trained away from its reference yet
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in names["model"].modules())
+
+
 def test_the_attack_takes_refusal_away(done):
     here, _, _ = done
     metrics = json.loads((here / "runs" / "attack" / "metrics.json").read_text())

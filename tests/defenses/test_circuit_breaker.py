@@ -65,7 +65,7 @@ def said(figures) -> list[float]:
 
 
 def by_hand(model: nn.Module, frozen: nn.Module, given: dict[str, Batch], *, layers, labels=False, all_states=False,
-            padding_counts=True) -> tuple[Tensor, Tensor]:  # fmt: skip
+            padding_counts=True, relative=False) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Both terms with every option, row by row of whole models; states up to max(layers) unless all of them."""
 
     def rows(name: str, of: nn.Module) -> list[Tensor]:
@@ -79,7 +79,8 @@ def by_hand(model: nn.Module, frozen: nn.Module, given: dict[str, Batch], *, lay
     live = {name: rows(name, model) for name in given}
     similar = [torch.cosine_similarity(live["harmful"][i], before["harmful"][i], -1, 0).relu() for i in layers]
     assert all_states
-    moved = torch.stack([(a - b).norm(dim=-1) for a, b in zip(live["retain"], before["retain"], strict=True)])
+    pairs = list(zip(live["retain"], before["retain"], strict=True))
+    moved = torch.stack([(a - b).norm(dim=-1) / (b.norm(dim=-1) if relative else 1) for a, b in pairs])
     count = len(moved) * given["retain"]["input_ids"].numel() if padding_counts else moved.numel()
     return moved.sum() / count, torch.stack(similar).mean()
 
@@ -119,18 +120,22 @@ def test_three_steps_equal_the_published_form(name, layers, checkpointing, toler
     assert breaker.state_dict()["step"] == 3 and int(breaker.state_dict()["loss"]["call"]) == 3
 
 
-@pytest.mark.parametrize("labels, padding_counts", [(False, False), (True, True), (True, False)])
-def test_options_reach_the_loss(labels, padding_counts):
+@pytest.mark.parametrize(
+    "labels, padding_counts, relative", [(False, False, False), (True, True, True), (True, False, False)]
+)
+def test_options_reach_the_loss(labels, padding_counts, relative):
     model = tiny("gpt2", torch.float64)
     frozen = tiny("gpt2", torch.float64, seed=1)
     loss_fn = CircuitBreakerLoss(
         model, layers=(2, 1), alpha=3.0, schedule=4, positions="labels" if labels else "attended",
         mask_padding=not padding_counts, retain_states="all", reference=Reference(frozen),
+        retain_distance="relative" if relative else "absolute",
     )  # fmt: skip
     given = batches()
     kept, turned = by_hand(
-        model, frozen, given, layers=(2, 1), labels=labels, all_states=True, padding_counts=padding_counts
-    )
+        model, frozen, given, layers=(2, 1), labels=labels, all_states=True, padding_counts=padding_counts,
+        relative=relative,
+    )  # fmt: skip
     expected = 3.0 * (kept / 4 + turned * 3 / 4)
     expected.backward()
     wanted = gradients(model)

@@ -19,6 +19,10 @@ SHORT = {
 }
 
 
+HOLDS = {"circuit_breaker": 0.05}
+"""Methods that keep states where they were and learn no answer: what the loss of what is kept may rise by."""
+
+
 @pytest.mark.parametrize("method", methods.defenses())
 def test_training_lowers_the_loss_on_what_is_to_be_kept(corpus, method):  # noqa: F811
     model = tiny.model()
@@ -26,7 +30,9 @@ def test_training_lowers_the_loss_on_what_is_to_be_kept(corpus, method):  # noqa
     before = [mean_answer_loss(model, part["immunize"], 1) for part in (corpus.safe, corpus.harmless)]
     training = immunized(model, corpus, recipe(method, steps=8, options=SHORT.get(method, {})))
     after = [mean_answer_loss(model, part["immunize"], 1) for part in (corpus.safe, corpus.harmless)]
-    assert after[0] < before[0] and after[1] < before[1]
+    rise = HOLDS.get(method, 0.0)
+    assert after[0] < before[0] + rise and after[1] < before[1] + rise
+    assert not rise or training["curve"][-1]["rerouting"] < training["curve"][0]["rerouting"]
     assert training["steps"] == len(training["curve"]) == 8
     assert all(isinstance(value, (int, float)) for point in training["curve"] for value in point.values())
     assert methods.find(method).title in training["method"]

@@ -28,6 +28,7 @@ from fastguard.ops.vocabulary import Norm
 from fastguard.taps import Structure, anchor, find_structure
 
 RETAIN_STATES = ("truncated", "all")
+RETAIN_DISTANCES = ("absolute", "relative")
 
 NUDGE = 2.0**-8
 """Radians; the spacing of bf16."""
@@ -72,6 +73,8 @@ class CircuitBreakerLoss(ReferencedLoss):
         retain_states: ``truncated`` (published): those of a model that ends after the layer that state ``max(layers)``
             enters: states 0 to max(layers) and that layer's output through the final norm. ``all``: all L + 1 (the
             published ``full_layers``), for runs that train layers above that.
+        retain_distance: ``absolute`` (published): |h - h0|, in which the tokens with massive activations, such as the
+            first, count for all others; ``relative``: |h - h0| / |h0|, of the size of the cosine on every model.
         nudge: radians, see above; 0: none.
         seed: of the nudge's directions.
         reference: the model as it was; None: as it is now.
@@ -99,6 +102,7 @@ class CircuitBreakerLoss(ReferencedLoss):
         positions: str = "attended",
         mask_padding: bool = False,
         retain_states: str = "truncated",
+        retain_distance: str = "absolute",
         nudge: float = NUDGE,
         seed: int = 0,
         reference: Reference | None = None,
@@ -109,8 +113,11 @@ class CircuitBreakerLoss(ReferencedLoss):
         for name, number, least in (("schedule", schedule, 1), ("seed", seed, None)):
             if isinstance(number, bool) or not isinstance(number, int) or (least is not None and number < least):
                 raise ValueError(f"{name}: expected an int{'' if least is None else f' >= {least}'}, got {number!r}")
-        if retain_states not in RETAIN_STATES:
-            raise ValueError(f"retain_states: expected {' or '.join(RETAIN_STATES)}, got {retain_states!r}")
+        for name, value, choices in (
+            ("retain_states", retain_states, RETAIN_STATES), ("retain_distance", retain_distance, RETAIN_DISTANCES),
+        ):  # fmt: skip
+            if value not in choices:
+                raise ValueError(f"{name}: expected {' or '.join(choices)}, got {value!r}")
         structure = find_structure(model) if structure is None else structure
         last = len(structure.layers)
         chosen = default_layers(last) if layers is None else checked_layers(layers, last)
@@ -119,7 +126,8 @@ class CircuitBreakerLoss(ReferencedLoss):
         )
         self.layers = chosen
         self.alpha, self.schedule, self.mask_padding = alpha, schedule, mask_padding
-        self.retain_states, self.nudge, self.seed = retain_states, nudge, seed
+        self.retain_states, self.retain_distance = retain_states, retain_distance
+        self.nudge, self.seed = nudge, seed
         # The output of the last layer that runs is state `depth`, before the final norm.
         self.depth = self.last if retain_states == "all" else min(max(self.layers) + 1, self.last)
         self.retained = tuple(range(self.depth + 1))
@@ -170,7 +178,10 @@ class CircuitBreakerLoss(ReferencedLoss):
                 before = frozen[index][split if index in self.layers else 0 :].flatten(0, 1)
                 live = x[split:].flatten(0, 1)
                 live = norm(live) if self._is_normed_here(index) else live
-                sums.append(representation_distance(live[None], before[None], pair.good, kind="l2")[0].sum())
+                moved = representation_distance(live[None], before[None], pair.good, kind="l2")[0]
+                if self.retain_distance == "relative":
+                    moved = moved / torch.linalg.vector_norm(before, dim=-1, dtype=moved.dtype).clamp_min(1e-30)
+                sums.append(moved.sum())
             return torch.stack(sums) if sums else x.new_zeros(0)
 
         return statistic

@@ -37,6 +37,7 @@ BUILTIN = (
     "fastguard.defenses.t_vaccine",
     "fastguard.defenses.seam",
     "fastguard.defenses.crl",
+    "fastguard.defenses.refat",
     "fastguard.defenses.circuit_breaker",
     "fastguard.attacks.harmful_finetuning",
     "fastguard.attacks.lora",

@@ -8,6 +8,7 @@ from fastguard.settings import SettingError, Settings, choice, number
 
 POSITIONS = ("attended", "labels")
 RETAIN_STATES = ("truncated", "all")
+RETAIN_DISTANCES = ("absolute", "relative")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class Options(Settings):
     positions: str = choice("attended", *POSITIONS)  # prompts too, or labels: answers alone
     mask_padding: bool = False
     retain_states: str = choice("truncated", *RETAIN_STATES)  # up to the layers, or all
+    retain_distance: str = choice("absolute", *RETAIN_DISTANCES)  # or relative to the frozen state's length
     nudge: float = number(2.0**-8, at_least=0)  # radians, of states that have not moved yet
 
     def check(self) -> None:

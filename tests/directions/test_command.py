@@ -121,7 +121,7 @@ def test_a_bound_far_from_the_curves_is_said_and_not_drawn(found):
     assert "dashed: chance" in page and "dashed: at least 0" not in page
     curve = torch.tensor([[1e-3, 1e-2, torch.nan]])
     assert _in_sight(0.05, curve, log=True) and not _in_sight(10.0, curve, log=True)
-    assert _in_sight(-1.0, curve, log=False) and not _in_sight(-3.0, curve, log=False)
+    assert _in_sight(-0.9, curve, log=False) and not _in_sight(-3.0, curve, log=False)
     assert not _in_sight(0.0, curve, log=True) and not _in_sight(0.0, curve * torch.nan, log=False)
 
 

@@ -64,6 +64,29 @@ def test_immunize_reads_the_configuration(pipeline_calls, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
+    ("more", "attacks"),
+    [
+        ((), {"attack": "harmful_finetuning", "refusal ablation": "refusal_ablation"}),
+        (("--method", "refusal_ablation"), {"attack": "refusal_ablation"}),
+        (("--method", "harmful_finetuning"), {"attack": "harmful_finetuning"}),
+    ],
+)
+def test_attack_with_the_method_that_was_asked_for_alone(monkeypatch, tmp_path, more, attacks):
+    pipeline = pytest.importorskip("fastguard.run.pipeline")
+    configs = []
+
+    def fake(given, config, out, quick, progress):
+        configs.append(config)
+        Path(out).mkdir(parents=True, exist_ok=True)
+        shutil.copy(EXAMPLE, Path(out) / "metrics.json")
+        return json.loads(EXAMPLE.read_text())
+
+    monkeypatch.setattr(pipeline, "examine", fake)
+    assert run("attack", "some/model", *more, "--out", tmp_path / "run").exit_code == 0
+    assert {name: part.method for name, part in configs[0].all_attacks().items()} == attacks
+
+
+@pytest.mark.parametrize(
     ("text", "said"), [(None, "no file"), ("align: {stepz: 3}", "align.stepz: unknown key"), ("- 1", "mapping")]
 )
 def test_a_bad_configuration_ends_with_2_and_says_what_is_wrong(pipeline_calls, tmp_path, text, said):

@@ -391,6 +391,8 @@ def _examine(
             tree[section] = {**tree[section], **values}
         if method is not None and method != tree["attack"]["method"]:
             tree["attack"] = {**tree["attack"], "method": method, "options": {}}
+        if method is not None:
+            tree["attacks"] = {}  # this one alone
         tree["title"] = "Models made elsewhere"
         chosen = configuration.from_dict(tree, "--config")
     except (OSError, ValueError) as error:

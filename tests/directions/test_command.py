@@ -1,5 +1,6 @@
 """`fastguard directions`: what it finds on a model with a planted direction, what it writes, what its page says."""
 
+import dataclasses
 import json
 import re
 
@@ -18,7 +19,7 @@ from fastguard import cli
 from fastguard.directions import Directions, probe
 from fastguard.directions.select import NoCandidateError
 from fastguard.edits.basis import read_basis
-from fastguard.evaluation.directions import render, summary
+from fastguard.evaluation.directions import _in_sight, render, summary
 from fastguard.models import model_digest
 from fastguard.run.directions import Options, _given_tokens, _shared_end, find
 
@@ -112,6 +113,16 @@ def test_the_page_is_whole_and_says_what_was_found(found):
     field = field[: field.index("</svg>")]
     cells = sum(bool(torch.isfinite(v)) for v in first.selection.refusal.flatten())
     assert field.count("var(--series-1)") == cells + 24  # each candidate that was asked, and the scale
+
+
+def test_a_bound_far_from_the_curves_is_said_and_not_drawn(found):
+    page = render(dataclasses.replace(found, min_steering=-500.0))
+    assert "bound: at least \N{MINUS SIGN}500" in page and "dashed: at most 0.1" not in page  # rounding, and 0.1
+    assert "dashed: chance" in page and "dashed: at least 0" not in page
+    curve = torch.tensor([[1e-3, 1e-2, torch.nan]])
+    assert _in_sight(0.05, curve, log=True) and not _in_sight(10.0, curve, log=True)
+    assert _in_sight(-0.9, curve, log=False) and not _in_sight(-3.0, curve, log=False)
+    assert not _in_sight(0.0, curve, log=True) and not _in_sight(0.0, curve * torch.nan, log=False)
 
 
 def test_no_page_where_none_is_wanted(given, tmp_path):

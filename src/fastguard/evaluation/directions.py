@@ -209,21 +209,35 @@ def _signed(value: float) -> str:
     return number(value).replace("-", "\N{MINUS SIGN}")
 
 
+def _in_sight(level: float, drawn: Tensor, log: bool) -> bool:
+    """Whether a line there leaves the curves at least half of the height."""
+    values = drawn[drawn.isfinite()].double()
+    if not len(values) or (log and level <= 0):
+        return False
+    at = math.log(level) if log else level
+    values = values.log() if log else values
+    low, high = float(values.min()), float(values.max())
+    span = max(high - low, 1.0)
+    return low - span <= at <= high + span
+
+
 def _figures(found: Found, series: Mapping[int, int]) -> dict[str, str]:
     first = found.choices[0]
     selection = first.selection
     row, layer = first.at
 
-    def panel(title: str, values: Tensor, level: float | None, label: str, said: str, asked: bool = False) -> str:
+    def panel(title: str, values: Tensor, level: float, label: str, said: str, asked: bool = False) -> str:
         """Curves by layer, one a position; the chosen place has a ring. asked: of some candidates alone."""
         drawn = values.clamp_min(KL_FLOOR) if asked else values  # keeps nan
+        seen = _in_sight(level, drawn, asked)
         lines = [
             Line(list(range(drawn.shape[1])), drawn[r].tolist(), series[r])
             for r in sorted(series, key=lambda r: r == row)
         ]
         return svg(
             Panel(
-                title, lines, "layer", drawn.shape[1] - 1, level=level, level_label=label, markers=asked,
+                title, lines, "layer", drawn.shape[1] - 1, level=level if seen else None,
+                level_label=f"{'dashed' if seen else 'bound'}: {label}", markers=asked,
                 rings=[(layer, float(drawn[row, layer]))], description=said,
             )
         )  # fmt: skip
@@ -231,7 +245,7 @@ def _figures(found: Found, series: Mapping[int, int]) -> dict[str, str]:
     positions = [str(p).replace("-", "\N{MINUS SIGN}") for p in found.means.positions]
     return {
         "separation": panel(
-            "Separation (AUC)", found.separation, 0.5, "dashed: chance",
+            "Separation (AUC)", found.separation, 0.5, "chance",
             "Area under the curve of each layer's direction on held-out prompts, one curve a position",
         ),
         "refusal": svg(
@@ -242,12 +256,12 @@ def _figures(found: Found, series: Mapping[int, int]) -> dict[str, str]:
             )
         ),
         "steering": panel(
-            "Steering", selection.steering, found.min_steering, f"dashed: at least {found.min_steering:g}",
+            "Steering", selection.steering, found.min_steering,
+            f"at least {found.min_steering:g}".replace("-", "\N{MINUS SIGN}"),
             "Refusal score of harmless prompts with each candidate added, by layer",
         ),
         "kl": panel(
-            "Divergence (KL)", selection.kl, found.max_kl if math.isfinite(found.max_kl) else None,
-            f"dashed: at most {found.max_kl:g}",
+            "Divergence (KL)", selection.kl, found.max_kl, f"at most {found.max_kl:g}",
             "Divergence of the next token on harmless prompts without each candidate, by layer", asked=True,
         ),
     }  # fmt: skip

@@ -51,7 +51,7 @@ class Panel:
     x_max: float
     rate: bool = False  # y runs from 0 to 100%
     level: float | None = None
-    level_label: str = ""  # says what the dashed line is
+    level_label: str = ""  # says what the dashed line is, or where it would be
     markers: bool = True
     rings: Sequence[tuple[float, float]] = ()  # points to look at
     description: str = ""  # for readers who do not see it
@@ -132,7 +132,7 @@ def _curves(panel: Panel) -> Figure:
             axes.plot(*at, marker="o", markersize=8, markerfacecolor="none", color=INK, zorder=4)
     if panel.level is not None:
         axes.axhline(panel.level, color=INK, linestyle=(0, (4, 3)), linewidth=0.9, zorder=1)
-        axes.set_title(panel.level_label, loc="right", fontsize=8, color=FAINT)
+    axes.set_title(panel.level_label, loc="right", fontsize=8, color=FAINT)
     for at in panel.rings:
         axes.plot(*at, marker="o", markersize=9, markerfacecolor="none", color=INK, zorder=4, clip_on=False)
     axes.set_xlim(-0.02 * panel.x_max, panel.x_max * 1.02 or 1)

@@ -13,7 +13,7 @@ from fastguard.settings import Settings, number
 class Options(Settings):
     """See ``fastguard.attacks.refusal_ablation.step.RefusalAblation``."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"rounds": 2, "positions": 1, "validation": 4, "estimation": 16}
+    quick: ClassVar[Mapping[str, Any]] = {"rounds": 1, "positions": 1, "validation": 2, "estimation": 8}
 
     rounds: int = number(8, at_least=1)  # directions at most; public re-estimating attacks make 8
     positions: int = number(5, at_least=1)  # last tokens of the prompt that are candidates; published: 5 for Llama 3

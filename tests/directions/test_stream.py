@@ -103,6 +103,29 @@ def test_equals_edited_weights_and_the_published_hooks(scale):
             torch.testing.assert_close(mine, model(input_ids=IDS).logits, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", torch.float64), ("mixtral", torch.float32), ("gpt2", torch.float32)]
+)
+def test_steps_of_generation_run_the_layers_own_forward(name, dtype, calls):
+    """One token a forward, behind a cache: no fused op, and what the whole sequence gives in one forward."""
+    model, q = tiny(name, dtype).eval(), basis(dtype=dtype)
+    decoder = model.get_decoder()
+    with torch.no_grad(), ablate(model, q):
+        whole = model(input_ids=IDS).logits
+        cache = model(input_ids=IDS[:, :-1], use_cache=True).past_key_values
+        calls.clear()
+        with watched(decoder.layers if hasattr(decoder, "layers") else decoder.h) as seen:
+            step = model(input_ids=IDS[:, -1:], past_key_values=cache).logits[:, -1]
+    assert not calls
+    for x in seen:
+        assert float((x @ q.mT).abs().max()) < (1e-12 if dtype == torch.float64 else 1e-6) * float(x.abs().max())
+    torch.testing.assert_close(step, whole[:, -1], rtol=0, atol=2e-5 * float(whole.abs().max()))
+    calls.clear()
+    with ablate(model, q):
+        model(input_ids=IDS[:, :1])
+    assert len(calls) == 3  # where gradients are recorded the ops run
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_each_sample_its_own_basis(fused):
     model, q = tiny("llama", torch.float64).eval(), basis(2)

@@ -101,15 +101,34 @@ class _Ablating(_Changing):
         self.basis, self.scale = _PerDevice(basis), scale
         self.index = None if index is None else _PerDevice(index)
         self.fused: frozenset[int] = frozenset()
+        self.stepping = False  # a fused layer runs its own forward
 
     def index_on(self, device: torch.device) -> Tensor | None:
         return None if self.index is None else self.index.on(device)
 
     def change(self, kind: str, index: int, x: Tensor) -> Tensor | None:
-        if (kind == STREAM and index == 0) or (kind == WRITE and index not in self.fused):
+        if (kind == STREAM and index == 0) or (kind == WRITE and (self.stepping or index not in self.fused)):
             basis = self.basis.on(x.device)
+            if self.index is None and x.numel() <= FEW * x.shape[-1] and _plain():
+                return _few(x, basis, self.scale)
             return project_out(x, basis, self.scale, basis_index=self.index_on(x.device))
         return None
+
+
+FEW = 64
+"""Rows up to which two calls of torch are faster than one of an op: a step of generation is all overhead."""
+
+
+def _plain() -> bool:
+    """Whether this is a forward and nothing else, so that torch's own calls may stand for the op's."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _few(x: Tensor, basis: Tensor, scale: float) -> Tensor:
+    """``project_out`` of a few rows."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows, q = x.reshape(-1, x.shape[-1]).to(wide), basis.to(wide)
+    return torch.addmm(rows, rows @ q.mT, q, alpha=-scale).view(x.shape).to(x.dtype)
 
 
 class _Adding(_Changing):
@@ -288,7 +307,14 @@ class _Fused:
         recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         if self.taps.scope is not self.scope and not (self.taps.scope is None and recomputing):
             return own(*args, **kwargs)
-        device = (args[0] if args else kwargs["hidden_states"]).device
+        hidden = args[0] if args else kwargs["hidden_states"]
+        device = hidden.device
+        if hidden.shape[-2] == 1 and _plain():  # a step of generation
+            self.scope.stepping = True
+            try:
+                return own(*args, **kwargs)
+            finally:
+                self.scope.stepping = False
         return fused_layer(self.parts, self.scope.basis.on(device), self.scope.index_on(device), *args, **kwargs)
 
 

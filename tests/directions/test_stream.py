@@ -120,8 +120,8 @@ def test_steps_of_generation_run_the_layers_own_forward(name, dtype, calls):
     for x in seen:
         assert float((x @ q.mT).abs().max()) < (1e-12 if dtype == torch.float64 else 1e-6) * float(x.abs().max())
     torch.testing.assert_close(step, whole[:, -1], rtol=0, atol=2e-5 * float(whole.abs().max()))
-    calls.clear()
     with ablate(model, q):
+        calls.clear()
         model(input_ids=IDS[:, :1])
     assert len(calls) == 3  # where gradients are recorded the ops run
 

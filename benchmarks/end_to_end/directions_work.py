@@ -33,7 +33,7 @@ from directions import published  # noqa: E402
 from fastguard import directions, models  # noqa: E402
 from fastguard.data.chat import Encoded  # noqa: E402
 from fastguard.data.corpus import Corpus, build_corpus  # noqa: E402
-from fastguard.run.config import AlignConfig, DataConfig  # noqa: E402
+from fastguard.run.config import DataConfig  # noqa: E402
 
 PROMPTS, BATCH = 128, 32
 """Prompts of each class that estimate, and how many at a time: the published procedure's."""
@@ -51,22 +51,6 @@ def load() -> tuple[Any, Corpus]:
     """SmolLM2-135M-Instruct in fp32, in evaluation mode, and the demo's corpus."""
     corpus = build_corpus(models.load_tokenizer(models.SMOLLM2, plain=True), DataConfig())
     return models.load_model(models.SMOLLM2, torch.float32).requires_grad_(False), corpus
-
-
-def align(model: Any, corpus: Corpus) -> None:
-    """Teach the model to refuse, as the demo does: without that there is no direction that a filter lets through."""
-    from fastguard.defenses.sft.step import SFT
-    from fastguard.losses.answer import answer_loss
-    from fastguard.run.streams import Streams
-    from fastguard.run.train import train, trainable
-
-    part = AlignConfig()
-    trainable(model, freeze_embedding=True)
-    method = SFT(model, loss=answer_loss)
-    streams = Streams(corpus, "cpu", part.refusals, part.harmless, part.seed, "align")
-    train(method, streams.of(method.roles), part.lr, steps=part.steps)
-    method.close()
-    model.requires_grad_(False)
 
 
 def left_padded(rows: Sequence[Encoded], pad: int, size: int = BATCH) -> list[Batch]:
@@ -131,29 +115,45 @@ def body_flops(model: Any, batches: Sequence[Batch], layers: int | None = None) 
 # Selection
 
 
+Tables = tuple[Tensor, Tensor, Tensor]
+"""Refusal scores, divergences and steering scores [P, L] of the candidates."""
+
+
 def selection(
-    name: str, model: Any, found: Any, harmful: list[Batch], harmless: list[Batch], tokens: list[int]
-) -> Callable[[], tuple[tuple[int, int], float, Any]]:
-    """A function that gives the choice, its score, and what else came out.
-
-    ``fastguard``: with the paper's filters. ``no filter``: with filters that let everything below the layer bound
-    through, its worst case. ``published``: its three sweeps, which run in full whatever the filters are.
-    """
+    name: str, model: Any, found: Any, harmful: list[Batch], harmless: list[Batch], tokens: list[int], **filters: float
+) -> Callable[[], Any]:
+    """``fastguard``: with ``filters``, gives a Selection. ``published``: three sweeps whatever the filters; Tables."""
     if name == "published":
+        return lambda: published.selection(model, found.difference, harmful, harmless, tokens)[1:]
+    return lambda: directions.select(model, found, harmful, harmless, refusal_tokens=tokens, **filters)
 
-        def sweeps() -> tuple[tuple[int, int], float, Any]:
-            best, refusal, kl, steering = published.selection(model, found.difference, harmful, harmless, tokens)
-            return best, float(refusal[best]) if best else math.nan, (refusal, kl, steering)
 
-        return sweeps
-    filters = {} if name == "fastguard" else {"max_kl": math.inf, "min_steering": -math.inf}
+NO_FILTER = {"max_kl": math.inf, "min_steering": -math.inf}
+"""All candidates below the layer bound are asked everything: the worst case."""
 
-    def choose() -> tuple[tuple[int, int], float, Any]:
-        mine = directions.select(model, found, harmful, harmless, refusal_tokens=tokens, **filters)
-        best = found.positions.index(mine.position), mine.layer
-        return best, float(mine.refusal[best]), mine
 
-    return choose
+def below_the_bound(tables: Tables) -> Tensor:
+    """Which candidates [P, L] the layer bound lets through, those without a direction left out."""
+    refusal = tables[0]
+    there = ~refusal.isnan()
+    there[:, int(0.8 * refusal.shape[1]) :] = False
+    return there
+
+
+def half(tables: Tables) -> dict[str, float]:
+    """Filters each of which lets half of what comes to it through."""
+    _, kl, steering = tables
+    there = below_the_bound(tables)
+    least = float(steering[there].median())
+    return {"max_kl": float(kl[there & (steering >= least)].median()) + 1e-9, "min_steering": least - 1e-9}
+
+
+def chosen(tables: Tables, max_kl: float, min_steering: float) -> tuple[int, int]:
+    """The published choice: row of the positions, and layer."""
+    refusal, kl, steering = tables
+    passed = below_the_bound(tables) & (kl <= max_kl) & (steering >= min_steering)
+    at = int(torch.where(passed, refusal, math.inf).argmin())
+    return at // refusal.shape[1], at % refusal.shape[1]
 
 
 # Generation
@@ -214,10 +214,10 @@ def editing(name: str, basis: Tensor, folder: Path) -> Run:
 
 
 def peak_of(what: str, name: str) -> int:
-    """Peak memory above the model."""
+    """Peak memory above the model; a batch of each class, since more of them add nothing."""
     model, corpus = load()
     if what == "estimate":
-        harmful, harmless = instructions(corpus, PROMPTS)
+        harmful, harmless = instructions(corpus, BATCH, PROMPTS - BATCH)
         model(**{key: value[:1] for key, value in harmful[0].items()})  # what is allocated once
         return measure.peak_bytes(estimation(name, model, harmful, harmless))
     raise ValueError(f"what: expected estimate, got {what!r}")

@@ -18,7 +18,7 @@ from end_to_end.nested_step import row
 from fastguard import directions
 
 ROUNDS = 3
-GENERATED_ROUNDS = 7
+GENERATED_ROUNDS = 5
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,14 @@
 ``found``     `Directions`, what that gives, and its file
 ``select``    which of them mediates refusal
 ``several``   principal directions, and those found again after ablation
+``cone``      a direction, or the basis of a cone, refined by gradient
 ``stream``    `ablate`, `add`, `rotate`: a model's stream changed for the duration of a context
 ``probe``     how well a direction tells the classes apart, by layer
 ``basis``     from directions to an orthonormal basis
 """
 
 from fastguard.directions.basis import orthonormalise
+from fastguard.directions.cone import Cone, refine
 from fastguard.directions.estimate import estimate
 from fastguard.directions.found import Directions
 from fastguard.directions.probe import Probe, auc, probe
@@ -18,6 +20,7 @@ from fastguard.directions.several import iterate, principal, samples
 from fastguard.directions.stream import Stream, ablate, add, rotate
 
 __all__ = [
+    "Cone",
     "Directions",
     "Probe",
     "Selection",
@@ -31,6 +34,7 @@ __all__ = [
     "orthonormalise",
     "principal",
     "probe",
+    "refine",
     "refusal_scores",
     "rotate",
     "samples",

@@ -96,9 +96,9 @@ def _suspended() -> Iterator[None]:
 
 
 class _Ablating(_Changing):
-    def __init__(self, basis: Tensor, scale: float, index: Tensor | None) -> None:
+    def __init__(self, basis: Tensor, scale: float, index: Tensor | None, preserve: bool = False) -> None:
         super().__init__()
-        self.basis, self.scale = _PerDevice(basis), scale
+        self.basis, self.scale, self.preserve = _PerDevice(basis), scale, preserve
         self.index = None if index is None else _PerDevice(index)
         self.fused: frozenset[int] = frozenset()
         self.stepping = False  # a fused layer runs its own forward
@@ -109,9 +109,10 @@ class _Ablating(_Changing):
     def change(self, kind: str, index: int, x: Tensor) -> Tensor | None:
         if (kind == STREAM and index == 0) or (kind == WRITE and (self.stepping or index not in self.fused)):
             basis = self.basis.on(x.device)
-            if self.index is None and x.numel() <= FEW * x.shape[-1] and _plain():
+            if self.index is None and not self.preserve and x.numel() <= FEW * x.shape[-1] and _plain():
                 return _few(x, basis, self.scale)
-            return project_out(x, basis, self.scale, basis_index=self.index_on(x.device))
+            index_of = self.index_on(x.device)
+            return project_out(x, basis, self.scale, basis_index=index_of, preserve_norm=self.preserve)
         return None
 
 
@@ -197,7 +198,13 @@ class Stream:
 
     @contextlib.contextmanager
     def ablated(
-        self, directions: Tensor, scale: float = 1.0, *, basis_index: Tensor | None = None, fused: bool = True
+        self,
+        directions: Tensor,
+        scale: float = 1.0,
+        *,
+        basis_index: Tensor | None = None,
+        norm_preserving: bool = False,
+        fused: bool = True,
     ) -> Iterator[None]:
         """While it lasts, forwards of the model run with ``directions`` taken out of the stream (see `ablate`).
 
@@ -205,15 +212,16 @@ class Stream:
             directions: [D], [K, D], or [G, K, D] with ``basis_index``; any lengths, K <= 64.
             scale: the share of each write's part that is taken away.
             basis_index: [B] integers, each sample's basis; -1 leaves it as it is.
+            norm_preserving: bring each write back to its length.
             fused: let layers of the common form make residual add, projection and norm in one pass.
         """
         self._check("directions", directions, (1, 2) if basis_index is None else (3,))
         _check_number("scale", scale)
         if basis_index is not None:
             _check_index(basis_index, directions.shape[0], lowest=-1)
-        scope = _Ablating(orthonormalise(directions.detach()), float(scale), basis_index)
+        scope = _Ablating(orthonormalise(directions.detach()), float(scale), basis_index, norm_preserving)
         with contextlib.ExitStack() as stack:
-            if fused and scale == 1:
+            if fused and scale == 1 and not norm_preserving:
                 scope.fused = frozenset(i for i, w in enumerate(self.writes) if self._fuse(w, scope, stack))
             stack.enter_context(self._on(scope))
             yield
@@ -389,6 +397,7 @@ def ablate(
     scale: float = 1.0,
     *,
     basis_index: Tensor | None = None,
+    norm_preserving: bool = False,
     fused: bool = True,
 ) -> Iterator[nn.Module]:
     """Run ``model`` without some directions: Arditi et al. (2024), arXiv 2406.11717, without touching a weight.
@@ -403,6 +412,11 @@ def ablate(
         directions: [D], [K, D] with K <= 64, or [G, K, D] with ``basis_index``; of any lengths.
         scale: 1 takes all of each write's part away, 0.5 half of it.
         basis_index: [B] integers, each sample's basis out of G; -1 leaves it as it is.
+        norm_preserving: bring what is left of each write, and of the first layer's input, back to the length that it
+            had: a token's row of an attention's or MLP's output, or of the embedding. The stream, their sum, has no
+            part along the directions and keeps no norm. Not what ``edit.norm_columns`` makes of the weights, which
+            keeps the norms of columns, and so of a write only where one input feature makes it: at the embedding the
+            two are one, elsewhere not. There is no fused form.
         fused: let layers of the common pre-norm form make residual add, projection and norm in one pass. The rounding
             differs: the norm is of fp32 rows.
 
@@ -412,7 +426,10 @@ def ablate(
     Raises:
         ValueError: directions that do not fit, or a model whose structure is not recognised.
     """
-    with _stream(model) as stream, stream.ablated(directions, scale, basis_index=basis_index, fused=fused):
+    with (
+        _stream(model) as stream,
+        stream.ablated(directions, scale, basis_index=basis_index, norm_preserving=norm_preserving, fused=fused),
+    ):
         yield model
 
 

@@ -99,6 +99,7 @@ class _Ablating(_Changing):
     def __init__(self, basis: Tensor, scale: float, index: Tensor | None, preserve: bool = False) -> None:
         super().__init__()
         self.basis, self.scale, self.preserve = _PerDevice(basis), scale, preserve
+        self.exact = _PerDevice(basis.detach().cpu().double())  # not every device has float64
         self.index = None if index is None else _PerDevice(index)
         self.fused: frozenset[int] = frozenset()
         self.stepping = False  # a fused layer runs its own forward
@@ -108,10 +109,10 @@ class _Ablating(_Changing):
 
     def change(self, kind: str, index: int, x: Tensor) -> Tensor | None:
         if (kind == STREAM and index == 0) or (kind == WRITE and (self.stepping or index not in self.fused)):
-            basis = self.basis.on(x.device)
-            if self.index is None and not self.preserve and x.numel() <= FEW * x.shape[-1] and _plain():
-                return _few(x, basis, self.scale)
-            index_of = self.index_on(x.device)
+            few = x.numel() <= FEW * x.shape[-1] and x.device.type != "mps"  # which has no float64
+            if few and self.index is None and not self.preserve and _plain():
+                return _few(x, self.exact.on(x.device), self.scale)
+            basis, index_of = self.basis.on(x.device), self.index_on(x.device)
             return project_out(x, basis, self.scale, basis_index=index_of, preserve_norm=self.preserve)
         return None
 
@@ -126,10 +127,9 @@ def _plain() -> bool:
 
 
 def _few(x: Tensor, basis: Tensor, scale: float) -> Tensor:
-    """``project_out`` of a few rows."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    rows, q = x.reshape(-1, x.shape[-1]).to(wide), basis.to(wide)
-    return torch.addmm(rows, rows @ q.mT, q, alpha=-scale).view(x.shape).to(x.dtype)
+    """``project_out`` of a few rows; in float64, which no setting makes tf32 or bf16 of."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    return torch.addmm(rows, rows @ basis.mT, basis, alpha=-scale).to(x.dtype).view(x.shape)
 
 
 class _Adding(_Changing):

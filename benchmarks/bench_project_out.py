@@ -7,6 +7,7 @@ multiplication by a number into a new tensor, measured in the same run.
 """
 
 import functools
+import time
 
 import pytest
 import torch
@@ -58,10 +59,15 @@ def test_project_out(benchmark, activation, k, name):
         run()
         measure.synchronize(DEVICE)
 
+    got = run()
+    start = time.perf_counter()
+    run()
+    took = time.perf_counter() - start
     want = reference.project_out(upstream[:, :64].double(), basis.double())
-    error = float((run()[:, :64] - want).norm() / want.norm())
+    error = float((got[:, :64] - want).norm() / want.norm())
     benchmark.group = f"project_out forward+backward, {k} directions, {activation}"
-    benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
+    # bf16 products of few columns take seconds on CPUs that emulate them
+    benchmark.pedantic(timed, rounds=15 if took < 0.1 else 3, warmup_rounds=3 if took < 0.1 else 0)
     seconds = benchmark.stats.stats.median
     floor_bytes, floor_flops = 4 * x.nbytes, 8 * x.numel() * k
     fraction = floor_seconds(x.nbytes) / seconds

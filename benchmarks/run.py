@@ -144,7 +144,7 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
-    parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, gpu")
+    parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-directions, gpu")
     parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
     parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
@@ -157,6 +157,7 @@ def main() -> None:
             "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))],
             "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],
             "cpu-nested": [NESTED],
+            "cpu-directions": ["benchmarks/end_to_end/bench_directions.py"],
         }  # fmt: skip
         if options.selection:
             jobs = {options.name or "selection": options.selection}

@@ -62,11 +62,13 @@ class Settings:
     """A section of settings.
 
     ``quick``: what makes its work small enough for a test machine. ``timed``: of a method, with what its step is timed
-    where the defaults would take minutes or leave out a part.
+    where the defaults would take minutes or leave out a part. ``models``: fields that name a model beside the one that
+    is worked on; a run puts the folders of its own models there.
     """
 
     quick: ClassVar[Mapping[str, Any]] = {}
     timed: ClassVar[Mapping[str, Any]] = {}
+    models: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):

@@ -14,7 +14,9 @@ from torch import nn
 
 from directions.published import ablation
 from fastguard.directions import Stream, ablate, add, orthonormalise, rotate
+from fastguard.directions.edit import norm_columns
 from fastguard.ops import add_project_rms_norm as fused_op
+from fastguard.ops.project_out import project_out
 from tiny_models import ARCHITECTURES, VOCABULARY, assert_same_gradients, gradients, tiny
 
 IDS = torch.randint(1, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(3))
@@ -101,6 +103,77 @@ def test_equals_edited_weights_and_the_published_hooks(scale):
             mine = model(input_ids=IDS).logits
         with torch.no_grad(), ablation(model, q[0]):
             torch.testing.assert_close(mine, model(input_ids=IDS).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("llama", torch.float64), ("mixtral", torch.float32), ("gpt2", torch.float32)]
+)
+def test_steps_of_generation_run_the_layers_own_forward(name, dtype, calls):
+    """One token a forward, behind a cache: no fused op, and what the whole sequence gives in one forward."""
+    model, q = tiny(name, dtype).eval(), basis(dtype=dtype)
+    decoder = model.get_decoder()
+    with torch.no_grad(), ablate(model, q):
+        whole = model(input_ids=IDS).logits
+        cache = model(input_ids=IDS[:, :-1], use_cache=True).past_key_values
+        calls.clear()
+        with watched(decoder.layers if hasattr(decoder, "layers") else decoder.h) as seen:
+            step = model(input_ids=IDS[:, -1:], past_key_values=cache).logits[:, -1]
+    assert not calls
+    for x in seen:
+        assert float((x @ q.mT).abs().max()) < (1e-12 if dtype == torch.float64 else 1e-6) * float(x.abs().max())
+    torch.testing.assert_close(step, whole[:, -1], rtol=0, atol=2e-5 * float(whole.abs().max()))
+    with ablate(model, q):
+        calls.clear()
+        model(input_ids=IDS[:, :1])
+    assert len(calls) == 3  # where gradients are recorded the ops run
+
+
+@pytest.mark.parametrize("tokens", [9, 1])
+def test_norm_preserving_ablation_keeps_the_norm_of_each_write(tokens, calls):
+    model, q = tiny("llama", torch.float64).eval(), basis()
+    modules = [part for layer in model.model.layers for part in (layer.self_attn, layer.mlp)]
+
+    def record(into):
+        def hook(module, args, output):
+            into.append(output[0] if isinstance(output, tuple) else output)
+
+        return [module.register_forward_hook(hook) for module in (*modules, model.model.embed_tokens)]
+
+    own, written = [], []
+    before = record(own)
+    with torch.no_grad(), ablate(model, q, norm_preserving=True), watched(model.model.layers) as seen:
+        after = record(written)
+        own.clear()  # of what the probe ran
+        calls.clear()
+        model(input_ids=IDS[:, :tokens])
+    for handle in (*before, *after):
+        handle.remove()
+    assert not calls and len(own) == len(written) == 7
+    for x in seen:
+        assert float((x @ q.mT).abs().max()) < 1e-12 * float(x.abs().max())
+    written[0] = seen[0]  # the embedding's output is projected where the first layer gets it
+    for x, y in zip(own, written, strict=True):
+        torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1))
+        left = x - (x @ q.mT) @ q
+        torch.testing.assert_close(y, left * (x.norm(dim=-1) / left.norm(dim=-1))[..., None])
+
+
+def test_norm_columns_is_another_operation_but_for_one_feature():
+    """Of W e_j both keep the norm; of W x the edit does not."""
+    g = torch.Generator().manual_seed(8)
+    weight, q = torch.randn(32, 12, dtype=torch.float64, generator=g), basis()
+    edited = norm_columns(weight, q)
+
+    def run_time(written):
+        return project_out(written, q, preserve_norm=True)
+
+    torch.testing.assert_close(edited.T, run_time(weight.T))  # its columns, as an embedding's rows are written
+    x = torch.randn(5, 12, dtype=torch.float64, generator=g)
+    by_edit, by_context = x @ edited.T, run_time(x @ weight.T)
+    torch.testing.assert_close(by_context.norm(dim=-1), (x @ weight.T).norm(dim=-1))
+    change = by_edit.norm(dim=-1) / (x @ weight.T).norm(dim=-1) - 1
+    assert float(change.abs().max()) > 1e-3
+    assert float((by_edit @ q.mT).abs().max()) < 1e-12
 
 
 @pytest.mark.parametrize("fused", [True, False])

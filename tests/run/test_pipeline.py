@@ -136,6 +136,27 @@ def test_what_is_changed_is_done_again_with_all_that_follows_from_it_and_nothing
     assert ran() == everything
 
 
+def test_an_attack_that_knows_a_model_of_the_run_reads_it_where_it_is(small, tmp_path):
+    """The aligned model is delta-strip's base: without what was added to it the immunized one is the aligned one."""
+    tree = small.to_dict() | {"variants": {}, "control": {"run": False}}
+    options = {"base": "aligned", "rank": 0, "rounds": 1, "positions": 1, "validation": 1}
+    tree["attack"] = {"method": "delta_strip", "options": options, "batch": 2, "threshold": 1.0}
+    tree["evaluate"] = {"run": False}
+
+    def attacked():
+        metrics = pipeline.run(configuration.from_dict(tree), tmp_path / "run")
+        ran = [s["name"].split(",")[0] for s in metrics["stages"] if not s["resumed"]]
+        return ran, {name: m["attacks"][0] for name, m in metrics["models"].items()}
+
+    _, found = attacked()
+    aligned, immunized = (found[name]["points"] for name in ("aligned", "immunized"))
+    assert immunized[0] != aligned[0] and immunized[1:] == aligned[1:] and len(aligned) == 3
+    assert aligned[1] == {**aligned[0], "step": 1}
+    assert attacked()[0] == []
+    options["base"] = "base"  # another model: its name, or what it is, is part of what the attack reads
+    assert attacked()[0] == ["attack aligned", "attack immunized"]
+
+
 def test_stages_can_be_left_out(small, tmp_path):
     tree = small.to_dict() | {"variants": {}, "align": {"run": False}, "control": {"run": False}}
     tree["attack"] = {"run": False}

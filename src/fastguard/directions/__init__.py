@@ -4,6 +4,7 @@
 ``found``     `Directions`, what that gives, and its file
 ``select``    which of them mediates refusal
 ``several``   principal directions, and those found again after ablation
+``cone``      a direction, or the basis of a cone, refined by gradient
 ``stream``    `ablate`, `add`, `rotate`: a model's stream changed for the duration of a context
 ``neurons``   which MLP neurons move the stream along one, and how training changed that
 ``probe``     how well a direction tells the classes apart, by layer
@@ -11,6 +12,7 @@
 """
 
 from fastguard.directions.basis import orthonormalise
+from fastguard.directions.cone import Cone, refine
 from fastguard.directions.estimate import estimate
 from fastguard.directions.found import Directions
 from fastguard.directions.neurons import NeuronGroups, Neurons, neuron_groups
@@ -20,6 +22,7 @@ from fastguard.directions.several import iterate, principal, samples
 from fastguard.directions.stream import Stream, ablate, add, rotate
 
 __all__ = [
+    "Cone",
     "Directions",
     "NeuronGroups",
     "Neurons",
@@ -36,6 +39,7 @@ __all__ = [
     "orthonormalise",
     "principal",
     "probe",
+    "refine",
     "refusal_scores",
     "rotate",
     "samples",

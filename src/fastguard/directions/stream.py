@@ -69,6 +69,14 @@ class _PerDevice:
         return self._held[device]
 
 
+class _Basis:
+    """Orthonormal rows, as the ops take them and in float64."""
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = _PerDevice(rows)
+        self.exact = _PerDevice(rows.detach().cpu().double())  # not every device has float64
+
+
 class _StreamTaps(Taps):
     """Taps whose scope is known to recomputations in autograd's other threads while its context is open."""
 
@@ -102,35 +110,62 @@ class Ablation(_Changing):
         bases: by layer, orthonormal rows [K, D], or [G, K, D] with ``index``; layers that are not named are left alone.
         scale: the share of each write's part that is taken away. index: [B], each sample's basis; -1 leaves it alone.
         shared: whether the basis is one for all layers, so that no layer's input but the first needs projecting.
+        fuse: let layers that can run their fused form. preserve: bring what is projected back to its length.
     """
 
     def __init__(
-        self, bases: Mapping[int, _PerDevice], scale: float, index: Tensor | None, shared: bool, fuse: bool
-    ) -> None:
+        self, bases: Mapping[int, _Basis], scale: float = 1.0, index: Tensor | None = None, *, shared: bool = False,
+        fuse: bool = True, preserve: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.bases, self.scale, self.shared, self.fuse = bases, scale, shared, fuse and scale == 1
+        self.bases, self.scale, self.shared, self.preserve = bases, scale, shared, preserve
+        self.fuse = fuse and scale == 1 and not preserve
         self.samples, self.index = index, None if index is None else _PerDevice(index)
         self.fused: frozenset[int] = frozenset()
+        self.stepping = False  # a fused layer runs its own forward
 
     def of(self, index: Tensor | None) -> Ablation:
         """The same directions out of other samples."""
-        return Ablation(self.bases, self.scale, index, self.shared, self.fuse)
+        return Ablation(
+            self.bases, self.scale, index, shared=self.shared, fuse=self.fuse, preserve=self.preserve
+        )  # fmt: skip
 
     def on(self, layer: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
         """The basis of ``layer``, or None, and the samples' index."""
         basis = self.bases.get(layer)
-        return (None if basis is None else basis.on(device)), (None if self.index is None else self.index.on(device))
+        return (None if basis is None else basis.rows.on(device)), (
+            None if self.index is None else self.index.on(device)
+        )
 
     def change(self, kind: str, index: int, x: Tensor) -> Tensor | None:
         """See `_Changing`."""
-        if kind == LAST or (kind == WRITE and index in self.fused) or (kind == STREAM and self.shared and index):
+        if kind == LAST or (kind == STREAM and self.shared and index):
             return None
+        if index not in self.bases or (kind == WRITE and index in self.fused and not self.stepping):
+            return None
+        few = x.numel() <= FEW * x.shape[-1] and x.device.type != "mps"  # which has no float64
+        if few and self.index is None and not self.preserve and _plain():
+            return _few(x, self.bases[index].exact.on(x.device), self.scale)
         basis, samples = self.on(index, x.device)
-        if basis is None:
-            return None
+        assert basis is not None
         if samples is not None and x.dim() == 2:  # OPT's MLPs work on flattened tokens
             samples = samples.repeat_interleave(x.shape[0] // samples.shape[0])
-        return project_out(x, basis, self.scale, basis_index=samples)
+        return project_out(x, basis, self.scale, basis_index=samples, preserve_norm=self.preserve)
+
+
+FEW = 64
+"""Rows up to which two calls of torch are faster than one of an op: a step of generation is all overhead."""
+
+
+def _plain() -> bool:
+    """Whether this is a forward and nothing else, so that torch's own calls may stand for the op's."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _few(x: Tensor, basis: Tensor, scale: float) -> Tensor:
+    """``project_out`` of a few rows; in float64, which no setting makes tf32 or bf16 of."""
+    rows = x.reshape(-1, x.shape[-1]).double()
+    return torch.addmm(rows, rows @ basis.mT, basis, alpha=-scale).to(x.dtype).view(x.shape)
 
 
 class _Adding(_Changing):
@@ -207,6 +242,7 @@ class Stream:
         scale: float = 1.0,
         *,
         basis_index: Tensor | None = None,
+        norm_preserving: bool = False,
         fused: bool = True,
     ) -> Ablation:
         """What `ablated` takes out, made orthonormal once, to be used in many contexts; arguments as there."""
@@ -216,8 +252,8 @@ class Stream:
             named = dict.fromkeys(range(len(self.writes)), directions)
         else:
             named = directions
-        bases: dict[int, _PerDevice] = {}
-        made: dict[int, _PerDevice] = {}
+        bases: dict[int, _Basis] = {}
+        made: dict[int, _Basis] = {}
         for layer, each in named.items():
             if not isinstance(layer, int) or not 0 <= layer < len(self.writes):
                 raise ValueError(f"directions: expected layers 0 to {len(self.writes) - 1}, got {layer!r}")
@@ -225,9 +261,11 @@ class Stream:
                 self._check("directions", each, (1, 2) if basis_index is None else (3,))
                 if basis_index is not None:
                     _check_index(basis_index, each.shape[0], lowest=-1)
-                made[id(each)] = _PerDevice(orthonormalise(each.detach()))
+                made[id(each)] = _Basis(orthonormalise(each.detach()))
             bases[layer] = made[id(each)]
-        return Ablation(bases, float(scale), basis_index, shared, fused)
+        return Ablation(
+            bases, float(scale), basis_index, shared=shared, fuse=fused, preserve=norm_preserving
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def ablated(
@@ -236,6 +274,7 @@ class Stream:
         scale: float = 1.0,
         *,
         basis_index: Tensor | None = None,
+        norm_preserving: bool = False,
         fused: bool = True,
     ) -> Iterator[Ablation]:
         """While it lasts, forwards of the model run with ``directions`` taken out of the stream (see `ablate`).
@@ -248,12 +287,15 @@ class Stream:
                 named do nothing. Or an `ablation`, which has the other arguments.
             scale: the share of each write's part that is taken away.
             basis_index: [B] integers, each sample's basis; -1 leaves it as it is.
+            norm_preserving: bring each write back to its length.
             fused: let layers of the common form make residual add, projection and norm in one pass.
         """
         if isinstance(directions, Ablation):
             scope = directions.of(directions.samples)  # a forward is told from another by its scope
         else:
-            scope = self.ablation(directions, scale, basis_index=basis_index, fused=fused)
+            scope = self.ablation(
+                directions, scale, basis_index=basis_index, norm_preserving=norm_preserving, fused=fused
+            )
         with contextlib.ExitStack() as stack:
             if scope.fuse:
                 could = self._fused if self.lasting else self._fuse(stack)
@@ -263,7 +305,7 @@ class Stream:
 
     def plain(self) -> contextlib.AbstractContextManager[Ablation]:
         """While it lasts, forwards run as they are, which `gated` tells from ablated ones of the same backward."""
-        return self.ablated(Ablation({}, 1.0, None, False, False))
+        return self.ablated(Ablation({}, fuse=False))
 
     def gated(self, value: Tensor, forwards: Sequence[Ablation]) -> Tensor:
         """``value``, computed from what ``forwards`` of a lasting stream gave, ready for its backward."""
@@ -362,9 +404,16 @@ class _Fused:
         scope, _ = self.taps.serving()
         if not isinstance(scope, Ablation) or self.layer not in scope.fused:
             return own(*args, **kwargs)
-        basis, samples = scope.on(self.layer, (args[0] if args else kwargs["hidden_states"]).device)
+        hidden = args[0] if args else kwargs["hidden_states"]
+        basis, samples = scope.on(self.layer, hidden.device)
         if basis is None:
             return own(*args, **kwargs)
+        if hidden.shape[-2] == 1 and _plain():  # a step of generation
+            scope.stepping = True
+            try:
+                return own(*args, **kwargs)
+            finally:
+                scope.stepping = False
         return fused_layer(self.parts, basis, samples, *args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -468,6 +517,7 @@ def ablate(
     scale: float = 1.0,
     *,
     basis_index: Tensor | None = None,
+    norm_preserving: bool = False,
     fused: bool = True,
 ) -> Iterator[nn.Module]:
     """Run ``model`` without some directions: Arditi et al. (2024), arXiv 2406.11717, without touching a weight.
@@ -482,6 +532,11 @@ def ablate(
         directions: [D], [K, D] with K <= 64, or [G, K, D] with ``basis_index``; of any lengths.
         scale: 1 takes all of each write's part away, 0.5 half of it.
         basis_index: [B] integers, each sample's basis out of G; -1 leaves it as it is.
+        norm_preserving: bring what is left of each write, and of the first layer's input, back to the length that it
+            had: a token's row of an attention's or MLP's output, or of the embedding. The stream, their sum, has no
+            part along the directions and keeps no norm. Not what ``edit.norm_columns`` makes of the weights, which
+            keeps the norms of columns, and so of a write only where one input feature makes it: at the embedding the
+            two are one, elsewhere not. There is no fused form.
         fused: let layers of the common pre-norm form make residual add, projection and norm in one pass. The rounding
             differs: the norm is of fp32 rows.
 
@@ -491,7 +546,10 @@ def ablate(
     Raises:
         ValueError: directions that do not fit, or a model whose structure is not recognised.
     """
-    with _stream(model) as stream, stream.ablated(directions, scale, basis_index=basis_index, fused=fused):
+    with (
+        _stream(model) as stream,
+        stream.ablated(directions, scale, basis_index=basis_index, norm_preserving=norm_preserving, fused=fused),
+    ):
         yield model
 
 

@@ -42,6 +42,7 @@ BUILTIN = (
     "fastguard.attacks.harmful_finetuning",
     "fastguard.attacks.lora",
     "fastguard.attacks.refusal_ablation",
+    "fastguard.attacks.delta_strip",
 )
 """The packages of this distribution, each with an ``ENTRY``."""
 

@@ -8,6 +8,7 @@ section). ``run.stages`` says how a run that was killed or changed goes on.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -231,7 +232,7 @@ class _Job:
                 attacks = [
                     self.stages.run(
                         f"{kind} {name}{'' if lr is None else f', lr {lr:g}'}, seed {seed}",
-                        self._reads(name, part.of(lr, seed), config.evaluate.score_tokens),
+                        self._reads(name, part.of(lr, seed), config.evaluate.score_tokens, *self._named(part).values()),
                         partial(self.attack, name, kind, part, lr, seed),
                     )
                     for kind, part in config.all_attacks().items()
@@ -273,6 +274,12 @@ class _Job:
         data = [c.harmful.get("attack"), c.harmful.get("measure"), c.benign_train, c.benign_measure, c.requests]
         shown = [c.instructions, c.edgy, c.perplexity(self.config.evaluate.perplexity_tokens)]
         return content_key([data, shown])
+
+    def _named(self, part: AttackConfig) -> dict[tuple[str, str], str]:
+        """The options of an attack that name a model of this run, each with that name, and what the model is."""
+        chosen = part.chosen()
+        named = ((option, getattr(chosen, option)) for option in chosen.models)
+        return {(option, name): self.digests[name] for option, name in named if name in self.digests}
 
     def load(self, name: str) -> PreTrainedModel:
         """A model of this run, or ``base``."""
@@ -319,6 +326,8 @@ class _Job:
         self, name: str, kind: str, part: AttackConfig, lr: float | None, seed: int, report: Report
     ) -> Attack:  # fmt: skip
         """An attack on a fresh copy of a model."""
+        folders = {option: self.folders[model] for option, model in self._named(part)}
+        part = dataclasses.replace(part, options={**part.options, **folders})
         found = evaluate.attack(
             self.load(name), self.tokenizer, self.corpus, part, self.config.evaluate.score_tokens, lr, seed, report
         )

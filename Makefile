@@ -20,14 +20,14 @@ CSRC   := $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint docs format demo quick ablation bench bench-gpu clean
+.PHONY: help install test lint docs format demo quick components bench bench-gpu clean
 
 help:
 	@echo "make install     fastguard, its extras and the demo's data into $(VENV)"
 	@echo "make test        install, then the tests, ruff and mypy"
 	@echo "make demo        align, immunize and attack SmolLM2-135M; writes $(OUT)/report.html"
 	@echo "make quick       the demo in under four minutes: a smoke test, not a result"
-	@echo "make ablation    the demo without noise, without lens, on the output alone; its table in runs/ablation/"
+	@echo "make components  the demo without noise, without lens, on the output alone; its table in runs/components/"
 	@echo "make bench       benchmarks/results/*.json and the tables of docs/performance.md"
 	@echo "make bench-gpu   the same at the shapes of an 8B model, on a CUDA GPU"
 	@echo "make docs        the documentation as a site, into site/; a broken link fails it"
@@ -72,9 +72,9 @@ demo: install
 quick: install
 	$(BIN)/fastguard demo --quick --out runs/quick
 
-ablation: install
-	$(BIN)/fastguard immunize ablation --out runs/ablation
-	$(BIN)/fastguard report runs/ablation --table runs/ablation/table.md
+components: install
+	$(BIN)/fastguard immunize components --out runs/components
+	$(BIN)/fastguard report runs/components --table runs/components/table.md
 
 bench: $(BENCH)
 	$(BIN)/python benchmarks/run.py

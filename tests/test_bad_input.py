@@ -138,6 +138,8 @@ API: dict[str, tuple[Callable[[], Any], str]] = {
     "one tamper batch too many": (lambda: tar(tamper=[batch(), batch()]), "tamper"),
     "a seam without alpha": (lambda: fastguard.SEAM(model(), alpha=-1.0), "alpha"),
     "a crl on no layers": (lambda: fastguard.CRL(model(), layers=()), "layers"),
+    "circuit breakers on a layer that is none": (
+        lambda: fastguard.CircuitBreakerLoss(model(), layers=(99,)), "layers"),
     "options of another method": (
         lambda: find("tar").build(model(), find("sft").load_options()()), "options: expected"),
     "a method that is none": (lambda: find("magic"), "method"),
@@ -215,6 +217,8 @@ def folder(tmp_path_factory):
     (here / "cut" / "metrics.json").write_text('{"schema": 1, "mod')
     (here / "pairs.jsonl").write_text(json.dumps(sample) + "\n{broken\n")
     (here / "short.jsonl").write_text(json.dumps({"prompt": "a", "answer": "b"}) + "\n")
+    (here / "requests.txt").write_text("\n".join(f"request {'abcdefghijkl'[i] * 4}" for i in range(12)))
+    (here / "ordinary.txt").write_text("\n".join(f"ordinary {'abcdefghijkl'[i] * 4}" for i in range(12)))
     for name, tree in {
         "gone": {"model": {"name": str(here / "nowhere")}},
         "hollow": {"model": {"name": str(here / "empty")}},
@@ -235,6 +239,7 @@ def folder(tmp_path_factory):
     return here
 
 
+PROMPTS = ["--harmful", "requests.txt", "--harmless", "ordinary.txt"]
 COMMANDS: dict[str, tuple[list[str], str]] = {
     "no such configuration": (["immunize", "nowhere.yaml"], "no file nowhere.yaml"),
     "a configuration of bytes": (["immunize", "noise.yaml"], "noise.yaml"),
@@ -256,6 +261,54 @@ COMMANDS: dict[str, tuple[list[str], str]] = {
     "attack with a defense": (["attack", "model", "--method", "tar"], "attack.method"),
     "attack with another configuration": (["attack", "model", "--config", "nowhere.yaml"], "no file"),
     "evaluate an empty folder": (["evaluate", "empty"], "model.name"),
+    "directions without their option": (["directions", "model", "--out", "o.safetensors"], "--harmful"),
+    "directions of no such model": (["directions", "nowhere", *PROMPTS, "--out", "o.safetensors"], "model.name"),
+    "directions to a file of another kind": (["directions", "model", *PROMPTS, "--out", "o.json"], "--out"),
+    "directions from a file that is not there": (
+        ["directions", "model", "--harmful", "no.jsonl", *PROMPTS[2:], "--out", "o.safetensors"],
+        "no.jsonl",
+    ),
+    "directions from a column that is not there": (
+        ["directions", "model", *PROMPTS, "--harmful-column", "goal", "--out", "o.safetensors"],
+        "harmful: requests.txt:1: expected a column 'goal', got 'prompt'",
+    ),
+    "directions from one prompt": (
+        ["directions", "model", "--harmful", "short.jsonl", *PROMPTS[2:], "--out", "o.safetensors"],
+        "harmful: expected at least 8 prompts, got 1",
+    ),
+    "directions between a set and itself": (
+        ["directions", "model", *PROMPTS[:2], "--harmless", "requests.txt", "--out", "o.safetensors"],
+        "harmless: expected other prompts than those of requests.txt",
+    ),
+    "directions chosen by all prompts": (
+        ["directions", "model", *PROMPTS, "--validation", "12", "--out", "o.safetensors"],
+        "harmful: expected more prompts than validation and held_out take, 15, got 12",
+    ),
+    "directions chosen by none": (
+        ["directions", "model", *PROMPTS, "--validation", "0", "--out", "o.safetensors"],
+        "validation",
+    ),
+    "directions at no position": (
+        ["directions", "model", *PROMPTS, "--positions", "0", "--out", "o.safetensors"],
+        "positions",
+    ),
+    "directions at more positions than a prompt has": (
+        ["directions", "model", *PROMPTS, "--positions", "400", "--out", "o.safetensors"],
+        "harmful: prompt 0 of a batch has",
+    ),
+    "directions told by a token that is none": (
+        ["directions", "model", *PROMPTS, "--refusal-tokens", "I,9999", "--out", "o.safetensors"],
+        "refusal_tokens",
+    ),
+    "directions of a model that refuses nothing": (
+        ["directions", "model", *PROMPTS, "--refusal-tokens", "I", "--min-steering", "15", "--out", "o.safetensors"],
+        "no candidate passed",
+    ),
+    "directions in a dtype that is none": (
+        ["directions", "model", *PROMPTS, "--dtype", "int3", "--out", "o.safetensors"],
+        "dtype",
+    ),
+    "ablate by a file that is not there": (["ablate", "model", "--directions", "o.safetensors"], "o.safetensors"),
     "report on nothing": (["report", "empty"], "metrics.json"),
     "report on another schema": (["report", "run"], "schema"),
     "report on a file cut short": (["report", "cut"], "not valid JSON"),
@@ -292,4 +345,5 @@ def test_a_command_ends_in_a_line(case, folder, monkeypatch):
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit), (done.output, repr(done.exception))
     assert said in done.output.replace("\n", " ") and "Traceback" not in done.output
     assert len(done.output.strip().splitlines()) <= 6, done.output
+    assert not Path("o.safetensors").exists()
     assert not Path("runs").exists() or not list(Path("runs").rglob("metrics.json"))

@@ -130,7 +130,8 @@ class Streams:
         """A plain batch."""
         count = samples or self.samples
         ids = self.pool[torch.arange(number * count, (number + 1) * count) % len(self.pool)]
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+        labels = torch.cat([torch.full_like(ids[:, :1], -100), ids[:, 1:]], 1)  # the first is predicted by nothing
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
     def pair(self, number: int, samples: int | None = None) -> tuple[Batch, Batch]:
         """The same first halves, and other second halves."""

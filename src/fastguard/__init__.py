@@ -11,6 +11,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "RepNoiseLoss": "fastguard.losses.repnoise",
     "LanguageModelLoss": "fastguard.losses.language_model",
+    "ReFATLoss": "fastguard.losses.refat",
+    "CircuitBreakerLoss": "fastguard.losses.circuit_breaker",
     "TAR": "fastguard.defenses.tar.step",
     "RandomMapping": "fastguard.defenses.random_mapping.step",
     "Booster": "fastguard.defenses.booster.step",
@@ -50,7 +52,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.defenses.t_vaccine.step import TVaccine as TVaccine
     from fastguard.defenses.tar.step import TAR as TAR
     from fastguard.defenses.vaccine.step import Vaccine as Vaccine
+    from fastguard.losses.circuit_breaker import CircuitBreakerLoss as CircuitBreakerLoss
     from fastguard.losses.language_model import LanguageModelLoss as LanguageModelLoss
+    from fastguard.losses.refat import ReFATLoss as ReFATLoss
     from fastguard.losses.repnoise import RepNoiseLoss as RepNoiseLoss
     from fastguard.nested import SimulatedAttack as SimulatedAttack
     from fastguard.ops.add_project_rms_norm import add_project_rms_norm as add_project_rms_norm

@@ -1,4 +1,5 @@
-"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | ablate | report | plan``.
+"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | directions | ablate | report |
+plan``.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -176,6 +177,76 @@ def convert(
         chosen = None if dtype is None else getattr(torch, dtype)
         typer.echo(str(to_huggingface(checkpoint, model, out, dtype=chosen, merge=merge, overwrite=overwrite)))
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def directions(
+    model: Annotated[str, typer.Argument(help="A folder or an id of a chat model, or smollm2.")],
+    harmful: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Prompts that should be refused: jsonl, json, csv, txt, parquet, Hub id."),
+    ],
+    harmless: Annotated[str, typer.Option(metavar="FILE", help="Ordinary prompts; both: or `packaged`.")],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The safetensors file to write.")],
+    harmful_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the harmful prompts.")] = "prompt",
+    harmless_column: Annotated[str, typer.Option(metavar="NAME", help="Column of the harmless prompts.")] = "prompt",
+    positions: Annotated[
+        int | None, typer.Option(help="Last tokens of a prompt to read. [default: those that all prompts end with]")
+    ] = None,
+    validation: Annotated[
+        int | None, typer.Option(help="Prompts of each set that choose. [default: 32, at most a quarter]")
+    ] = None,
+    held_out: Annotated[
+        int | None, typer.Option(help="Prompts of each set that measure. [default: 100, at most a quarter]")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Directions; each after the first is found without those before.")] = 1,
+    refusal_tokens: Annotated[
+        str, typer.Option(metavar="A,B", help="Words or ids with which refusals begin. [default: the model's own]")
+    ] = "",
+    max_kl: Annotated[float, typer.Option(help="How much harmless prompts may change without the direction.")] = 0.1,
+    min_steering: Annotated[float, typer.Option(help="Least refusal score of harmless prompts with it added.")] = 0.0,
+    batch: Annotated[int, typer.Option(help="Prompts in one forward.")] = 16,
+    prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are dropped.")] = 512,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    chat_template: Annotated[str, typer.Option(help="model: its own; plain: ChatML without system prompt.")] = "model",
+    seed: Annotated[int, typer.Option(help="Of the division of the prompts.")] = 0,
+    report: Annotated[bool, typer.Option(help="Write a page with pictures beside the file.")] = True,
+) -> None:
+    """Find a model's refusal direction, and show where it is and how it was chosen; to measure a defense by."""
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the stages' bars
+        os.environ.setdefault(bars, "1")
+    import transformers
+
+    from fastguard.data.options import Columns, SetConfig
+    from fastguard.data.sources import describe
+    from fastguard.evaluation.directions import summary, write
+    from fastguard.progress import rich_progress
+    from fastguard.run.directions import Options, find, save
+
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if out.suffix != ".safetensors" or out.is_dir():
+            raise ValueError(f"--out: expected a file named .safetensors, got {str(out)!r}")
+        options = Options(
+            positions=positions, validation=validation, held_out=held_out, count=count, max_kl=max_kl,
+            refusal_tokens=tuple(word for word in refusal_tokens.split(",") if word.strip()),
+            min_steering=min_steering, batch=batch, prompt_tokens=prompt_tokens, dtype=dtype, device=device,
+            chat_template=chat_template, seed=seed,
+        )  # fmt: skip
+        bad = SetConfig(path=harmful, columns=Columns(prompt=harmful_column))
+        good = SetConfig(path=harmless, columns=Columns(prompt=harmless_column))
+        with rich_progress() as progress:
+            found = find(model, bad, good, options, progress)
+        save(found, out)
+        for line in describe(dict(found.sources)):
+            typer.echo(line)
+        typer.echo(summary(found))
+        typer.echo(f"directions: {out}")
+        if report:
+            typer.echo(f"report: {write(found, out.with_suffix('.html'))}")
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         _fail(error)
 
 

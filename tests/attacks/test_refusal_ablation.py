@@ -46,6 +46,21 @@ def test_later_rounds_take_out_what_is_left():
     assert abs(float(torch.cosine_similarity(first, second, dim=0))) < 1e-6
 
 
+def test_only_so_many_estimate_and_never_those_that_choose(monkeypatch):
+    model, _ = planted()
+    seen = {}
+    monkeypatch.setattr(
+        "fastguard.attacks.refusal_ablation.step.phases", lambda *given, **_: seen.update(given=given) or ()
+    )
+    data = evidence()
+    attack = RefusalAblation(model, validation=10, estimation=9)
+    assert list(attack.apply(data)) == []
+    attack.close()
+    for batches, name in zip(seen["given"][1:3], ("harmful", "harmless"), strict=True):
+        every = torch.cat([batch["input_ids"] for batch in data[name]])
+        assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), every[10:19])
+
+
 def test_what_does_not_fit_is_named():
     model, _ = planted(layers=2)
     attack = RefusalAblation(model, validation=32)

@@ -45,6 +45,18 @@ def test_formats(folder, name, split, numbers):
     assert place.endswith(":5") if name == "a.jsonl" else "row 2 (the first is 0)" in place
 
 
+def test_tables_and_texts(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'\xef\xbb\xbfgoal,target\r\n"one, two","x\r\ny"\r\n\r\nthree,\r\n')
+    (tmp_path / "a.tsv").write_text("goal\ttarget\none, two\tx\n")
+    (tmp_path / "a.txt").write_bytes("\ufeffone\r\n\r\n  two\u2028three \n".encode())
+    table = [(2, {"goal": "one, two", "target": "x\r\ny"}), (5, {"goal": "three", "target": ""})]
+    assert list(read_rows(str(tmp_path / "a.csv"))) == table
+    assert list(read_rows(str(tmp_path / "a.tsv"))) == [(2, {"goal": "one, two", "target": "x"})]
+    texts = read_rows(str(tmp_path / "a.txt"))
+    assert list(texts) == [(1, {"prompt": "one"}), (3, {"prompt": "two\u2028three"})]
+    assert texts.place(3).endswith("a.txt:3")
+
+
 def test_the_fingerprint_is_of_the_content(tmp_path):
     file = tmp_path / "a.jsonl"
     seen = set()
@@ -65,7 +77,11 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
         ("x.json", b'{"a": 1}', "expected a list of objects, got dict"),
         ("x.json", b'[{"a": 1}, 2]', r"x\.json, row 1 \(the first is 0\): expected an object"),
         ("x.parquet", b"no parquet", r"x\.parquet: not a Parquet file"),
-        ("x.csv", b"a,b", r"expected a file named \.jsonl.*got \.csv"),
+        ("x.xlsx", b"a,b", r"expected a file named \.jsonl.*got \.xlsx"),
+        ("x.csv", b"a,b\n1,2\n\n3\n", r"x\.csv:4: expected 2 columns as in the first line, got 1"),
+        ("x.csv", b'a,b\n1,"2"3\n', r"x\.csv:2: not valid CSV"),
+        ("x.csv", b"a,b,a\n", r"x\.csv:1: expected a name for each column, got 'a' twice"),
+        ("x.txt", b"a\n\xff", r"x\.txt: not UTF-8"),
     ],
 )
 def test_broken_files(tmp_path, name, content, error):

@@ -12,6 +12,7 @@ from directions.planted import planted, prompts
 from directions.published import mean_activations
 from fastguard import directions
 from fastguard.directions.moments import Moments
+from fastguard.edits.basis import read_basis
 from tiny_models import tiny
 
 
@@ -147,6 +148,19 @@ def test_the_file_holds_everything_and_its_origin(found, tmp_path):
         directions.Directions.load(file, model_hash="x")
     with pytest.raises(ValueError, match="made from another data"):
         directions.Directions.load(file, data_hash="x")
+
+
+def test_one_file_for_means_and_basis(found, tmp_path):
+    """What is estimated and what was chosen of it, read by either reader."""
+    file = tmp_path / "x.safetensors"
+    basis = directions.orthonormalise(found.difference[0, :2])
+    found.save(file, basis, {"layer": "1"})
+    torch.testing.assert_close(read_basis(file), basis.double(), atol=1e-12, rtol=0)
+    assert torch.equal(directions.Directions.load(file).harmful, found.harmful)
+    with pytest.raises(ValueError, match=r"about: expected other names than .*, got version"):
+        found.save(file, basis, {"version": "2"})
+    with pytest.raises(ValueError, match="basis: expected rows of 32 features"):
+        found.save(file, basis[:, :8])
 
 
 def test_files_that_do_not_fit(found, tmp_path):

@@ -87,6 +87,22 @@ def test_layers_that_return_more_than_a_tensor_share_no_prefix(case):
     torch.testing.assert_close(listed.steering, plain.steering, equal_nan=True)
 
 
+def test_an_attacker_takes_one_all_the_same(case):
+    """First without the question whether it steers; without the one what else it changes only where it must."""
+    model, _, found, harmful, harmless = case
+    given = model, found, harmful, harmless
+    plain = directions.select(*given, refusal_tokens=TOKENS)
+    chosen, passed = directions.select_anyway(*given, refusal_tokens=TOKENS)
+    assert passed and torch.equal(chosen.direction, plain.direction)
+    chosen, passed = directions.select_anyway(*given, refusal_tokens=TOKENS, min_steering=1e9)
+    asked = ~chosen.refusal.isnan()
+    assert not passed and chosen.steering.isnan().all() and asked.any() and (chosen.kl[asked] <= 0.1).all()
+    chosen, passed = directions.select_anyway(*given, refusal_tokens=TOKENS, min_steering=1e9, max_kl=-1.0)
+    assert not passed and chosen.kl.isnan().all() and not chosen.refusal.isnan().any()
+    row = found.positions.index(chosen.position)
+    assert float(chosen.refusal[row, chosen.layer]) == float(chosen.refusal.min())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -94,8 +110,11 @@ def test_layers_that_return_more_than_a_tensor_share_no_prefix(case):
         (dict(refusal_tokens=[97]), "refusal_tokens: expected ids below 97"),
         (dict(layers=0.0), "layers: expected a share"),
         (dict(rows=0), "rows: expected at least 1"),
-        (dict(min_steering=1e9), "no candidate passed: 8 below the layer bound, 0 with"),
-        (dict(max_kl=-1.0), "no candidate passed"),
+        (
+            dict(min_steering=1e9),
+            r"no candidate passed: 8 below .*, 0 with a steering score >= .* \(the highest is [-.\d]+\)$",
+        ),
+        (dict(max_kl=-1.0), r"0 of those with a divergence <= -1.0 \(the least is [-.\de]+\)$"),
         (dict(harmful=[]), "harmful: expected at least one batch"),
         (dict(directions=3), "directions: expected Directions"),
     ],

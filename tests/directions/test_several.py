@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -89,6 +91,23 @@ def test_probes_tell_planted_classes_apart(case, kind):
     torch.testing.assert_close(same.auc, torch.full((4,), 0.5, dtype=torch.float64))
     turned = directions.probe(model, harmless, harmful, *held_out, kind=kind)
     torch.testing.assert_close(turned.auc, 1 - found.auc)
+
+
+def test_separation_is_the_probes_of_all_positions_at_once(case):
+    model, _, harmful, harmless = case
+    held_out = prompts(True, 2, 3, seed=9, padding="left"), prompts(False, 1, 5, seed=9, padding="right")
+    model.model.embed_tokens.weight.data[40:50] += 0.7 * torch.randn(10, 32, dtype=torch.float64)
+    turned = directions.estimate(model, harmless, harmful, positions=3)  # and where it is not so well separated
+    for found in (directions.estimate(model, harmful, harmless, positions=3, last_output=True), turned):
+        measured = directions.separation(model, found, *held_out)
+        assert measured.shape == found.harmful.shape[:2]
+        for row, position in enumerate(found.positions):
+            sets = (harmful, harmless) if found is not turned else (harmless, harmful)
+            one = directions.probe(model, *sets, *held_out, position=position).auc
+            assert torch.equal(measured[row], one[: measured.shape[1]])
+    short = dataclasses.replace(turned, harmful=turned.harmful[:, :2], harmless=turned.harmless[:, :2])
+    with pytest.raises(ValueError, match="directions: expected those of 3 layers, got 2"):
+        directions.separation(model, short, *held_out)
 
 
 def test_logistic_regression_meets_its_conditions():

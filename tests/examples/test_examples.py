@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -55,6 +56,32 @@ def test_trainer(tmp_path):
     printed = run(sys.executable, EXAMPLES / "trainer.py", "--out", tmp_path, "--steps", 2, "--defense", "booster")
     assert "'train_loss'" in printed
     assert (tmp_path / "checkpoint-2" / "fastguard_state.pt").exists()
+
+
+def test_directions(tmp_path):
+    from fastguard.edits.basis import read_basis
+
+    out = tmp_path / "direction.safetensors"
+    printed = run(sys.executable, EXAMPLES / "directions.py", "--out", out)
+    before, after = (float(part) for part in printed.split("at the end: ")[1].split(", ablated "))
+    assert before > 1e-2 and after < 1e-5 * before and read_basis(out).shape == (1, 32)
+    assert printed.startswith("separation by layer: ")
+
+
+def test_directions_of_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    from directions import chat
+
+    model, sets = chat.folder(tmp_path / "model"), {}
+    for name, words in (("harmful", chat.BAD), ("harmless", chat.GOOD)):
+        sets[name] = tmp_path / f"{name}.txt"
+        sets[name].write_text("\n".join(chat.prompts(words, 48)))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    given = ["--model", model, "--harmful", sets["harmful"], "--harmless", sets["harmless"]]
+    given += ["--refusal-token", chat.SORRY, "--out", tmp_path / "direction.safetensors"]
+    runpy.run_path(str(EXAMPLES / "directions.py"))["main"]([str(part) for part in given])
+    line = capsys.readouterr().out.split("refusal score ")[1].splitlines()[0]
+    score, without = map(float, line.split(", without the direction "))
+    assert score > 5 and without < 0
 
 
 def test_a_model_and_data_of_ones_own_in_trl(tmp_path):

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastguard import Booster, LanguageModelLoss, RepNoiseLoss
+from fastguard import Booster, CircuitBreakerLoss, LanguageModelLoss, RepNoiseLoss
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 OPTIONS = {"beta": 0.5, "filter_tol": 0.0}
@@ -115,13 +115,14 @@ def run(case: dict, rank: int) -> None:
 def forgotten(_: int) -> None:
     """model= left out under DDP is an error of losses and methods; not without gradients, nor of the bare model."""
     model = tiny("llama", num_hidden_layers=1)
-    losses = RepNoiseLoss(model, **OPTIONS), LanguageModelLoss(model)
+    losses = RepNoiseLoss(model, **OPTIONS), LanguageModelLoss(model), CircuitBreakerLoss(model)
     DistributedDataParallel(model)
     harmful, harmless = pair()
     calls: tuple[Callable[..., Tensor], ...] = (
         lambda **given: losses[0](harmful=harmful, harmless=harmless, **given),
         lambda **given: losses[1](harmful, **given),
         lambda **given: losses[1].sequence_logp(harmful, **given),
+        lambda **given: losses[2](harmful=harmful, retain=harmless, **given),
     )
     for call in calls:
         refused(call)

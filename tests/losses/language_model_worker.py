@@ -6,7 +6,9 @@ fails.
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -15,7 +17,11 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fastguard.losses.circuit_breaker import CircuitBreakerLoss
 from fastguard.losses.language_model import LanguageModelLoss
+from fastguard.losses.probe_projection import ProbeProjectionLoss
+from fastguard.losses.referenced import ReferencedLoss
+from fastguard.nested import Reference
 from losses.distributed_worker import main, shard
 from tiny_models import assert_same_gradients, gradients, tiny
 
@@ -30,7 +36,7 @@ def batch_of(rank: int) -> dict[str, Tensor]:
 
 
 def model_of(case: dict, seed: int = 0) -> nn.Module:
-    model = tiny(case["model"], torch.float64, seed, num_hidden_layers=2)
+    model = tiny(case["model"], torch.float64, seed, num_hidden_layers=case.get("layers", 2))
     if case.get("checkpointing"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model
@@ -69,12 +75,60 @@ def run(case: dict, rank: int) -> None:
     loss_fn.close()
 
 
+def rerouted(case: dict, rank: int) -> None:
+    """Losses whose initial weights change places with sharded ones; two calls before one backward."""
+
+    def made(model: nn.Module) -> ReferencedLoss:
+        reference = Reference(model_of(case, 1))  # whole on every rank until its first use
+        if case.get("loss") == "probe":
+            directions = torch.linspace(-1, 1, 32, dtype=torch.float64)
+            return ProbeProjectionLoss(model, directions=directions, positions="attended", reference=reference)
+        return CircuitBreakerLoss(model, layers=(1,), schedule=4, reference=reference)
+
+    def batches(rank: int) -> dict[str, dict[str, Tensor]]:
+        retain = {key: rows[:, : 7 + rank] for key, rows in batch_of(5 + rank).items()}
+        return {"harmful": batch_of(rank), "retain": retain}
+
+    expected, losses = {}, []
+    for r in range(2):
+        model = model_of(case)
+        loss_fn = made(model)
+        loss = loss_fn(**batches(r), model=model) + loss_fn(**batches(1 - r), model=model)
+        loss.backward()
+        losses.append(loss.item())
+        expected = {name: expected.get(name, 0) + g / 2 for name, g in gradients(model).items()}
+    model = model_of(case)
+    loss_fn = made(model)
+    wrapped = shard(model, case)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*returned a view tensor")  # FSDP2, of a layer that is left out
+        loss = loss_fn(**batches(rank), model=wrapped) + loss_fn(**batches(1 - rank), model=wrapped)
+    loss.backward()
+    assert abs(loss.item() - losses[rank]) <= TOLERANCE * abs(losses[rank]), (loss, losses)
+    found = {
+        name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
+        for name, g in gradients(wrapped).items()
+    }
+    unread = {name for name in found.keys() - expected.keys() if not found[name].any()}  # layers above, the head
+    assert_same_gradients({name: g for name, g in found.items() if name not in unread}, expected, TOLERANCE)
+    loss_fn.close()
+
+
 CASES: dict[str, dict] = {
     "root, checkpointing": {"model": "llama", "layout": "root", "checkpointing": True},
     "norm and head": {"model": "llama", "layout": "norm and head"},
     "tied": {"model": "llama_tied", "layout": "root", "reshard": True},
     "head bias": {"model": "phi", "layout": "root"},
     "ddp, checkpointing": {"model": "llama", "layout": "ddp", "checkpointing": True},
+    **{
+        f"{case.get('loss', 'circuit breakers')}, {case['layout']}": {"run": functools.partial(rerouted, case)}
+        for case in (
+            {"model": "llama", "layout": "norm and head", "checkpointing": True, "layers": 3},
+            {"model": "phi", "layout": "root", "reshard": True},
+            {"model": "llama", "layout": "ddp", "layers": 3},
+            {"model": "llama", "layout": "root", "layers": 3, "loss": "probe"},
+        )
+    },
 }
 
 

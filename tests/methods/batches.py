@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from fastguard.methods import Entry
@@ -16,7 +17,8 @@ from tiny_models import pair
 def labelled(n: int, half: int) -> dict[str, Any]:
     """A batch whose answers carry loss: half 0 is harmful, 1 the same prompts answered harmlessly."""
     batch = pair(seed=n)[half]
-    return {**batch, "labels": batch["input_ids"].masked_fill(batch["input_ids"].cumsum(1) == 0, -100)}
+    answer = torch.arange(batch["input_ids"].shape[1]) >= 3  # what `pair` begins with is the prompt
+    return {**batch, "labels": batch["input_ids"].where(answer, -100)}
 
 
 def streams(roles: Mapping[str, Role]) -> dict[str, Callable[[int], Any]]:

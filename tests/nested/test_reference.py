@@ -52,6 +52,37 @@ def test_states_are_those_of_a_copy(name, dtype):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_autocast_does_not_mix_up_the_two():
+    """It casts each weight once for all forwards in its context, whatever is written into the weight in between."""
+    model = tiny("llama").eval()
+    twin = copy.deepcopy(model)
+    reference = Reference(model)
+    move(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        live = states(model)
+        with reference.installed() as there:
+            found = states(there)
+        again = states(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_same(found, states(twin))
+    assert_same(again, live)
+    assert not torch.equal(found[-1], live[-1])
+
+
+def test_a_graph_of_before_holds():
+    model = tiny("llama").eval()
+    reference = Reference(model)
+    move(model)
+    states(model)[-1].sum().backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    total = states(model)[-1].sum()
+    with reference.installed() as there:
+        states(there)
+    total.backward()
+    assert all(a is b is None or torch.equal(a, b) for a, b in zip(expected, (p.grad for p in model.parameters())))
+
+
 def test_only_what_moves_is_kept():
     model = tiny("llama").eval()
     for name, p in model.named_parameters():

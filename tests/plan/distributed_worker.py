@@ -31,6 +31,7 @@ CASES = {
     "tar": {"checkpointing": True},
     "random_mapping": {"checkpointing": True},
     "crl": {"checkpointing": True},
+    "circuit_breaker, a layer left out": {"checkpointing": True, "layers": [1]},
     "seam, product": {"checkpointing": True, "product": "difference"},
 }
 """A method's name, here or as published, and after a comma what is special."""

@@ -101,6 +101,7 @@ def test_a_step_of_the_published_program_multiplies_and_holds_what_the_plan_says
         ("tar", {"batch": 3}),
         ("tar", {"adversaries": 2, "tamper_loss": "dpo"}),
         ("seam", {"product": "difference"}),
+        ("circuit_breaker", {"retain_states": "all"}),
     ],
 )
 def test_options_change_the_step_and_the_plan_alike(name, changes):

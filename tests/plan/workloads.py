@@ -106,7 +106,10 @@ def stream(role: Role, s: Setting, seed: int) -> Stream:
             return pair(seed + 3 * number, **shape)
         if role.data == "preference":
             return dict(zip(("chosen", "rejected"), pair(seed + 3 * number, **shape).values(), strict=True))
-        return {"input_ids": ids(seed + 3 * number, **shape)}
+        given = ids(seed + 3 * number, **shape)
+        if role.data in ("refusal", "retain"):  # from which a method may read where the prompt ends
+            return {"input_ids": given, "labels": torch.cat([torch.full_like(given[:, :1], -100), given[:, 1:]], 1)}
+        return {"input_ids": given}
 
     return batch
 

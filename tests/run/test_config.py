@@ -15,9 +15,9 @@ def test_packaged_configurations_load():
     assert demo.attack.scored_steps[-1] == 32 and not demo.variants
     quick = c.load("demo", quick=True)
     assert quick == c.shortened(demo) and quick.immunize.steps < demo.immunize.steps
-    ablation = c.load("ablation")
-    assert set(ablation.variants) == {"no noise", "no lens", "output only"}
-    assert ablation.variant("no noise").chosen().beta == 0 and ablation.variant("output only").chosen().alpha == 0
+    components = c.load("components")
+    assert set(components.variants) == {"no noise", "no lens", "output only"}
+    assert components.variant("no noise").chosen().beta == 0 and components.variant("output only").chosen().alpha == 0
 
 
 @pytest.mark.parametrize("method", methods.defenses())
@@ -43,8 +43,8 @@ def test_values_merge_over_what_they_extend(tmp_path):
 
 
 def test_a_configuration_survives_its_own_dictionary():
-    ablation = c.load("ablation")
-    assert c.from_dict(ablation.to_dict()) == ablation
+    components = c.load("components")
+    assert c.from_dict(components.to_dict()) == components
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ OPTIONS = {  # T-Vaccine: one draw of layers, which the reference can repeat
     "repnoise": ("mask_padding=true", "retain_weight=0"),
     "t_vaccine": ("every=20", "probe_every=200"),
 }
-ADDITIVE = ("repnoise", "vaccine", "t_vaccine")
+ADDITIVE = ("repnoise", "vaccine", "t_vaccine", "circuit_breaker")
 
 
 def make_model(path: str | None = None) -> nn.Module:
@@ -93,6 +93,8 @@ def reference(defense: str, kind: str) -> dict[str, Tensor]:
     for step in range(STEPS):
         for i in range(ACCUMULATE):
             passes(step * ACCUMULATE + i)
+        for p in parameters:  # as a wrapper gives what a method does not read: weight decay takes it for a gradient
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if kind == "accelerate":
             nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()

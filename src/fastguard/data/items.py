@@ -36,7 +36,12 @@ _PACKAGED = {
     "measure_harmless": "alpaca",
     "edgy": "edgy",
     "benign": "commonsense",
+    "harmful": "advbench",
+    "harmless": "alpaca",
 }
+
+PROMPTS = ("edgy", "harmful", "harmless")
+"""Roles of which the prompts alone are read."""
 
 
 class _BadRow(ValueError):
@@ -103,19 +108,33 @@ def load_set(tokenizer: PreTrainedTokenizerBase, own: UserData, role: str, confi
     Raises ValueError: a row that does not fit, unless ``own.on_bad_row`` is ``drop``; a set of which nothing is left;
     a tokenizer without chat template. And what `read_rows` raises.
     """
+    parts = {"retain": shares(own.retain_parts), "benign": shares(own.benign_parts)}.get(role, shares(own.pair_parts))
+    return _loaded(tokenizer, role, config, own.prompt_tokens, own.on_bad_row, tuple(parts))
+
+
+def load_prompts(
+    tokenizer: PreTrainedTokenizerBase, role: str, config: SetConfig, prompt_tokens: int, on_bad_row: str = "error"
+) -> LoadedSet:
+    """Read the prompts of a set, ``role`` one of `PROMPTS`; arguments and errors as `load_set`."""
+    return _loaded(tokenizer, role, config, prompt_tokens, on_bad_row, ())
+
+
+def _loaded(
+    tokenizer: PreTrainedTokenizerBase, role: str, config: SetConfig, prompt_tokens: int, on_bad_row: str,
+    parts: Sequence[str],
+) -> LoadedSet:  # fmt: skip
     if config.path == PACKAGED:
         rows, columns = _packaged(role), Columns()
     else:
         rows, columns = read_rows(config.path, config.split, config.subset, config.revision), config.columns
     made = LoadedSet(role, config, rows)
-    parts = {"retain": shares(own.retain_parts), "benign": shares(own.benign_parts)}.get(role, shares(own.pair_parts))
     seen: set[object] = set()
     part_of: dict[object, tuple[str | None, int]] = {}
     for number, row in itertools.islice(rows, config.limit):
         made.read += 1
         try:
             prompt, answers = _texts(role, row, config, columns)
-            part = _part(row, columns, tuple(parts))
+            part = _part(row, columns, parts)
             same = identity(prompt)
             first = part_of.setdefault(same, (part, number))
             if first[0] != part:
@@ -131,12 +150,12 @@ def load_set(tokenizer: PreTrainedTokenizerBase, own: UserData, role: str, confi
             made.dropped["empty"] += 1
             continue
         except _BadRow as error:
-            if own.on_bad_row == "error":
+            if on_bad_row == "error":
                 raise ValueError(f"{role}: {rows.place(number)}: {error}") from error
             made.dropped[error.reason] += 1
             continue
         whole = (same, *(" ".join(a.split()) for a in answers.values()))
-        if len(ids) > own.prompt_tokens:
+        if len(ids) > prompt_tokens:
             made.dropped["prompt too long"] += 1
         elif whole in seen:
             made.dropped["duplicate"] += 1
@@ -145,7 +164,7 @@ def load_set(tokenizer: PreTrainedTokenizerBase, own: UserData, role: str, confi
             made.items.append(Item(prompt, ids, answers, part))
     if not made.items:
         raise ValueError(
-            f"{role}: no row is left: {made.say()}; prompts may have {own.prompt_tokens} tokens (prompt_tokens)"
+            f"{role}: no row is left: {made.say()}; prompts may have {prompt_tokens} tokens (prompt_tokens)"
         )
     return made
 
@@ -170,7 +189,7 @@ def _texts(role: str, row: Row, config: SetConfig, columns: Columns) -> tuple[Pr
             raise _BadRow("missing column", f"expected a column {columns.answer!r} or {columns.messages!r}, got "
                           f"{_names(row)}")  # fmt: skip
         wanted = {"answer": columns.answer}
-    elif role == "edgy":
+    elif role in PROMPTS:
         if row.get(columns.prompt) is None and conversation is not None:
             return _read(columns.messages, _opening, conversation, system), {}
         wanted = {}

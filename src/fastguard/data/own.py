@@ -132,7 +132,7 @@ def _divide(
         if not parts[needed]:
             raise ValueError(f"{given.role}: expected rows in the part {needed}, got none: {given.say()}")
     else:
-        parts = _split(given, clusters[: len(given.items)], sizes, split_off, seed)
+        parts = split_set(given, clusters[: len(given.items)], sizes, split_off, seed)
     if held is not None:
         parts["measure"] = list(range(len(given.items), len(items)))
     used = {i for chosen in parts.values() for i in chosen}
@@ -151,10 +151,13 @@ def _divide(
     return {name: [items[i] for i in chosen] for name, chosen in parts.items()}, splits
 
 
-def _split(
+def split_set(
     given: LoadedSet, clusters: Sequence[int], sizes: Mapping[str, float], split_off: int, seed: int
 ) -> dict[str, list[int]]:
-    """Whole clusters to parts; counts are kept exactly, shares nearly."""
+    """Whole clusters to parts: the items' numbers. Counts (2 or more) are kept exactly, shares (up to 1) nearly.
+
+    Raises ValueError for a set that is too small, or too much alike, to be divided so.
+    """
     targets = _targets(given, len(clusters), sizes, split_off)
     parts = split_whole_clusters(clusters, targets, seed)
     for name, size in targets.items():

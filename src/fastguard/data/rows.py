@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 LINES, LIST, PARQUET = (".jsonl", ".ndjson"), (".json",), (".parquet",)
-SUFFIXES = (*LINES, *LIST, *PARQUET)
+TABLES = {".csv": ",", ".tsv": "\t"}
+TEXT = (".txt",)
+SUFFIXES = (*LINES, *LIST, *PARQUET, *TABLES, *TEXT)
 
 Row = Mapping[str, Any]
 
@@ -43,10 +47,11 @@ class Rows:
 
 
 def read_rows(path: str, split: str | None = None, subset: str | None = None, revision: str | None = None) -> Rows:
-    """The rows of a ``.jsonl``, ``.json`` (a list) or ``.parquet`` file, of a folder, or of a dataset on the Hub.
+    """The rows of a file, of a folder, or of a dataset on the Hub.
 
-    A folder is one that ``datasets.save_to_disk`` wrote, or any that ``datasets.load_dataset`` reads. What is not on
-    the disk is looked for on the Hub if it has the form of an id.
+    A file is ``.jsonl``, ``.json`` (a list), ``.parquet``, ``.csv`` or ``.tsv``, whose first line names the columns, or
+    ``.txt``, one ``prompt`` a line. A folder is one that ``datasets.save_to_disk`` wrote, or any that
+    ``datasets.load_dataset`` reads. What is not on the disk is looked for on the Hub if it has the form of an id.
 
     Raises FileNotFoundError, ModuleNotFoundError (a library that this format needs), ValueError: a form that is not
     known, a split that does not exist or was not chosen; while rows are read, ``FILE:LINE:`` and what is wrong there.
@@ -64,6 +69,10 @@ def read_rows(path: str, split: str | None = None, subset: str | None = None, re
             return Rows(path, _sha256(file), False, "", lambda: _list(path, file))
         if suffix in PARQUET:
             return Rows(path, _sha256(file), False, "", lambda: _parquet(path, file))
+        if suffix in TABLES:
+            return Rows(path, _sha256(file), True, "", lambda: _table(path, file, TABLES[suffix]))
+        if suffix in TEXT:
+            return Rows(path, _sha256(file), True, "", lambda: _text(path, file))
         raise ValueError(f"{path}: expected a file named {', '.join(SUFFIXES)}, got {file.suffix or 'no suffix'}")
     if file.suffix.lower() in SUFFIXES or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
         raise FileNotFoundError(f"{path}: no such file or folder")
@@ -91,11 +100,49 @@ def _lines(path: str, file: Path) -> Iterator[tuple[int, Row]]:
             yield number, _mapping(row, where)
 
 
-def _list(path: str, file: Path) -> Iterator[tuple[int, Row]]:
+def _text(path: str, file: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(io.StringIO(_decoded(path, file), newline=None), 1):
+        if line.strip():
+            yield number, {"prompt": line.strip()}
+
+
+def _table(path: str, file: Path, delimiter: str) -> Iterator[tuple[int, Row]]:
+    """Rows of strings, each with the number of the line where it begins; an empty cell is an empty string."""
+    reader = csv.reader(io.StringIO(_decoded(path, file), newline=""), delimiter=delimiter, strict=True)
+    names: list[str] | None = None
+    before = 0
+    while True:
+        number = before + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{path}:{number}: not valid CSV: {error}") from None
+        before = reader.line_num
+        if cells is None:
+            return
+        if not cells:  # an empty line
+            continue
+        if names is None:
+            names = cells
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"{path}:{number}: expected a name for each column, got {twice[0]!r} twice")
+        elif len(cells) != len(names):
+            raise ValueError(f"{path}:{number}: expected {len(names)} columns as in the first line, got {len(cells)}")
+        else:
+            yield number, dict(zip(names, cells, strict=True))
+
+
+def _decoded(path: str, file: Path) -> str:
     try:
-        rows = json.loads(file.read_bytes().decode("utf-8-sig"))
+        return file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def _list(path: str, file: Path) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = json.loads(_decoded(path, file))
     except json.JSONDecodeError as error:
         more = "; one object a line is read from a file named .jsonl" if error.msg == "Extra data" else ""
         raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}{more}") from None

@@ -14,8 +14,8 @@ from fastguard.directions.basis import orthonormalise
 from fastguard.directions.cone import Cone, refine
 from fastguard.directions.estimate import estimate
 from fastguard.directions.found import Directions
-from fastguard.directions.probe import Probe, auc, probe
-from fastguard.directions.select import Selection, divergences, refusal_scores, select
+from fastguard.directions.probe import Probe, auc, probe, separation
+from fastguard.directions.select import Selection, divergences, refusal_scores, select, select_anyway
 from fastguard.directions.several import iterate, principal, samples
 from fastguard.directions.stream import Stream, ablate, add, rotate
 
@@ -39,4 +39,6 @@ __all__ = [
     "rotate",
     "samples",
     "select",
+    "select_anyway",
+    "separation",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from fastguard.directions.basis import orthonormalise
 from fastguard.directions.prompts import Batch, compiled, rows_at, sharded
-from fastguard.directions.stream import Stream, _Ablating, _Adding, _Changing
+from fastguard.directions.stream import Ablation, Stream, _Adding, _Changing, _PerDevice
 
 BETAS = (0.9, 0.98)
 CLIP = 10.0
@@ -270,7 +270,8 @@ class _Refining:
         if name == "addition":
             scope = _Adding(directions, self.layer, self.length, index)
         else:
-            scope = _Ablating(directions[:, None], 1.0, index)
+            held = _PerDevice(directions[:, None])
+            scope = Ablation(dict.fromkeys(range(len(self.stream.writes)), held), 1.0, index, True, False)
         with self.stream._on(scope):
             logits = self._logits(texts * count)
         ids, counted = self._labels(texts)

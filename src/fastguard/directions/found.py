@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastguard import machine
+from fastguard.directions.edit import checked_basis
+from fastguard.directions.file import BASIS, read_tensors, write_tensors
 
 FORMAT = "fastguard.directions"
 VERSION = 1
@@ -64,16 +66,21 @@ class Directions:
             raise ValueError(f"layer: expected 0 to {self.harmful.shape[1] - 1}, got {layer}")
         return self.difference[self.positions.index(position), layer]
 
-    def save(self, file: str | Path) -> None:
-        """Write a safetensors file with its origin, whole or not at all."""
-        from safetensors.torch import save
+    def save(self, file: str | Path, basis: Tensor | None = None, about: Mapping[str, str] | None = None) -> None:
+        """Write a safetensors file with its origin, whole or not at all.
 
-        tensors = {
-            name: t.detach().cpu().contiguous()
-            for name in (*REQUIRED, *OPTIONAL)
-            if (t := getattr(self, name)) is not None
-        }
-        about = {
+        Args:
+            file: its path.
+            basis: [K, D] with orthonormal rows: what was chosen out of these means, which ``fastguard ablate`` and
+                ``fastguard.edits.basis.read_basis`` read.
+            about: what else to note in the file's metadata, under names that it has not yet.
+
+        Raises ValueError for a basis of other rows, or a name that is taken.
+        """
+        tensors = {name: t for name in (*REQUIRED, *OPTIONAL) if (t := getattr(self, name)) is not None}
+        if basis is not None:
+            tensors[BASIS] = checked_basis(basis, self.harmful.shape[-1])
+        own = {
             "format": FORMAT,
             "version": str(VERSION),
             "positions": json.dumps(list(self.positions)),
@@ -81,11 +88,13 @@ class Directions:
             "model_hash": self.model_hash,
             "data_hash": self.data_hash,
         }
-        machine.write_atomically(Path(file), save(tensors, about))
+        if taken := sorted(set(own) & set(about or {})):
+            raise ValueError(f"about: expected other names than {', '.join(own)}, got {', '.join(taken)}")
+        write_tensors(file, tensors, {**own, **(about or {})})
 
     @classmethod
     def load(cls, file: str | Path, *, model_hash: str | None = None, data_hash: str | None = None) -> Directions:
-        """Read what `save` wrote.
+        """Read the means that `save` wrote.
 
         Args:
             model_hash, data_hash: what the file must have been made from; None accepts any.
@@ -94,17 +103,9 @@ class Directions:
             FileNotFoundError: there is no such file.
             ValueError: another kind of file, another version, contents that do not fit, or another origin.
         """
-        from safetensors import SafetensorError, safe_open
-
         path = Path(file)
-        if not path.is_file():
-            raise FileNotFoundError(f"directions: there is no file {str(path)!r}")
-        try:
-            with safe_open(path, framework="pt") as opened:
-                about = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"directions: {str(path)!r} is no safetensors file: {error}") from error
+        tensors, about = read_tensors(path)
+        tensors.pop(BASIS, None)
         if about.get("format") != FORMAT:
             raise ValueError(f"directions: {str(path)!r} holds no directions; expected a file of Directions.save")
         if about.get("version") != str(VERSION):

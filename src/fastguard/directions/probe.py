@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastguard import machine
 from fastguard.directions.estimate import estimate
+from fastguard.directions.found import Directions
 from fastguard.directions.prompts import Batch, in_step, reading, rows_at, sharded, wanted
 from fastguard.taps import Structure, find_structure
 
@@ -85,10 +86,36 @@ def probe(
     lengths = torch.linalg.vector_norm(rows.double(), dim=-1, keepdim=True)
     directions = (rows.double() / lengths.clamp_min(1e-300)).to(rows.dtype)
     scores = [
-        _rows(model, structure, batches, chosen, name, directions)
+        _rows(model, structure, batches, chosen, name, directions[None])
         for name, batches in (("held_out_harmful", held_out_harmful), ("held_out_harmless", held_out_harmless))
     ]
-    return Probe(auc(*scores), directions, position)
+    return Probe(auc(*scores)[:, 0], directions, position)
+
+
+def separation(
+    model: nn.Module,
+    directions: Directions,
+    held_out_harmful: Iterable[Batch],
+    held_out_harmless: Iterable[Batch],
+    *,
+    structure: Structure | None = None,
+) -> Tensor:
+    """How well each difference of means tells the classes apart: area under the curve [P, L], float64.
+
+    What `probe` measures for ``kind="means"``, of what `estimate` found already, at all of its positions in one pass
+    over the held-out prompts.
+
+    Raises ValueError for batches, or directions of another model's shape.
+    """
+    structure = find_structure(model) if structure is None else structure
+    rows = directions.difference
+    if rows.shape[1] not in (len(structure.layers), len(structure.layers) + 1):
+        raise ValueError(f"directions: expected those of {len(structure.layers)} layers, got {rows.shape[1]}")
+    scores = [
+        _rows(model, structure, batches, directions.positions, name, rows)
+        for name, batches in (("held_out_harmful", held_out_harmful), ("held_out_harmless", held_out_harmless))
+    ]
+    return auc(*scores).T
 
 
 def _rows(
@@ -99,20 +126,23 @@ def _rows(
     name: str,
     directions: Tensor | None = None,
 ) -> Tensor:
-    """Rows [N, L + 1, D], or their products [N, L + 1] with ``directions``, of all ranks' prompts, on the CPU."""
-    kept: list[list[Tensor]] = [[] for _ in range(len(structure.layers) + 1)]
+    """Rows [N, L + 1, D] at one position, of all ranks' prompts, on the CPU.
+
+    Where ``directions`` [P, layers, D] are given, their products with the rows at each position: [N, layers, P].
+    """
+    count = len(structure.layers) + 1 if directions is None else directions.shape[1]
+    kept: list[list[Tensor]] = [[] for _ in range(count)]
     device = next(structure.model.parameters()).device
 
     def look(layer: int, rows: Tensor) -> None:
-        row = rows[:, 0].to(torch.promote_types(rows.dtype, torch.float32))
-        if directions is not None:
-            row = row @ directions[layer].to(row)
+        wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        row = wide[:, 0] if directions is None else torch.einsum("bpd,pd->bp", wide, directions[:, layer].to(wide))
         kept[layer].append(row.cpu())
 
     with reading(model, structure) as prompts:
         for batch, counts in in_step(batches, sharded(model) and machine.ranks() > 1, device, name):
             at = rows_at(batch, positions if counts else (-1,), name)
-            prompts.read(batch, at, look if counts else lambda layer, rows: None)
+            prompts.read(batch, at, look if counts else lambda layer, rows: None, count - 1)
     mine = torch.stack([torch.cat(each) for each in kept], 1) if kept[0] else torch.zeros(0)
     if machine.ranks() > 1:
         theirs: list[Tensor] = [mine] * machine.ranks()

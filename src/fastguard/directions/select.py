@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastguard.directions.found import Directions
 from fastguard.directions.prompts import Batch, Prompts, reading, rows_at
 from fastguard.directions.stream import Stream
+from fastguard.progress import Progress, silent
 
 EPSILON = 1e-8
 """In the refusal score's logarithms, as published."""
@@ -43,7 +44,7 @@ class Selection:
         position, layer: of the choice; the position counted from the prompt's end.
         direction: [D], the difference of means, of its own length.
         refusal: [P, L] refusal scores of harmful prompts under ablation; NaN where a filter had decided already.
-        kl: [P, L] divergence on harmless prompts under ablation; NaN likewise.
+        kl: [P, L] divergence on harmless prompts under ablation; NaN likewise, and where its bound is infinite.
         steering: [P, L] refusal scores of harmless prompts with the difference added; NaN likewise.
         harmful, harmless: refusal scores of the model as it is.
         forwards: rows of prompts that ran, each counted by the share of the layers that it passed.
@@ -84,6 +85,7 @@ def select(
     layers: float = 0.8,
     rows: int = 128,
     stream: Stream | None = None,
+    progress: Progress = silent,
 ) -> Selection:
     """The candidate of least refusal under ablation among those that pass the paper's filters (arXiv 2406.11717, C).
 
@@ -98,6 +100,7 @@ def select(
         refusal_tokens: token ids with which refusals begin (the paper: [40], "I", for Llama 3).
         rows: prompts times candidates in one forward.
         stream: of the model, where there is one already.
+        progress: told of each question (``steering``, ``divergence``, ``refusal``) and the share that is answered.
 
     Raises:
         ValueError: prompts, tokens or directions that do not fit, a sharded model.
@@ -116,11 +119,39 @@ def select(
                     f"directions: expected {count} layers of {own.width} features, got {directions.harmful.shape[1]} "
                     f"of {width}"
                 )
-            asked = _Asked(own, prompts, directions, list(refusal_tokens), rows)
+            asked = _Asked(own, prompts, directions, list(refusal_tokens), rows, progress)
             return asked.choose(list(harmful), list(harmless), max_kl, min_steering, int(count * layers))
     finally:
         if stream is None:
             own.close()
+
+
+def select_anyway(
+    model: nn.Module,
+    directions: Directions,
+    harmful: Sequence[Batch],
+    harmless: Sequence[Batch],
+    *,
+    refusal_tokens: Sequence[int],
+    max_kl: float = 0.1,
+    min_steering: float = 0.0,
+    progress: Progress = silent,
+) -> tuple[Selection, bool]:
+    """`select`, and True; where no candidate passes, what an attacker takes all the same, and False.
+
+    First without the filter on steering, which a model that was taught to refuse in a few steps, or refuses no more,
+    fails everywhere; then, if all candidates change harmless prompts too much, without any. Arguments and errors as
+    `select`.
+    """
+    for least, most, share in ((min_steering, max_kl, 0.8), (-math.inf, max_kl, 0.8), (-math.inf, math.inf, 1.0)):
+        last = most == math.inf
+        with contextlib.nullcontext() if last else contextlib.suppress(NoCandidateError):
+            found = select(
+                model, directions, harmful, harmless, refusal_tokens=refusal_tokens, max_kl=most, min_steering=least,
+                layers=share, progress=progress,
+            )  # fmt: skip
+            return found, least == min_steering and most == max_kl
+    raise AssertionError("the last call returns or raises")
 
 
 def _check(directions: Directions, tokens: Sequence[int], layers: float, rows: int) -> None:
@@ -137,8 +168,10 @@ def _check(directions: Directions, tokens: Sequence[int], layers: float, rows: i
 class _Asked:
     """The questions that are asked of candidates, and the forwards that answer them."""
 
-    def __init__(self, stream: Stream, prompts: Prompts, directions: Directions, tokens: list[int], rows: int) -> None:
-        self.stream, self.prompts, self.tokens, self.rows = stream, prompts, tokens, rows
+    def __init__(
+        self, stream: Stream, prompts: Prompts, directions: Directions, tokens: list[int], rows: int, progress: Progress
+    ) -> None:
+        self.stream, self.prompts, self.tokens, self.rows, self.progress = stream, prompts, tokens, rows, progress
         self.structure = stream.structure
         if max(tokens) >= self.structure.vocabulary:
             raise ValueError(f"refusal_tokens: expected ids below {self.structure.vocabulary}, got {max(tokens)}")
@@ -158,26 +191,32 @@ class _Asked:
         left = [(p, layer) for p in range(shape[0]) for layer in range(layers) if usable[p, layer]]
         kl, steering, refusal = (torch.full(shape, math.nan, dtype=torch.float64) for _ in range(3))
         bases = []
-        _begin(steering, left)
-        for batch in harmless:
-            base, inputs = self._base(batch, {layer for _, layer in left})
+        steered = left if min_steering > -math.inf else []  # else all pass, unasked
+        _begin(steering, steered)
+        for batch in self._counted(harmless, "steering", steered):
+            base, inputs = self._base(batch, {layer for _, layer in steered})
             bases.append(base)
-            self._steer(batch, inputs, left, steering)
+            self._steer(batch, inputs, steered, steering)
         numbers = sum(len(batch["input_ids"]) for batch in harmless), sum(len(b["input_ids"]) for b in harmful)
         steering /= numbers[0]
-        after_steering = [c for c in left if steering[c] >= min_steering]
-        _begin(kl, after_steering)
-        for batch, base in zip(harmless, bases, strict=True):
-            self._ablate(batch, after_steering, kl, lambda logits, base=base: divergences(base, logits))
+        after_steering = [c for c in left if steering[c] >= min_steering] if steered else left
+        measured = after_steering if max_kl < math.inf else []
+        _begin(kl, measured)
+        counted = self._counted(harmless, "divergence", measured)
+        for batch, base in zip(counted, bases, strict=True):
+            self._ablate(batch, measured, kl, lambda logits, base=base: divergences(base, logits))
         kl /= numbers[0]
-        passed = [c for c in after_steering if kl[c] <= max_kl]
+        passed = [c for c in after_steering if kl[c] <= max_kl] if max_kl < math.inf else after_steering
         if not passed:
+            highest = max((float(steering[c]) for c in steered), default=math.nan)
+            least = min((float(kl[c]) for c in after_steering), default=math.nan)
             raise NoCandidateError(
                 f"directions: no candidate passed: {len(left)} below the layer bound, {len(after_steering)} with a "
-                f"steering score >= {min_steering}, 0 of those with a divergence <= {max_kl}"
+                f"steering score >= {min_steering} (the highest is {highest:.3g})"
+                + (f", 0 of those with a divergence <= {max_kl} (the least is {least:.3g})" if after_steering else "")
             )
         _begin(refusal, passed)
-        for batch in harmful:
+        for batch in self._counted(harmful, "refusal", passed):
             self._ablate(batch, passed, refusal, lambda logits: refusal_scores(logits, self.tokens))
         refusal /= numbers[1]
         best = min(passed, key=lambda c: float(refusal[c]))
@@ -193,6 +232,13 @@ class _Asked:
             float(sum(refusal_scores(base, self.tokens).sum() for base in bases)) / numbers[0],
             self.forwards,
         )
+
+    def _counted(self, batches: list[Batch], what: str, candidates: list[Candidate]) -> Iterator[Batch]:
+        """The batches; progress is told when each is done."""
+        for done, batch in enumerate(batches):
+            self.progress(what, done / len(batches), f"{len(candidates)} candidates")
+            yield batch
+        self.progress(what, 1.0, f"{len(candidates)} candidates")
 
     def _moved(self, batches: list[Batch], name: str) -> list[Batch]:
         if not batches:

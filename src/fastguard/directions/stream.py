@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ from fastguard.directions.basis import orthonormalise
 from fastguard.directions.prompts import compiled
 from fastguard.ops.project_out import project_out
 from fastguard.taps import Structure, Taps, find_structure
-from fastguard.taps.taps import Scope
+from fastguard.taps.taps import Gate, Scope
 from fastguard.taps.writes import PreNorm, Writes, find_writes, fused_layer
 
 STREAM, WRITE, LAST = "stream", "write", "last"
@@ -61,12 +61,19 @@ class _PerDevice:
     def __init__(self, value: Tensor) -> None:
         self._held = {value.device: value}
         self._value = value
+        self._exact: dict[torch.device, Tensor] = {}
 
     def on(self, device: torch.device) -> Tensor:
         """The constant on ``device``."""
         if device not in self._held:
             self._held[device] = self._value.to(device)
         return self._held[device]
+
+    def exact(self, device: torch.device) -> Tensor:
+        """The constant on ``device`` in float64."""
+        if device not in self._exact:
+            self._exact[device] = self.on(device).detach().double()
+        return self._exact[device]
 
 
 class _StreamTaps(Taps):
@@ -75,7 +82,7 @@ class _StreamTaps(Taps):
     current: _Changing | None = None
 
     def scope_of_backward(self) -> Scope | None:
-        return self.current
+        return self.current or super().scope_of_backward()
 
 
 _open: list[_StreamTaps] = []
@@ -95,26 +102,58 @@ def _suspended() -> Iterator[None]:
             taps.scope = scope
 
 
-class _Ablating(_Changing):
-    def __init__(self, basis: Tensor, scale: float, index: Tensor | None, preserve: bool = False) -> None:
+class Ablation(_Changing):
+    """What an ablation takes out, and of which samples; of `Stream.ablation`.
+
+    Args:
+        bases: by layer, orthonormal rows [K, D], or [G, K, D] with ``index``; layers that are not named are left alone.
+        scale: the share of each write's part that is taken away. index: [B], each sample's basis; -1 leaves it alone.
+        shared: whether the basis is one for all layers, so that no layer's input but the first needs projecting.
+        preserve: whether what is left of a write gets the write's norm.
+    """
+
+    def __init__(
+        self,
+        bases: Mapping[int, _PerDevice],
+        scale: float,
+        index: Tensor | None,
+        shared: bool,
+        fuse: bool,
+        preserve: bool = False,
+    ) -> None:
         super().__init__()
-        self.basis, self.scale, self.preserve = _PerDevice(basis), scale, preserve
-        self.exact = _PerDevice(basis.detach().cpu().double())  # not every device has float64
-        self.index = None if index is None else _PerDevice(index)
+        self.bases, self.scale, self.shared, self.fuse = bases, scale, shared, fuse and scale == 1 and not preserve
+        self.preserve = preserve
+        self.samples, self.index = index, None if index is None else _PerDevice(index)
         self.fused: frozenset[int] = frozenset()
         self.stepping = False  # a fused layer runs its own forward
 
-    def index_on(self, device: torch.device) -> Tensor | None:
-        return None if self.index is None else self.index.on(device)
+    def of(self, index: Tensor | None) -> Ablation:
+        """The same directions out of other samples."""
+        return Ablation(self.bases, self.scale, index, self.shared, self.fuse, self.preserve)
+
+    def on(self, layer: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """The basis of ``layer``, or None, and the samples' index."""
+        basis = self.bases.get(layer)
+        return (None if basis is None else basis.on(device)), (None if self.index is None else self.index.on(device))
 
     def change(self, kind: str, index: int, x: Tensor) -> Tensor | None:
-        if (kind == STREAM and index == 0) or (kind == WRITE and (self.stepping or index not in self.fused)):
-            few = x.numel() <= FEW * x.shape[-1] and x.device.type != "mps"  # which has no float64
-            if few and self.index is None and not self.preserve and _plain():
-                return _few(x, self.exact.on(x.device), self.scale)
-            basis, index_of = self.basis.on(x.device), self.index_on(x.device)
-            return project_out(x, basis, self.scale, basis_index=index_of, preserve_norm=self.preserve)
-        return None
+        """See `_Changing`."""
+        if (
+            kind == LAST
+            or (kind == WRITE and index in self.fused and not self.stepping)
+            or (kind == STREAM and self.shared and index)
+        ):
+            return None
+        basis, samples = self.on(index, x.device)
+        if basis is None:
+            return None
+        few = x.numel() <= FEW * x.shape[-1] and x.device.type != "mps"  # which has no float64
+        if few and samples is None and not self.preserve and _plain():
+            return _few(x, self.bases[index].exact(x.device), self.scale)
+        if samples is not None and x.dim() == 2:  # OPT's MLPs work on flattened tokens
+            samples = samples.repeat_interleave(x.shape[0] // samples.shape[0])
+        return project_out(x, basis, self.scale, basis_index=samples, preserve_norm=self.preserve)
 
 
 FEW = 64
@@ -170,6 +209,8 @@ class Stream:
         model: any Hugging Face causal language model, also inside PEFT, DDP or ``torch.compile``, or sharded by FSDP2.
             A compiled model must not have been called before, or its hooks do not fire, which raises.
         structure: of ``find_structure``, where it is known already.
+        lasting: contexts may be left before the backward of what ran in them, as a loss that others differentiate does.
+            Layers then have their fused forward until `close`, and loss values go through `gated`.
 
     Attributes:
         structure: the model's parts.
@@ -179,8 +220,8 @@ class Stream:
         ValueError: the model's structure, or where its layers write, is not recognised.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure | None = None) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, structure: Structure | None = None, *, lasting: bool = False) -> None:
+        self.model, self.lasting = model, lasting
         with _suspended():
             self.structure = find_structure(model) if structure is None else structure
             self.writes: tuple[Writes, ...] = find_writes(self.structure, model)
@@ -190,41 +231,86 @@ class Stream:
             for module in writes.modules:
                 self._taps.output(module, WRITE, index)
         self._taps.output(self.writes[-1].layer, LAST)
+        self._kept = contextlib.ExitStack()
+        self._fused = self._fuse(self._kept) if lasting else frozenset[int]()
 
     @property
     def width(self) -> int:
         """Features of the stream."""
         return int(self.structure.head.weight.shape[1])  # type: ignore[index, union-attr, arg-type]
 
-    @contextlib.contextmanager
-    def ablated(
+    def ablation(
         self,
-        directions: Tensor,
+        directions: Tensor | Mapping[int, Tensor],
         scale: float = 1.0,
         *,
         basis_index: Tensor | None = None,
         norm_preserving: bool = False,
         fused: bool = True,
-    ) -> Iterator[None]:
+    ) -> Ablation:
+        """What `ablated` takes out, made orthonormal once, to be used in many contexts; arguments as there."""
+        _check_number("scale", scale)
+        named: Mapping[int, Tensor]
+        if shared := not isinstance(directions, Mapping):
+            named = dict.fromkeys(range(len(self.writes)), directions)
+        else:
+            named = directions
+        bases: dict[int, _PerDevice] = {}
+        made: dict[int, _PerDevice] = {}
+        for layer, each in named.items():
+            if not isinstance(layer, int) or not 0 <= layer < len(self.writes):
+                raise ValueError(f"directions: expected layers 0 to {len(self.writes) - 1}, got {layer!r}")
+            if id(each) not in made:
+                self._check("directions", each, (1, 2) if basis_index is None else (3,))
+                if basis_index is not None:
+                    _check_index(basis_index, each.shape[0], lowest=-1)
+                made[id(each)] = _PerDevice(orthonormalise(each.detach()))
+            bases[layer] = made[id(each)]
+        return Ablation(bases, float(scale), basis_index, shared, fused, norm_preserving)
+
+    @contextlib.contextmanager
+    def ablated(
+        self,
+        directions: Tensor | Mapping[int, Tensor] | Ablation,
+        scale: float = 1.0,
+        *,
+        basis_index: Tensor | None = None,
+        norm_preserving: bool = False,
+        fused: bool = True,
+    ) -> Iterator[Ablation]:
         """While it lasts, forwards of the model run with ``directions`` taken out of the stream (see `ablate`).
 
+        Yields what `gated` wants to know of these forwards.
+
         Args:
-            directions: [D], [K, D], or [G, K, D] with ``basis_index``; any lengths, K <= 64.
+            directions: [D], [K, D], or [G, K, D] with ``basis_index``; any lengths, K <= 64. Or such by layer, where
+                layers differ: each then projects its input and what it writes off its own, and layers that are not
+                named do nothing. Or an `ablation`, which has the other arguments.
             scale: the share of each write's part that is taken away.
             basis_index: [B] integers, each sample's basis; -1 leaves it as it is.
             norm_preserving: bring each write back to its length.
             fused: let layers of the common form make residual add, projection and norm in one pass.
         """
-        self._check("directions", directions, (1, 2) if basis_index is None else (3,))
-        _check_number("scale", scale)
-        if basis_index is not None:
-            _check_index(basis_index, directions.shape[0], lowest=-1)
-        scope = _Ablating(orthonormalise(directions.detach()), float(scale), basis_index, norm_preserving)
+        if isinstance(directions, Ablation):
+            scope = directions.of(directions.samples)  # a forward is told from another by its scope
+        else:
+            scope = self.ablation(
+                directions, scale, basis_index=basis_index, norm_preserving=norm_preserving, fused=fused
+            )
         with contextlib.ExitStack() as stack:
-            if fused and scale == 1 and not norm_preserving:
-                scope.fused = frozenset(i for i, w in enumerate(self.writes) if self._fuse(w, scope, stack))
+            if scope.fuse:
+                could = self._fused if self.lasting else self._fuse(stack)
+                scope.fused = frozenset(i for i in could if not _hooked(_norm2(self.writes[i])))
             stack.enter_context(self._on(scope))
-            yield
+            yield scope
+
+    def plain(self) -> contextlib.AbstractContextManager[Ablation]:
+        """While it lasts, forwards run as they are, which `gated` tells from ablated ones of the same backward."""
+        return self.ablated(Ablation({}, 1.0, None, False, False))
+
+    def gated(self, value: Tensor, forwards: Sequence[Ablation]) -> Tensor:
+        """``value``, computed from what ``forwards`` of a lasting stream gave, ready for its backward."""
+        return Gate.apply(value, self._taps, forwards) if value.requires_grad else value  # type: ignore[no-any-return]
 
     @contextlib.contextmanager
     def added(
@@ -257,6 +343,7 @@ class Stream:
 
     def close(self) -> None:
         """Take the hooks off the model."""
+        self._kept.close()
         self._taps.close()
 
     def _check(self, name: str, value: Tensor, dims: tuple[int, ...]) -> None:
@@ -278,7 +365,7 @@ class Stream:
                 yield
             finally:
                 _open.remove(self._taps)
-                self._taps.current, scope.over = None, True
+                self._taps.current, scope.over = None, not self.lasting
         if not scope.fired and compiled(self.model):
             raise RuntimeError(
                 "directions: no forward of the compiled model passed the hooks on its stream, so that nothing was "
@@ -286,67 +373,101 @@ class Stream:
                 "which run it uncompiled"
             )
 
-    def _fuse(self, writes: Writes, scope: _Ablating, stack: contextlib.ExitStack) -> bool:
-        """Give a layer its fused forward until ``stack`` is left; whether that is possible now."""
-        layer, parts = writes.layer, writes.pre_norm
-        if parts is None or "forward" in vars(layer) or FUSED in vars(layer) or _hooked(parts.norm2):
-            return False
-        kind: Any = type(layer)
-        stack.callback(_own_class, layer, kind)
-        vars(layer)[FUSED] = _Fused(parts, scope, self._taps)
-        layer.__class__ = _fused_class(kind)
-        return True
+    def _fuse(self, stack: contextlib.ExitStack) -> frozenset[int]:
+        """Give layers their fused forward until ``stack`` is left; those of which that is possible now."""
+        done = set()
+        for index, writes in enumerate(self.writes):
+            layer, parts = writes.layer, writes.pre_norm
+            if parts is None or "forward" in vars(layer) or vars(layer).get(FUSED) or _hooked(parts.norm2):
+                continue
+            kind: Any = type(layer)
+            stack.callback(_own_class, layer, kind, self.lasting)
+            vars(layer)[FUSED] = _Fused(parts, index, self._taps)
+            layer.__class__ = _fused_class(kind)
+            done.add(index)
+        return frozenset(done)
 
 
 FUSED = "_fastguard_fused"
-"""The attribute in which a layer of a fused class holds its `_Fused`."""
+"""The attribute in which a layer of a fused class holds its `_Fused`; None after a lasting stream was closed."""
 
 
 @dataclass(frozen=True)
 class _Fused:
-    """What makes a layer's forward fused in the forwards of one scope."""
+    """What makes a layer's forward fused in the forwards of a scope that says so."""
 
     parts: PreNorm
-    scope: _Ablating
+    layer: int
     taps: _StreamTaps
 
     def __call__(self, own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The fused forward, or ``own`` where another thread's forward passes."""
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if self.taps.scope is not self.scope and not (self.taps.scope is None and recomputing):
+        """The fused forward, or ``own`` where the layer's is not to be fused, or another thread's forward passes."""
+        scope, _ = self.taps.serving()
+        if not isinstance(scope, Ablation) or self.layer not in scope.fused:
             return own(*args, **kwargs)
         hidden = args[0] if args else kwargs["hidden_states"]
-        device = hidden.device
+        basis, samples = scope.on(self.layer, hidden.device)
+        if basis is None:
+            return own(*args, **kwargs)
         if hidden.shape[-2] == 1 and _plain():  # a step of generation
-            self.scope.stepping = True
+            scope.stepping = True
             try:
                 return own(*args, **kwargs)
             finally:
-                self.scope.stepping = False
-        return fused_layer(self.parts, self.scope.basis.on(device), self.scope.index_on(device), *args, **kwargs)
+                scope.stepping = False
+        return fused_layer(self.parts, basis, samples, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # a copy of the model has forwards of its own
+
+
+def _nothing() -> None:
+    return None
+
+
+def _empty(kind: Any) -> Any:
+    return kind.__new__(kind)
 
 
 @functools.cache
 def _fused_class(kind: Any) -> Any:
-    """A subclass of a layer's class with the fused forward.
+    """A subclass of a layer's class with the fused forward, whose copies and pickles are of the class itself.
 
     A forward set on the layer itself would pass by the activation checkpointing that transformers wraps around the
     forwards of its classes, of subclasses too.
     """
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        fused: _Fused | None = vars(self).get(FUSED)
-        if fused is None:
+        if FUSED not in vars(self):
             raise _left()
-        return fused(functools.partial(kind.forward, self), *args, **kwargs)
+        own = functools.partial(kind.forward, self)
+        fused: _Fused | None = vars(self)[FUSED]
+        return own(*args, **kwargs) if fused is None else fused(own, *args, **kwargs)
+
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        _, _, *more = kind.__reduce_ex__(self, protocol)
+        return _empty, (kind,), *more
 
     functools.update_wrapper(forward, kind.forward)
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    named = {"__module__": kind.__module__, "__doc__": kind.__doc__, "__reduce_ex__": reduced}
+    return type(kind.__name__, (kind,), {"forward": forward, **named})
 
 
-def _own_class(layer: nn.Module, kind: type[nn.Module]) -> None:
-    layer.__class__ = kind
-    vars(layer).pop(FUSED, None)
+def _own_class(layer: nn.Module, kind: type[nn.Module], lasting: bool) -> None:
+    """Undo `Stream._fuse` on a layer, which FSDP2 may have given a class on top of the fused one."""
+    fused: Any = _fused_class
+    if type(layer) is fused(kind):
+        layer.__class__ = kind
+        vars(layer).pop(FUSED, None)
+    elif lasting:
+        vars(layer)[FUSED] = None
+    else:
+        vars(layer).pop(FUSED, None)
+
+
+def _norm2(writes: Writes) -> nn.Module:
+    assert writes.pre_norm is not None
+    return writes.pre_norm.norm2
 
 
 def _left() -> RuntimeError:

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from fastguard.directions.edit import checked_basis
-from fastguard.machine import write_atomically
-
-KEY = "basis"
+from fastguard.directions.file import BASIS, read_tensors, write_tensors
 
 
 def read_basis(path: str | Path) -> Tensor:
@@ -20,20 +18,7 @@ def read_basis(path: str | Path) -> Tensor:
 
     Raises FileNotFoundError where there is no such file, ValueError where it holds no such tensor.
     """
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"directions: there is no file {str(file)!r}")
-    try:
-        with safe_open(file, "pt") as opened:
-            names = list(opened.keys())
-            found = opened.get_tensor(KEY) if KEY in names else None
-    except SafetensorError as error:
-        raise ValueError(f"directions: {str(file)!r} is no safetensors file: {error}") from None
-    if found is None:
-        raise ValueError(f"directions: {str(file)!r} holds {', '.join(sorted(names)) or 'nothing'}, expected {KEY!r}")
-    return checked_basis(found)
+    return checked_basis(read_tensors(path, BASIS)[0][BASIS])
 
 
 def write_basis(basis: Tensor, path: str | Path, about: Mapping[str, str] | None = None) -> None:
@@ -41,10 +26,8 @@ def write_basis(basis: Tensor, path: str | Path, about: Mapping[str, str] | None
 
     Raises ValueError for rows that are not orthonormal.
     """
-    from safetensors.torch import save
-
-    rows = checked_basis(basis).cpu().contiguous()
-    write_atomically(Path(path), save({KEY: rows}, {"format": "pt", **(about or {})}))
+    rows = checked_basis(basis)
+    write_tensors(path, {BASIS: rows}, {"format": "pt", **(about or {})})
 
 
 def digest(basis: Tensor) -> str:

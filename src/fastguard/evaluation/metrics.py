@@ -5,8 +5,8 @@ The typed dictionaries below are the schema (version :data:`SCHEMA`). Convention
 * every rate is a fraction in [0, 1], every loss is in nats per token, every time is in seconds;
 * ``None`` (JSON null) means "not measured" or, for a crossing, "not reached within the attack";
 * lists of points are ordered by ``step``, step 0 being the model before the attack;
-* the three models are keyed ``aligned``, ``immunized`` and ``control``; a run may lack some of them, and the
-  ablation has further names, so readers iterate over ``models`` and take titles from ``label``;
+* the three models are keyed ``aligned``, ``immunized`` and ``control``; a run may lack some of them, and one
+  with variants has further names, so readers iterate over ``models`` and take titles from ``label``;
 * harmful-side texts are never stored; ``samples`` are answers to harmless prompts.
 
 An example document is tests/evaluation/example_metrics.json.

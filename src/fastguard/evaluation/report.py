@@ -12,12 +12,15 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastguard import methods
 from fastguard.data.sources import left_out
 from fastguard.evaluation.figures import SERIES, Line, Panel, svg
 from fastguard.evaluation.metrics import MAIN, SCHEMA, Attack, Kind, Metrics, Model, Utility, kind_of
+
+if TYPE_CHECKING:
+    import jinja2
 
 _SERIES = {"aligned": 0, "immunized": 1, "control": 2}
 _COMPONENTS = {
@@ -97,19 +100,11 @@ def load(run_dir: Path) -> Metrics:
 
 def render(metrics: Metrics) -> str:
     """The page, as text."""
-    import jinja2
     import yaml
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fastguard.evaluation"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"number": number, "duration": duration, "memory": memory, "left_out": left_out}
     series = _series(metrics)
-    return environment.get_template("report.html.j2").render(
+    page = templates().get_template("report.html.j2")
+    return page.render(
         run=metrics,
         series=series,
         headlines=headlines(metrics),
@@ -122,6 +117,21 @@ def render(metrics: Metrics) -> str:
         longest=max((stage["wall_s"] for stage in metrics["stages"]), default=1.0) or 1.0,
         config=yaml.safe_dump(metrics["config"], sort_keys=False, allow_unicode=True),
     )
+
+
+def templates() -> jinja2.Environment:
+    """Templates of pages, with the filters that they use."""
+    import jinja2
+
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader("fastguard.evaluation"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    made.filters |= {"number": number, "duration": duration, "memory": memory, "left_out": left_out}
+    return made
 
 
 def summary(metrics: Metrics) -> str:

@@ -35,7 +35,6 @@ def verdict(answer: str) -> str:
     return "compliance" if _COMPLIANCE.match(text) else "neither"
 
 
-@torch.no_grad()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -45,8 +44,21 @@ def generate(
 ) -> list[str]:
     """Greedy answers of at most ``tokens`` tokens, special tokens left out."""
     encoded = [encode_prompt(tokenizer, p) for p in prompts]
+    answers = generate_ids(model, tokenizer, encoded, tokens, batch)
+    return list(tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+
+@torch.no_grad()
+def generate_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    tokens: int,
+    batch: int = 48,
+) -> list[list[int]]:
+    """Greedy answers to encoded prompts, as token ids; those that end earlier are padded."""
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding within a batch
-    answers = [""] * len(prompts)
+    answers: list[list[int]] = [[]] * len(encoded)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         length = max(len(encoded[i]) for i in chosen)
@@ -62,8 +74,8 @@ def generate(
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id,
         )
-        for i, text in zip(chosen, tokenizer.batch_decode(out[:, length:], skip_special_tokens=True), strict=True):
-            answers[i] = text
+        for i, answer in zip(chosen, out[:, length:].tolist(), strict=True):
+            answers[i] = answer
     return answers
 
 

@@ -37,6 +37,8 @@ BUILTIN = (
     "fastguard.defenses.t_vaccine",
     "fastguard.defenses.seam",
     "fastguard.defenses.crl",
+    "fastguard.defenses.refat",
+    "fastguard.defenses.circuit_breaker",
     "fastguard.attacks.harmful_finetuning",
     "fastguard.attacks.lora",
     "fastguard.attacks.refusal_ablation",

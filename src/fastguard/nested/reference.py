@@ -65,6 +65,7 @@ class Reference:
             with span(EXCHANGE, self._host, 4):
                 for mine, theirs in exchanged:
                     _exchange(mine, theirs)
+            torch.clear_autocast_cache()
 
         with torch.no_grad(), Restoring() as guard:
             guard.on_exit(restore)
@@ -74,6 +75,7 @@ class Reference:
                     _exchange(mine, theirs)
                     exchanged.append((mine, theirs))
                     guard.release()
+            torch.clear_autocast_cache()  # it holds the live weights, cast, for all of an autocast's forwards
             yield model
 
     @contextlib.contextmanager
@@ -113,7 +115,11 @@ def _to_host(t: Tensor) -> Tensor:
 
 
 def _exchange(a: Tensor, b: Tensor) -> None:
-    """Swap contents; ``b`` is in host memory."""
-    waiting = a.clone()
-    a.copy_(b)
-    b.copy_(waiting)
+    """Swap contents; ``b`` is in host memory.
+
+    To autograd ``a`` has not changed, and will not have when the next backward comes: graphs of earlier forwards hold.
+    """
+    with torch.autograd._unsafe_preserve_version_counter(a):
+        waiting = a.clone()
+        a.copy_(b)
+        b.copy_(waiting)

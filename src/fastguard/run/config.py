@@ -18,7 +18,7 @@ from fastguard.data.options import UserData
 from fastguard.evaluation.metrics import MAIN
 from fastguard.settings import SettingError, Settings, build, choice, merged, number, numbers
 
-PACKAGED = ("demo", "quick", "ablation", "tar_prepared")
+PACKAGED = ("demo", "quick", "components", "tar_prepared")
 """Configurations that belong to no method; a defense's own has its name."""
 
 RESERVED = ("base", "aligned", "immunized", "control")
@@ -258,7 +258,7 @@ def load(path: str | Path, quick: bool = False) -> Config:
 
 
 def packaged() -> tuple[str, ...]:
-    """The names that `load` knows: the demo's, the ablation's, and those of all defenses."""
+    """The names that `load` knows: the demo's, the study of its components, and those of all defenses."""
     return (*PACKAGED, *methods.defenses())
 
 

@@ -1,6 +1,6 @@
 """The main job: align a model, immunize it, attack it before and after, beside a control; write what came out.
 
-Stages in order: align; immunize (and the variants of an ablation); control, which trains the aligned model on
+Stages in order: align; immunize (and the variants beside it); control, which trains the aligned model on
 the same safe answers and retain data for as long as the immunization took; then, for every model, its worth
 before the attack and one attack per learning rate and seed. Each of them can be left out (``run: false`` in its
 section). ``run.stages`` says how a run that was killed or changed goes on.

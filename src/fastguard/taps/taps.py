@@ -111,10 +111,7 @@ class Site:
 
     def fire(self, value: Any) -> Tensor | None:
         """Let the scope observe ``value``, if there is one; returns what it put in its place."""
-        scope = self.taps.scope
-        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        if scope is None and recomputing:
-            scope = self.taps.scope_of_backward()
+        scope, recomputing = self.taps.serving()
         if scope is None or scope is OFF:
             return None
         if scope.grad_enabled and not torch.is_grad_enabled():
@@ -227,6 +224,12 @@ class Taps:
     @scope.setter
     def scope(self, scope: Scope | None) -> None:
         self._active.scope = scope
+
+    def serving(self) -> tuple[Scope | None, bool]:
+        """The scope of the forward, or of its recomputation, that runs in this thread, and whether it is the latter."""
+        scope = self.scope
+        recomputing = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        return (self.scope_of_backward() if scope is None and recomputing else scope), recomputing
 
     def output(self, module: nn.Module, kind: str, index: int = 0) -> None:
         """Tap the output of ``module``."""

@@ -31,6 +31,7 @@ class PreNorm:
         hidden: the name by which attention gets the hidden states, or None for its first place.
         passed: the names of the layer's arguments that attention gets as they are; None for all of them.
         kind, eps: of norm2, as ``ops/final_norm.py`` names them.
+        names: of the arguments that the layer's forward takes by place; the first is the stream.
     """
 
     norm1: nn.Module
@@ -41,7 +42,7 @@ class PreNorm:
     passed: frozenset[str] | None
     kind: str
     eps: float
-    signature: inspect.Signature
+    names: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,11 @@ def _pre_norm(
         return None
     accepted = inspect.signature(attention.forward).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    signature = inspect.signature(layer.forward)
+    places = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = tuple(p.name for p in inspect.signature(layer.forward).parameters.values() if p.kind in places)
     found = PreNorm(
         norm1, attention, norm2, mlp, calls[attention][2], None if takes_all else frozenset(accepted), kind, eps,
-        signature,
+        names,
     )  # fmt: skip
     try:
         again = fused_layer(found, None, None, *args, **kwargs)
@@ -251,11 +253,8 @@ def fused_layer(parts: PreNorm, basis: Tensor | None, basis_index: Tensor | None
     from fastguard.ops.add_project_rms_norm import add_project_rms_norm
     from fastguard.ops.project_out import project_out
 
-    given = dict(parts.signature.bind(*args, **kwargs).arguments)
-    extra = next((p.name for p in parts.signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
-    given.update(given.pop(extra, {}) if extra else {})
-    first = next(iter(parts.signature.parameters))
-    x: Tensor = given.pop(first)
+    given = {**dict(zip(parts.names, args, strict=False)), **kwargs}
+    x: Tensor = given.pop(parts.names[0])
     passed = {name: v for name, v in given.items() if parts.passed is None or name in parts.passed}
     normed = parts.norm1(x)
     attended = (

@@ -41,14 +41,14 @@ class DeltaStrip(Edit):
 
     def __init__(
         self, model: nn.Module, *, base: str = Options.base, rank: int = Options.rank, rounds: int = Options.rounds,
-        positions: int = Options.positions, validation: int = Options.validation, max_kl: float = Options.max_kl,
-        min_steering: float = Options.min_steering, seed: int = 0,
+        positions: int = Options.positions, validation: int = Options.validation, estimation: int = Options.estimation,
+        max_kl: float = Options.max_kl, min_steering: float = Options.min_steering, seed: int = 0,
     ) -> None:  # fmt: skip
-        Options(rounds, positions, validation, max_kl, min_steering, base, rank)
+        Options(rounds, positions, validation, estimation, max_kl, min_steering, base=base, rank=rank)
         super().__init__(model, seed=seed)
         self.base, self.rank = base, rank
         self.ablation = RefusalAblation(
-            model, rounds=rounds, positions=positions, validation=validation, max_kl=max_kl,
+            model, rounds=rounds, positions=positions, validation=validation, estimation=estimation, max_kl=max_kl,
             min_steering=min_steering, seed=seed,
         )  # fmt: skip
         self.rounds = 1 + rounds

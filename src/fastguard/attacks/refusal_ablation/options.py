@@ -13,10 +13,11 @@ from fastguard.settings import Settings, number
 class Options(Settings):
     """See ``fastguard.attacks.refusal_ablation.step.RefusalAblation``."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"rounds": 2, "positions": 1, "validation": 4}
+    quick: ClassVar[Mapping[str, Any]] = {"rounds": 2, "positions": 1, "validation": 4, "estimation": 16}
 
     rounds: int = number(8, at_least=1)  # directions at most; public re-estimating attacks make 8
     positions: int = number(5, at_least=1)  # last tokens of the prompt that are candidates; published: 5 for Llama 3
-    validation: int = number(32, at_least=1)  # prompts of each class that choose; the others estimate
+    validation: int = number(32, at_least=1)  # prompts of each class that choose
+    estimation: int = number(128, at_least=1)  # prompts of each class that estimate, at most; never those that choose
     max_kl: float = number(0.1, at_least=0)
     min_steering: float = number(0.0)

@@ -4,13 +4,12 @@ The attacker has the weights. He estimates the difference in means between harmf
 model that he attacks, chooses among its layers and positions as published, and runs the model without that direction.
 Where it still refuses he estimates anew under the ablation, and takes one more direction out: a defense that is only
 measured with one direction may have moved refusal to another. No weight is changed, and none need be: cutting the same
-directions out of the weights gives the same model (``fastguard.edits.ablation``).
+directions out of the weights gives the same model (``fastguard.edits.ablate``).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Generator, Sequence
 from typing import ClassVar
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from fastguard.attacks.refusal_ablation.options import Options
 from fastguard.data.chat import IGNORED
 from fastguard.directions.found import Directions
-from fastguard.directions.select import NoCandidateError, Selection, select
+from fastguard.directions.select import Selection, select_anyway
 from fastguard.directions.several import phases
 from fastguard.directions.stream import Stream
 from fastguard.methods.edit import Batches, Edit
@@ -34,9 +33,10 @@ class RefusalAblation(Edit):
     Args:
         model: any Hugging Face causal language model, found by structure. It runs ablated until `close`.
         rounds: directions at most. positions: how many last tokens of a prompt are candidates.
-        validation: prompts of each class that choose among the candidates; the rest estimates them.
+        validation: prompts of each class that choose among the candidates.
+        estimation: how many of the others estimate them, at most.
         max_kl, min_steering: the published filters (`fastguard.directions.select`). Where no candidate passes them the
-            attacker takes the one of least refusal all the same.
+            attacker takes one all the same (`select_anyway`).
         seed: unused; nothing is drawn.
 
     Attributes:
@@ -53,12 +53,13 @@ class RefusalAblation(Edit):
 
     def __init__(
         self, model: nn.Module, *, rounds: int = Options.rounds, positions: int = Options.positions,
-        validation: int = Options.validation, max_kl: float = Options.max_kl,
+        validation: int = Options.validation, estimation: int = Options.estimation, max_kl: float = Options.max_kl,
         min_steering: float = Options.min_steering, seed: int = 0,
     ) -> None:  # fmt: skip
-        Options(rounds, positions, validation, max_kl, min_steering)
+        Options(rounds, positions, validation, estimation, max_kl, min_steering)
         super().__init__(model, seed=seed)
-        self.rounds, self.positions, self.validation = rounds, positions, validation
+        self.rounds, self.positions = rounds, positions
+        self.validation, self.estimation = validation, estimation
         self.max_kl, self.min_steering = max_kl, min_steering
         self.chosen: list[Selection] = []
         self._stream = Stream(model)
@@ -71,14 +72,21 @@ class RefusalAblation(Edit):
         tokens = first_answer_tokens(data["refusal"])
         asked, told = {}, {}
         for name in ("harmful", "harmless"):
-            asked[name], told[name] = _divided(data[name], self.validation, name)
+            asked[name], rest = _divided(data[name], self.validation)
+            if sum(len(batch["input_ids"]) for batch in asked[name]) < self.validation or not rest:
+                given = sum(len(batch["input_ids"]) for batch in data[name])
+                raise ValueError(f"{name}: expected more than {self.validation} prompts (validation), got {given}")
+            told[name], _ = _divided(rest, self.estimation)
         basis: Tensor | None = None
         passed = False
 
         def choose(found: Directions) -> Tensor:
             nonlocal passed
             with contextlib.nullcontext() if basis is None else self._stream.ablated(basis):
-                selection, passed = self._select(found, asked["harmful"], asked["harmless"], tokens)
+                selection, passed = select_anyway(
+                    self.model, found, asked["harmful"], asked["harmless"], refusal_tokens=tokens, max_kl=self.max_kl,
+                    min_steering=self.min_steering,
+                )  # fmt: skip
             self.chosen.append(selection)
             return selection.direction
 
@@ -100,23 +108,6 @@ class RefusalAblation(Edit):
         """Let the model run as it is, and take the hooks off."""
         self._stream.close()
 
-    def _select(
-        self, found: Directions, harmful: list[Batch], harmless: list[Batch], tokens: Sequence[int]
-    ) -> tuple[Selection, bool]:
-        """What passes the filters; else what passes none, and False."""
-        try:
-            selection = select(
-                self.model, found, harmful, harmless, refusal_tokens=tokens, max_kl=self.max_kl,
-                min_steering=self.min_steering,
-            )  # fmt: skip
-            return selection, True
-        except NoCandidateError:
-            selection = select(
-                self.model, found, harmful, harmless, refusal_tokens=tokens, max_kl=math.inf, min_steering=-math.inf,
-                layers=1.0,
-            )  # fmt: skip
-            return selection, False
-
 
 def first_answer_tokens(batches: Sequence[Batch]) -> list[int]:
     """The ids with which the answers of ``batches`` begin. Raises ValueError where there is none."""
@@ -130,7 +121,7 @@ def first_answer_tokens(batches: Sequence[Batch]) -> list[int]:
     return sorted(found)
 
 
-def _divided(batches: Sequence[Batch], count: int, name: str) -> tuple[list[Batch], list[Batch]]:
+def _divided(batches: Sequence[Batch], count: int) -> tuple[list[Batch], list[Batch]]:
     """The first ``count`` prompts of the batches, and the others."""
     first, rest = list[Batch](), list[Batch]()
     left = count
@@ -141,6 +132,4 @@ def _divided(batches: Sequence[Batch], count: int, name: str) -> tuple[list[Batc
         for part, into in zip(parts, (first, rest), strict=True):
             if len(part["input_ids"]):
                 into.append(part)
-    if left or not rest:
-        raise ValueError(f"{name}: expected more than {count} prompts (validation), got {count - left}")
     return first, rest

@@ -37,6 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.defenses.crl.options import Options
+from fastguard.losses.joined import joined
 from fastguard.methods.passes import Batch
 from fastguard.methods.training import Figures, Role, Step, Training, detached
 from fastguard.nested.reference import Reference
@@ -45,10 +46,6 @@ from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.taps import anchor
 from fastguard.taps.structure import head_parameters
-
-PADDING = {"input_ids": 0, "attention_mask": 1, "labels": -100}
-"""What is put behind the shorter batch. It is attended to, by itself alone: in a causal model no earlier token sees it,
-and a row that is masked for longer than a sliding window would be NaN."""
 
 
 class CRL(Training):
@@ -215,25 +212,12 @@ def _with_bias(weight: Tensor, bias: Tensor) -> Tensor:
 
 def _joined(harmful: Batch, harmless: Batch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """Both as one batch, padded on the right to one length, and the flat positions of their response tokens."""
-    parts: list[dict[str, Tensor]] = []
     given: Mapping[str, Batch] = {"harmful": harmful, "harmless": harmless}
-    for name, batch in given.items():
-        ids = batch.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2:
-            raise ValueError(f"{name}: expected input_ids of shape [B, T]")
-        unknown = sorted(set(batch) - set(PADDING))
-        if unknown:
-            raise ValueError(f"{name}: expected entries {', '.join(PADDING)}, got also {', '.join(unknown)}")
-        mask = batch.get("attention_mask", torch.ones_like(ids))
-        parts.append({**batch, "attention_mask": mask, "labels": batch.get("labels", ids.masked_fill(mask == 0, -100))})
-    length = max(part["input_ids"].shape[1] for part in parts)
-    joined = {
-        key: torch.cat([nn.functional.pad(p[key], (0, length - p[key].shape[1]), value=fill) for p in parts])
-        for key, fill in PADDING.items()
-    }
-    answers, split = joined["labels"] != -100, parts[0]["input_ids"].shape[0]
+    both = joined(given)
+    answers, split = both["labels"] != -100, harmful["input_ids"].shape[0]
+    length = answers.shape[1]
     rows = answers[:split].flatten().nonzero()[:, 0], answers[split:].flatten().nonzero()[:, 0] + split * length
     for name, found in zip(given, rows, strict=True):
         if len(found) == 0:
             raise ValueError(f"{name}: it has no response token")
-    return joined, rows
+    return both, rows

@@ -154,6 +154,23 @@ def test_gradients_are_scaled_and_added(entry):
 
 
 @every
+def test_an_enclosing_autocast_reads_the_weights_of_the_moment(entry):
+    """It casts a weight once for all forwards inside it, also where a method moves weights between two of them."""
+
+    def gradient(cached):
+        method = make(entry, tiny("llama", num_hidden_layers=2))
+        data = streams(method.roles)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+            for _ in range(2):
+                method.backward(**method.draw(data))
+        grads = [p.grad for p in method.model.parameters() if p.grad is not None]
+        return torch.cat([g.flatten() for g in grads])
+
+    once, each = gradient(True), gradient(False)
+    assert float((once - each).norm()) < 0.03 * float(each.norm())
+
+
+@every
 def test_evaluation_moves_nothing(entry):
     model = tiny("llama", num_hidden_layers=2)
     method = make(entry, model)

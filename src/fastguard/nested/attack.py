@@ -212,6 +212,7 @@ class Tampered:
         """Differentiate ``loss`` and take one step of the attacker's optimizer."""
         gradients = self._gradients(loss, self._trains, f"attacker's loss at step {self.steps}")
         self._running.step(gradients)
+        torch.clear_autocast_cache()  # an enclosing autocast holds the weights, cast, for all forwards inside it
         self.steps += 1
 
     def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:

@@ -178,5 +178,6 @@ def _move(
                 source=None if masters is None else [masters[i] for i in at], through=through,
             )  # fmt: skip
             total += weights.reduce(sums, at[0]).double().cpu()
+    torch.clear_autocast_cache()  # an enclosing autocast holds the weights, cast, for all forwards inside it
     rounds = masters is not None or (through is not None and any(t.dtype != through for t in tensors))
     return realised(total.tolist(), dithered=rounds)

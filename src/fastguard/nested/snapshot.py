@@ -75,6 +75,7 @@ class Snapshot:
     @torch.no_grad()
     def restore_(self) -> None:
         """Write the tensors back, bit for bit; the copy on a device is let go of."""
+        torch.clear_autocast_cache()  # an enclosing autocast holds what they were until now, cast
         if self._masters is not None:
             with span("restore", [*self.tensors, *self._masters], 1):
                 for t, m in zip(self.tensors, self._masters, strict=True):

@@ -498,12 +498,16 @@ def _component_series(index: int) -> int:
     return (len(_SERIES) + index) % SERIES
 
 
+_NO_PARTS = ("step", "loss", "gradient_norm", "ablated", "retain_weight", "rerouting_weight")
+"""Of a step's figures those that are not parts of its loss."""
+
+
 def _training_figures(metrics: Metrics) -> list[dict[str, Any]]:
     """How each model was made: the parts of its loss, or the loss where it has no parts."""
     figures = []
     for name, model in metrics["models"].items():
         curve = model["training"]["curve"]
-        parts = dict.fromkeys(k for point in curve for k in point if k not in ("step", "loss", "gradient_norm"))
+        parts = dict.fromkeys(k for point in curve for k in point if k not in _NO_PARTS)
         keys = list(parts) or ["loss"]
         if not curve:
             continue

@@ -46,6 +46,8 @@ OPTIONS = {  # T-Vaccine: one draw of layers, which the reference can repeat
     "repnoise": ("mask_padding=true", "retain_weight=0"),
     "t_vaccine": ("every=20", "probe_every=200"),
 }
+UNREAD = ("circuit_breaker",)
+"""What these leave without a gradient, wrappers give one of zeros, which weight decay takes for a gradient."""
 ADDITIVE = ("repnoise", "vaccine", "t_vaccine", "circuit_breaker")
 
 
@@ -93,7 +95,7 @@ def reference(defense: str, kind: str) -> dict[str, Tensor]:
     for step in range(STEPS):
         for i in range(ACCUMULATE):
             passes(step * ACCUMULATE + i)
-        for p in parameters:  # as a wrapper gives what a method does not read: weight decay takes it for a gradient
+        for p in parameters if defense in UNREAD else ():
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if kind == "accelerate":
             nn.utils.clip_grad_norm_(parameters, 1.0)

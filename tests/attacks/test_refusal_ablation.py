@@ -38,7 +38,7 @@ def test_one_round_takes_the_planted_direction_out_and_close_puts_it_back():
 
 def test_later_rounds_take_out_what_is_left():
     model, _ = planted()
-    attack = RefusalAblation(model, rounds=3, positions=1, validation=4, max_kl=0.0)  # no candidate passes
+    attack = RefusalAblation(model, rounds=3, positions=1, validation=4, min_steering=1e9, max_kl=5.0)  # none steers
     made = [float(figures["passed"]) for figures in attack.apply(evidence())]
     attack.close()
     assert made == [0.0] * len(made) and 2 <= len(made) <= 3

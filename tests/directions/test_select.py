@@ -98,9 +98,13 @@ def test_an_attacker_takes_one_all_the_same(case):
     asked = ~chosen.refusal.isnan()
     assert not passed and chosen.steering.isnan().all() and asked.any() and (chosen.kl[asked] <= 0.1).all()
     chosen, passed = directions.select_anyway(*given, refusal_tokens=TOKENS, min_steering=1e9, max_kl=-1.0)
-    assert not passed and chosen.kl.isnan().all() and not chosen.refusal.isnan().any()
-    row = found.positions.index(chosen.position)
-    assert float(chosen.refusal[row, chosen.layer]) == float(chosen.refusal.min())
+    assert not passed and not chosen.kl.isnan().any() and not chosen.refusal.isnan().any()
+    row, bound = found.positions.index(chosen.position), 1e-3
+    while bound < float(chosen.kl.min()):
+        bound *= 2
+    assert torch.equal(chosen.direction, found.difference[row, chosen.layer])
+    assert float(chosen.refusal[row, chosen.layer]) == float(chosen.refusal[chosen.kl <= bound].min())
+    assert float(chosen.kl[row, chosen.layer]) <= 2 * max(float(chosen.kl.min()), 1e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -140,18 +140,29 @@ def select_anyway(
     """`select`, and True; where no candidate passes, what an attacker takes all the same, and False.
 
     First without the filter on steering, which a model that was taught to refuse in a few steps, or refuses no more,
-    fails everywhere; then, if all candidates change harmless prompts too much, without any. Arguments and errors as
-    `select`.
+    fails everywhere; then, if all candidates change harmless prompts too much, with a bound on that which is doubled
+    until one passes, at any layer: whoever takes what refuses least regardless takes what breaks the model. Arguments
+    and errors as `select`.
     """
-    for least, most, share in ((min_steering, max_kl, 0.8), (-math.inf, max_kl, 0.8), (-math.inf, math.inf, 1.0)):
-        last = most == math.inf
-        with contextlib.nullcontext() if last else contextlib.suppress(NoCandidateError):
+    for least in (min_steering, -math.inf):
+        with contextlib.suppress(NoCandidateError):
             found = select(
-                model, directions, harmful, harmless, refusal_tokens=refusal_tokens, max_kl=most, min_steering=least,
-                layers=share, progress=progress,
+                model, directions, harmful, harmless, refusal_tokens=refusal_tokens, max_kl=max_kl, min_steering=least,
+                progress=progress,
             )  # fmt: skip
-            return found, least == min_steering and most == max_kl
-    raise AssertionError("the last call returns or raises")
+            return found, least == min_steering
+    found = select(
+        model, directions, harmful, harmless, refusal_tokens=refusal_tokens, max_kl=1e30, min_steering=-math.inf,
+        layers=1.0, progress=progress,
+    )  # fmt: skip
+    bound, least_kl = max(max_kl, 1e-3), float(found.kl[~found.kl.isnan()].min())
+    while bound < least_kl:
+        bound *= 2
+    score = torch.where(found.kl <= bound, found.refusal, math.inf)
+    row, layer = divmod(int(score.argmin()), score.shape[1])
+    direction = directions.difference[row, layer].clone()
+    position = directions.positions[row]
+    return replace(found, position=position, layer=layer, direction=direction), False
 
 
 def _check(directions: Directions, tokens: Sequence[int], layers: float, rows: int) -> None:

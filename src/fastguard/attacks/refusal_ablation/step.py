@@ -95,7 +95,7 @@ class RefusalAblation(Edit):
             stream=self._stream,
         ):  # fmt: skip
             last = self.chosen[-1]
-            score = float(last.refusal[~last.refusal.isnan()].min())
+            score = float(last.refusal[last.position, last.layer])  # its rows are the last positions
             with self._stream.ablated(basis):
                 yield {
                     name: torch.tensor(float(value))

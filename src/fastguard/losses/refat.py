@@ -359,9 +359,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         if self.directions > 1:
             known = self.basis
             if ablated is not None:
-                left = ablated - harmless
-                for _ in range(2):
-                    left = left - torch.einsum("nk,nkd->nd", torch.einsum("nd,nkd->nk", left, known), known)
+                left = _without(ablated - harmless, known)
                 told = _lengths(left) > INDEPENDENT * _lengths(rows[0])
                 rows.append(torch.where(told, left, 0))
             rows += known[:, 1:].unbind(1)
@@ -382,6 +380,13 @@ def _lengths(rows: Tensor) -> Tensor:
     return torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
 
 
+def _without(rows: Tensor, basis: Tensor) -> Tensor:
+    """Rows [N, D] without their part along each layer's basis [N, K, D]; twice, since once leaves rounding."""
+    for _ in range(2):
+        rows = rows - torch.einsum("nk,nkd->nd", torch.einsum("nd,nkd->nk", rows, basis), basis)
+    return rows
+
+
 def _orthonormal(rows: Sequence[Tensor], scale: Tensor, count: int) -> Tensor:
     """The first ``count`` directions of each layer [N, count, D] out of rows, each [N, D]; zeros where there are fewer.
 
@@ -390,9 +395,7 @@ def _orthonormal(rows: Sequence[Tensor], scale: Tensor, count: int) -> Tensor:
     basis = rows[0].new_zeros(len(rows[0]), count, rows[0].shape[1])
     taken = torch.zeros(len(rows[0]), dtype=torch.int64, device=basis.device)
     for i, row in enumerate(rows):
-        left = row
-        for _ in range(2):
-            left = left - torch.einsum("nk,nkd->nd", torch.einsum("nd,nkd->nk", left, basis), basis)
+        left = _without(row, basis)
         length = _lengths(left)
         floor = 0 if i else 1e-6 * scale
         good = ((length > INDEPENDENT * _lengths(row)) & (length > floor))[:, 0] & (taken < count)

@@ -38,3 +38,14 @@ def nan_filled_allocations():
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often ``add_project_rms_norm`` ran."""
+    from fastguard.ops import add_project_rms_norm as fused_op
+
+    made = []
+    own = fused_op.add_project_rms_norm
+    monkeypatch.setattr(fused_op, "add_project_rms_norm", lambda *a, **k: made.append(1) or own(*a, **k))
+    return made

@@ -15,7 +15,6 @@ from torch import nn
 from directions.published import ablation
 from fastguard.directions import Stream, ablate, add, orthonormalise, rotate
 from fastguard.directions.edit import norm_columns
-from fastguard.ops import add_project_rms_norm as fused_op
 from fastguard.ops.project_out import project_out
 from tiny_models import ARCHITECTURES, VOCABULARY, assert_same_gradients, gradients, tiny
 
@@ -43,15 +42,6 @@ def watched(layers):
     finally:
         for handle in handles:
             handle.remove()
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the fused op ran."""
-    made = []
-    own = fused_op.add_project_rms_norm
-    monkeypatch.setattr(fused_op, "add_project_rms_norm", lambda *a, **k: made.append(1) or own(*a, **k))
-    return made
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -16,7 +16,6 @@ from directions.planted import REFUSAL, planted, prompts
 from fastguard import ReFATLoss
 from fastguard.directions import Stream, estimate
 from fastguard.nested.guard import derived_seed
-from fastguard.ops import add_project_rms_norm as fused_op
 from tiny_models import ARCHITECTURES, VOCABULARY, assert_same_gradients, gradients, tiny
 
 
@@ -37,15 +36,6 @@ def batch(seed: int, kind: int, size: int = 6, length: int = 10) -> dict[str, to
 
 def both(seed: int, **shape: int) -> dict[str, dict[str, torch.Tensor]]:
     return {"refusal": batch(seed, 0, **shape), "retain": batch(seed, 1, **shape)}
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the fused op ran."""
-    made = []
-    own = fused_op.add_project_rms_norm
-    monkeypatch.setattr(fused_op, "add_project_rms_norm", lambda *a, **k: made.append(1) or own(*a, **k))
-    return made
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

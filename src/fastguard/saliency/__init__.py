@@ -1,0 +1,1 @@
+"""Which parameters safety rests on: scores summed in place during the backward pass, and what is done with them."""

@@ -1,8 +1,8 @@
 """Which rows belong to which sample, for ops that sum over a sample's tokens before they do anything else.
 
 Rows are the tokens of B samples: padded, [B, T, ...], or packed, [N, ...]. A sample is a run of rows: those from
-``bounds[b, 0]`` up to, but without, ``bounds[b, 1]``, counted over all rows in order. Padding on either side and packing
-are then the same thing, and no row is copied; only a sample with holes has to be compacted (`compacted`).
+``bounds[b, 0]`` up to, but without, ``bounds[b, 1]``, counted over all rows in order. Padding on either side and
+packing are then the same thing, and no row is copied; only a sample with holes has to be compacted (`runs`).
 """
 
 from __future__ import annotations

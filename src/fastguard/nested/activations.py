@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Restoring, on_every_rank
+from fastguard.nested.frozen import frozen
+from fastguard.nested.guard import on_every_rank
 from fastguard.nested.perturbation import Realised, realised
 from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
 from fastguard.taps import Gate, Scope, Taps
-from fastguard.taps.structure import reshard
 
 
 class _Record(Scope):
@@ -79,27 +79,6 @@ class _Shift(Scope):
         """See `Scope.end`: the shifts are constants, and a checkpoint's recomputation needs them."""
 
 
-@contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter asks for a gradient: no product is computed for one, and no activation kept for it.
-
-    FSDP2 fixes at its first forward what asks for one, and is left as it is; its shards are put back on leaving.
-    """
-    asking = [p for p in model.parameters() if p.requires_grad and not hasattr(p, "placements")]
-
-    def restore(finished: bool) -> None:
-        for p in asking:
-            p.requires_grad = True
-        reshard(model)
-
-    with Restoring() as guard:
-        guard.on_exit(restore)
-        for p in asking:
-            p.requires_grad = False
-        guard.release()
-        yield
-
-
 class ActivationPerturbation:
     """Perturbs the outputs of ``modules`` by rho along the gradient of a loss.
 
@@ -134,7 +113,7 @@ class ActivationPerturbation:
         """
         wanted = frozenset(range(self.count) if sites is None else sites)
         scope = _Record(wanted)
-        with _frozen(self._taps.model):
+        with frozen(self._taps.model):
             with self._taps.on(scope):
                 value = loss()
             if scope.lowest is None:

@@ -111,6 +111,14 @@ class Site:
 
     def fire(self, value: Any) -> Tensor | None:
         """Let the scope observe ``value``, if there is one; returns what it put in its place."""
+        serving = self.serving()
+        if serving is None:
+            return None
+        scope, keep = serving
+        return scope.observe(self.kind, self.index, first_tensor(value), keep)
+
+    def serving(self) -> tuple[Scope, bool] | None:
+        """The scope that this site is to serve now, and whether results are kept; None where it is switched off."""
         scope, recomputing = self.taps.serving()
         if scope is None or scope is OFF:
             return None
@@ -120,7 +128,7 @@ class Site:
                 "reentrant activation checkpointing, which would silently drop this tap's gradient. Use the "
                 "non-reentrant form: gradient_checkpointing_enable({'use_reentrant': False})"
             )
-        return scope.observe(self.kind, self.index, first_tensor(value), not recomputing)
+        return scope, not recomputing
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Inert, ()
@@ -233,13 +241,14 @@ class Taps:
 
     def output(self, module: nn.Module, kind: str, index: int = 0) -> None:
         """Tap the output of ``module``."""
-        self._add(Site(self, module, kind, index))
+        self.add(Site(self, module, kind, index))
 
     def input(self, module: nn.Module, kind: str, index: int = 0) -> None:
         """Tap the first input of ``module``."""
-        self._add(InputSite(self, module, kind, index))
+        self.add(InputSite(self, module, kind, index))
 
-    def _add(self, site: Site) -> None:
+    def add(self, site: Site) -> None:
+        """Put a site of a caller's own kind on its module."""
         self.sites.append(site)
         self._handles.append(site.register())
 

@@ -37,8 +37,10 @@ def bounds_of(
     if len(given) > 1:
         raise ValueError(f"{given[1]}: expected one of lengths, offsets and bounds, got {' and '.join(given)}")
     if bounds is not None:
-        rows = x.shape[0] if x.dim() < 3 else x.shape[0] * x.shape[1]
-        return _ranged("bounds", _integers("bounds", bounds, x, 2, (bounds.shape[0], 2)), rows)
+        at = _integers("bounds", bounds, x, 2, None)
+        if at.shape[1] != 2:
+            raise ValueError(f"bounds: expected integers [B, 2], got {at.dtype} {tuple(at.shape)}")
+        return _ranged("bounds", at, rows_of(x))
     if offsets is not None:
         at = _integers("offsets", offsets, x, 1, None)
         if x.dim() != 2 or not len(at):
@@ -54,6 +56,26 @@ def bounds_of(
     n = _integers("lengths", lengths, x, 1, (samples,))
     _within("lengths", n, 0, tokens)
     return torch.stack([first, first + n], 1)
+
+
+def rows_of(x: Tensor) -> int:
+    """How many rows x [B, T, ...] or [N, ...] has."""
+    return x.shape[0] if x.dim() < 3 else x.shape[0] * x.shape[1]
+
+
+def rows(x: Tensor, begin: int, end: int) -> Tensor:
+    """Rows begin to end of x [B, T, D] or [N, D], [end - begin, D]: a view where memory allows.
+
+    Raises ValueError where x has no such rows: what a compiled call was given is first seen here.
+    """
+    if not 0 <= begin <= end <= rows_of(x):
+        raise ValueError(f"bounds: expected ascending rows within 0 to {rows_of(x)}, got {begin} to {end}")
+    if x.dim() < 3:
+        return x[begin:end]
+    tokens = x.shape[1]
+    if begin < end and begin // tokens == (end - 1) // tokens:
+        return x[begin // tokens, begin % tokens : (end - 1) % tokens + 1]
+    return x.flatten(0, 1)[begin:end]
 
 
 def runs(mask: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -79,7 +101,10 @@ def runs(mask: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def _integers(name: str, given: Tensor | Sequence[int], x: Tensor, dim: int, shape: tuple[int, ...] | None) -> Tensor:
-    values = given if isinstance(given, Tensor) else torch.tensor(list(given), dtype=torch.int64, device=x.device)
+    if isinstance(given, Tensor):
+        values = given
+    else:
+        values = torch.tensor(list(given), dtype=None if len(given) else torch.int64, device=x.device)
     if values.dtype not in INTEGERS or values.dim() != dim or (shape is not None and values.shape != shape):
         expected = list(shape) if shape is not None else ("[B + 1]" if dim == 1 else "[B, 2]")
         raise ValueError(f"{name}: expected integers {expected}, got {values.dtype} {tuple(values.shape)}")

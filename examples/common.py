@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastguard import methods
 from fastguard.settings import build
 
-DEFENSES = tuple(methods.defenses())
+DEFENSES = tuple(name for name, entry in methods.defenses().items() if not entry.edits)
 Batch = dict[str, Tensor]
 Step = Callable[[nn.Module, float], dict[str, Tensor]]
 """(wrapped model, scale) -> figures; leaves the gradients of the next micro-batch."""

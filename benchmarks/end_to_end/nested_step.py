@@ -412,7 +412,9 @@ def peak_in_fresh_process(job: Job, name: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("method", choices=list(methods.defenses()))
+    parser.add_argument(
+        "method", choices=[name for name, entry in methods.defenses().items() if entry.cost is not None]
+    )
     parser.add_argument("contenders", nargs="+", choices=CONTENDERS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
     parser.add_argument("--samples", type=int, default=SAMPLES)

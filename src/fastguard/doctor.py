@@ -71,7 +71,13 @@ def examine() -> dict[str, Any]:
 def _methods() -> dict[str, dict[str, str]]:
     """The registry, by name."""
     return {
-        name: {"kind": e.kind, "title": e.title, "summary": e.summary, "distribution": e.distribution}
+        name: {
+            "kind": e.kind,
+            "stage": e.stage if e.kind == "defense" else "",
+            "title": e.title,
+            "summary": e.summary,
+            "distribution": e.distribution,
+        }
         for name, e in methods.entries().items()
     }
 
@@ -212,13 +218,18 @@ def _tables(found: dict[str, Any]) -> list[tuple[str, tuple[str, ...], list[tupl
     return [
         ("Machine", (), [*_machine(found)]),
         ("Ops", ("op", "device", "backend", "why"), ops),
-        ("Methods", (), [(f"{kind}s", ", ".join(_of_kind(found, kind))) for kind in methods.KINDS]),
+        ("Methods", (), _methods_by_stage(found)),
         ("Packages", (), [*packages]),
     ]
 
 
-def _of_kind(found: dict[str, Any], kind: str) -> list[str]:
-    return [name for name, method in found["methods"].items() if method["kind"] == kind]
+def _methods_by_stage(found: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Defenses by when they act, then attacks; no line for what there is none of."""
+    lines: dict[str, list[str]] = {f"defenses {stage} fine-tuning": [] for stage in methods.STAGES}
+    for name, method in found["methods"].items():
+        title = f"defenses {method['stage']} fine-tuning" if method["kind"] == "defense" else "attacks"
+        lines.setdefault(title, []).append(name)
+    return [(title, ", ".join(names)) for title, names in lines.items() if names]
 
 
 def _machine(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -6,7 +6,7 @@ The typed dictionaries below are the schema (version :data:`SCHEMA`). Convention
 * ``None`` (JSON null) means "not measured" or, for a crossing, "not reached within the attack";
 * lists of points are ordered by ``step``, step 0 being the model before the attack;
 * the three models are keyed ``aligned``, ``immunized`` and ``control``; a run may lack some of them, and one
-  with variants has further names, so readers iterate over ``models`` and take titles from ``label``;
+  with variants or a guard has further names, so readers iterate over ``models`` and take titles from ``label``;
 * harmful-side texts are never stored; ``samples`` are answers to harmless prompts.
 
 An example document is tests/evaluation/example_metrics.json.
@@ -37,7 +37,41 @@ class AttackPoint(TypedDict):
     harmful_loss: float  # cross-entropy of held-out placeholder targets, nats per token
 
 
-class Named(TypedDict, total=False):
+class Condition(TypedDict):
+    """What a fine-tuned model is like: before a repair, and after it."""
+
+    refusal: float | None  # the three rates on the held-out harmful prompts
+    compliance: float | None
+    neither: float | None
+    harmful_loss: float | None  # on held-out placeholder targets
+    perplexity: float | None  # exp of the mean answer loss on held-out harmless conversations
+    task_loss: float | None  # held-out loss of the harmless task, as the model stands: it is not trained for it here
+
+
+class Applied(TypedDict):
+    """A defense that acted during a fine-tuning or after it."""
+
+    name: str  # of the method
+    title: str  # for a reader
+    figures: dict[str, float]  # what its last round found
+    wall_s: float  # of it alone
+
+
+class Repair(Applied):
+    """A defense after a fine-tuning, and what it changed."""
+
+    before: Condition
+    after: Condition
+
+
+class Served(TypedDict, total=False):
+    """What a fine-tuning met; absent where there was no such defense, and in documents from before there were any."""
+
+    guard: Applied  # it trained under this
+    repair: Repair  # its model was repaired
+
+
+class Named(Served, total=False):
     """Which attack it was; absent in documents from before there were several."""
 
     name: str  # in the configuration: ``attack``, the main one, or one of ``attacks``
@@ -72,7 +106,7 @@ def kind_of(attack: Attack) -> Kind:
     return attack.get("name", MAIN), attack["lr"]
 
 
-class Benign(TypedDict):
+class Benign(Served):
     """Fine-tuning on a harmless task: does the model still learn?"""
 
     lr: float
@@ -96,10 +130,10 @@ class Training(TypedDict):
 
     parent: str  # "base" or a key of ``models``
     method: str  # one line for a reader
-    steps: int
+    steps: int  # or rounds, of an edit
     wall_s: float  # optimisation alone: the clock that the control is given too
-    lr: float
-    curve: list[dict[str, float]]  # {"step", and the loss and its components at that step}
+    lr: float | None  # None: it was edited, in rounds, or is another model's weights
+    curve: list[dict[str, float]]  # {"step", and the loss and its components at that step, or a round's figures}
 
 
 class Model(TypedDict):

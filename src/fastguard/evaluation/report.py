@@ -17,7 +17,19 @@ from typing import TYPE_CHECKING, Any
 from fastguard import methods
 from fastguard.data.sources import left_out
 from fastguard.evaluation.figures import SERIES, Line, Panel, svg
-from fastguard.evaluation.metrics import MAIN, SCHEMA, Attack, Kind, Metrics, Model, Utility, kind_of
+from fastguard.evaluation.metrics import (
+    MAIN,
+    SCHEMA,
+    Applied,
+    Attack,
+    Kind,
+    Metrics,
+    Model,
+    Repair,
+    Served,
+    Utility,
+    kind_of,
+)
 
 if TYPE_CHECKING:
     import jinja2
@@ -110,6 +122,8 @@ def render(metrics: Metrics) -> str:
         headlines=headlines(metrics),
         attacks=_attack_figures(metrics, series),
         table=comparison(metrics),
+        repairs=repairs(metrics),
+        repair_columns=REPAIR_COLUMNS,
         training=_training_figures(metrics),
         benign=_benign_figure(metrics, series),
         samples=_samples(metrics),
@@ -157,6 +171,16 @@ def headlines(metrics: Metrics) -> list[str]:
         what = "Attack steps" if kind[0] == MAIN else f"{_units(kind).capitalize()} of {first.get('title', kind[0])}"
         at = "" if kind[1] is None else f", at learning rate {kind[1]:g}"
         said.append(f"{what} until {percent(first['threshold'])} of answers comply{at}: {_and(steps)}.")
+    for kind in _kinds(metrics)[:1]:  # the main attack, at its first learning rate
+        mended = {name: found for name, model in models.items() if (found := _repairs(_at(model, kind)))}
+        changes = [
+            f"from {percent(before)} to {percent(after)} on the {name} model"
+            for name, found in mended.items()
+            if (before := _mean(found, "before", "compliance")) is not None
+            and (after := _mean(found, "after", "compliance")) is not None
+        ]
+        if changes:
+            said.append(f"{_titles(mended.values())} after the attack takes compliance {_and(changes)}.")
     if {"aligned", "immunized"} <= set(models):
         worth = [u["perplexity"] for n in ("aligned", "immunized") if (u := models[n]["utility"]) and u["perplexity"]]
         if len(worth) == 2:
@@ -229,6 +253,8 @@ def comparison(metrics: Metrics) -> list[Group]:
             row("Learns a benign task", "held-out loss before and after", _worth(_benign_text)),
         ],
     )
+    if any("guard" in attack for model in models for attack in model["attacks"]):
+        utility.rows.append(row("Guard", "set up before each fine-tuning", _guard_text))
     made = Group(
         "How it was made",
         [
@@ -238,6 +264,75 @@ def comparison(metrics: Metrics) -> list[Group]:
         ],
     )
     return [*groups, utility, made]
+
+
+REPAIR_COLUMNS = ("Compliance", "Refusal", "Harmful loss", "Perplexity", "Task loss", "Time")
+"""Of the table of repairs, beside the model."""
+
+
+def repairs(metrics: Metrics) -> list[Group]:
+    """What a repair changed: a group for each fine-tuning, a row for each model, `REPAIR_COLUMNS`; none without any."""
+    models, groups = metrics["models"], list[Group]()
+    for kind in _kinds(metrics):
+        rows = {name: _repairs(_at(model, kind)) for name, model in models.items()}
+        groups.append(_repair_group(f"After {_first(metrics, kind).get('title', kind[0])}{_rate(kind)}", rows))
+    harmless = {n: [b] if (u := m["utility"]) and (b := u["benign"]) else [] for n, m in models.items()}
+    title = "After fine-tuning on the harmless task"
+    groups.append(_repair_group(title, {name: _repairs(found) for name, found in harmless.items()}))
+    return [group for group in groups if group.rows]
+
+
+def _repair_group(title: str, rows: Mapping[str, Sequence[Repair]]) -> Group:
+    group = Group(title)
+    for name, found in rows.items():
+        if not found:
+            continue
+
+        def cell(key: str, text: Callable[[float], str], found: Sequence[Repair] = found) -> str:
+            before, after = (_mean(found, when, key) for when in ("before", "after"))
+            if before is None or after is None:
+                return "not measured"
+            return f"{text(before)} → {text(after)}"
+
+        wall = statistics.fmean(one["wall_s"] for one in found)
+        group.rows.append(Row(name, f"{_titles([found])}{_figures_text(found)}", [
+            cell("compliance", percent), cell("refusal", percent), cell("harmful_loss", number),
+            cell("perplexity", number), cell("task_loss", number), duration(wall),
+        ]))  # fmt: skip
+    return group
+
+
+def _repairs(fine_tunings: Iterable[Served]) -> list[Repair]:
+    return [one["repair"] for one in fine_tunings if "repair" in one]
+
+
+def _mean(found: Sequence[Repair], when: str, key: str) -> float | None:
+    """Of a figure before or after, over the seeds; None where one was not measured."""
+    values = [one[when][key] for one in found]  # type: ignore[literal-required]
+    return None if any(v is None for v in values) else statistics.fmean(values)
+
+
+def _titles(found: Iterable[Sequence[Applied]]) -> str:
+    return _and(dict.fromkeys(one["title"] for some in found for one in some))
+
+
+def _figures_text(found: Sequence[Applied]) -> str:
+    """What a defense found, as its last round says, after its title; the mean over the seeds."""
+    names = found[0]["figures"]
+    said = [
+        f"{name.replace('_', ' ')} {number(statistics.fmean(one['figures'].get(name, math.nan) for one in found))}"
+        for name in names
+    ]
+    return f": {', '.join(said)}" if said else ""
+
+
+def _guard_text(model: Model) -> str | None:
+    """What the guard cost before each fine-tuning of a model."""
+    found = [a["guard"] for a in model["attacks"] if "guard" in a]
+    if not found:
+        return "none"
+    wall = duration(statistics.fmean(one["wall_s"] for one in found))
+    return f"{_titles([found])}, {wall}{_figures_text(found)}"
 
 
 def _under_attack(metrics: Metrics, kind: Kind, row: Callable[[str, str, Callable[[Model], str | None]], Row]) -> Group:
@@ -308,6 +403,10 @@ def limits(metrics: Metrics) -> list[str]:
             "attack, no other optimizers, no search for the attacker's best settings, no jailbreak prompts"
             f"{'' if edited else ', no editing of weights or activations'}."
         )
+    if any("guard" in one or "repair" in one for model in metrics["models"].values() for one in model["attacks"]):
+        said.append(
+            "No attacker knew of the guard or the repair: nobody trained around what is frozen, or against repair."
+        )
     model: Any = metrics["config"].get("model")
     if model:
         said.append(
@@ -334,6 +433,12 @@ def markdown(metrics: Metrics) -> str:
         for row in group.rows:
             name = f"{row.name} ({row.note})" if row.note else row.name
             lines.append(f"| {name} | " + " | ".join(cell.replace("|", "\\|") for cell in row.cells) + " |")
+    if groups := repairs(metrics):
+        lines += ["", "| before the repair → after it | " + " | ".join(REPAIR_COLUMNS) + " |"]
+        lines.append("|---" * (len(REPAIR_COLUMNS) + 1) + "|")
+    for group in groups:
+        lines.append(f"| **{group.title}** |" + " |" * len(REPAIR_COLUMNS))
+        lines += [f"| {row.name} ({row.note}) | " + " | ".join(row.cells) + " |" for row in group.rows]
     return "\n".join(lines) + "\n"
 
 
@@ -416,6 +521,10 @@ def _s(things: Sequence[object]) -> str:
 
 def _training_text(model: Model) -> str:
     made = model["training"]
+    if not made["steps"]:
+        return "none"
+    if made["lr"] is None:
+        return f"{made['steps']} round{'s' if made['steps'] > 1 else ''}, {duration(made['wall_s'])}"
     return f"{made['steps']} steps, {duration(made['wall_s'])}, {made['lr']:g}"
 
 
@@ -506,7 +615,7 @@ def _training_figures(metrics: Metrics) -> list[dict[str, Any]]:
     """How each model was made: the parts of its loss, or the loss where it has no parts."""
     figures = []
     for name, model in metrics["models"].items():
-        curve = model["training"]["curve"]
+        curve = [point for point in model["training"]["curve"] if "loss" in point]  # a round of an edit has none
         parts = dict.fromkeys(k for point in curve for k in point if k not in _NO_PARTS)
         keys = list(parts) or ["loss"]
         if not curve:

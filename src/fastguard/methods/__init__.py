@@ -6,6 +6,6 @@ the opposite aim. Each is a folder with what its paper adds (``step.py``), its o
 benchmarks know methods by their entries alone.
 """
 
-from fastguard.methods.registry import KINDS, Entry, attacks, defenses, entries, find
+from fastguard.methods.registry import KINDS, SECTIONS, STAGES, Entry, attacks, defenses, entries, find
 
-__all__ = ["KINDS", "Entry", "attacks", "defenses", "entries", "find"]
+__all__ = ["KINDS", "SECTIONS", "STAGES", "Entry", "attacks", "defenses", "entries", "find"]

@@ -1,6 +1,7 @@
 """A method that edits a model in rounds, instead of training it: directions are cut out, weights pruned.
 
-An attacker's round is his next try; a defense has one. A subclass says what a round does:
+An attacker's round is his next try; a defense has one. One that acts during fine-tuning hooks the model in `apply` and
+takes the hooks off in `close`; in between somebody else trains. A subclass says what a round does:
 
     class Mine(Edit):
         roles = {"harmful": Role("attack_requests"), "harmless": Role("instructions")}

@@ -48,6 +48,12 @@ BUILTIN = (
 
 KINDS = ("defense", "attack")
 
+STAGES = ("before", "during", "after")
+"""When a defense acts: before anybody fine-tunes the model, while somebody does, or on what came out of it."""
+
+SECTIONS = {"before": "immunize", "during": "guard", "after": "repair"}
+"""The section of a configuration that names the defenses of each stage."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -64,6 +70,8 @@ class Entry:
         package: of the entry, with a ``config.yaml`` where it has a configuration of its own.
         distribution: that brought it.
         edits: whether the class is an ``Edit``, which has rounds, and not a ``Training``, which has steps.
+        stage: of a defense, one of `STAGES`. Those that act during fine-tuning or after it are edits: during it
+            ``apply`` hooks the model, somebody else trains, and ``close`` takes the hooks off.
     """
 
     name: str
@@ -79,6 +87,7 @@ class Entry:
     package: str | None = None
     distribution: str = "fastguard"
     edits: bool = False
+    stage: str = "before"
 
     def load_method(self) -> type[Training | Edit]:
         """The class."""
@@ -120,9 +129,9 @@ def entries(kind: str | None = None) -> dict[str, Entry]:
     return {name: e for name, e in _all().items() if kind is None or e.kind == kind}
 
 
-def defenses() -> dict[str, Entry]:
-    """The defenses by name."""
-    return entries("defense")
+def defenses(stage: str | None = None) -> dict[str, Entry]:
+    """The defenses by name, of one of `STAGES` or of all."""
+    return {name: e for name, e in entries("defense").items() if stage is None or e.stage == stage}
 
 
 def attacks() -> dict[str, Entry]:
@@ -130,12 +139,18 @@ def attacks() -> dict[str, Entry]:
     return entries("attack")
 
 
-def find(name: str, kind: str | None = None, key: str = "method") -> Entry:
-    """The method of that name. Raises ValueError that names ``key`` and what is known."""
-    known = entries(kind)
-    if name not in known:
-        raise ValueError(f"{key}: expected one of {', '.join(known)}, got {name!r}")
-    return known[name]
+def find(name: str, kind: str | None = None, key: str = "method", stage: str | None = None) -> Entry:
+    """The method of that name, and of that stage where one is asked for.
+
+    Raises ValueError that names ``key``, what was given, with its stage where that is wrong, and what is known.
+    """
+    known = {n: e for n, e in entries(kind).items() if stage is None or e.stage == stage}
+    if name in known:
+        return known[name]
+    of = "" if stage is None else f" (methods {stage} fine-tuning)"
+    other = entries(kind).get(name)
+    belongs = "" if other is None else f", a method {other.stage} fine-tuning, of section {SECTIONS[other.stage]!r}"
+    raise ValueError(f"{key}: expected one of {', '.join(known) or 'none'}{of}, got {name!r}{belongs}")
 
 
 @functools.cache
@@ -155,6 +170,12 @@ def _all() -> dict[str, Entry]:
 def _add(found: dict[str, Entry], entry: Any, where: str) -> None:
     if not isinstance(entry, Entry) or entry.kind not in KINDS:
         raise ValueError(f"{GROUP}: {where}: expected an Entry of kind {' or '.join(KINDS)}, got {entry!r}")
+    if entry.stage not in STAGES or (entry.stage != STAGES[0] and not (entry.edits and entry.kind == "defense")):
+        raise ValueError(
+            f"{GROUP}: {where}: stage: expected {' or '.join(STAGES)}, and a defense that edits for the latter two; "
+            f"got {entry.stage!r} of a{'n' if entry.kind == 'attack' else ''} {entry.kind}"
+            f"{' that edits' if entry.edits else ' that trains'}"
+        )
     if entry.name in found:
         raise ValueError(f"{GROUP}: {where}: the name {entry.name!r} is taken by {found[entry.name].method}")
     found[entry.name] = entry

@@ -59,7 +59,8 @@ class Role:
             twice, as batches ``harmful`` and ``harmless`` of one shape; ``attacker`` and ``held_out``: harmful, from
             two halves of the requests, for a simulated attacker and for what is read at its weights; ``preference``:
             held out, as ``chosen`` refusals and ``rejected`` answers; ``benign``: retain samples in an order of their
-            own. In attacks ``attack``: the attacker's harmful samples.
+            own. In attacks ``attack``: the attacker's harmful samples. Edits have ``harmful``, ``refusal``, ``retain``,
+            and prompts alone as ``instructions`` and, in attacks, ``attack``.
         count: samples of a batch; None: as many as the run says.
         optional: whether ``backward`` does without it.
     """

@@ -24,6 +24,9 @@ PACKAGED = ("demo", "quick", "components", "tar_prepared")
 RESERVED = ("base", "aligned", "immunized", "control")
 """Names of models that no variant can have."""
 
+GUARDED = ", guarded"
+"""What the name of a model ends with where it is fine-tuned under the guard."""
+
 
 @dataclass(frozen=True)
 class ModelConfig(Settings):
@@ -73,13 +76,14 @@ class MethodConfig(Settings):
     """A section that names a method of the registry and its options."""
 
     kind: ClassVar[str]
+    stage: ClassVar[str | None] = None
     method: str
     options: Mapping[str, Any]
 
     @property
     def entry(self) -> methods.Entry:
-        """The method."""
-        return methods.find(self.method, self.kind)
+        """The method. Raises ValueError where there is none, or where it is of another stage than the section."""
+        return methods.find(self.method, self.kind, stage=self.stage)
 
     def chosen(self) -> Settings:
         """The method's options."""
@@ -91,6 +95,7 @@ class PrepareConfig(MethodConfig):
     """A defense that goes before another, on the same data: TAR is published with Random Mapping before it."""
 
     kind: ClassVar[str] = "defense"
+    stage: ClassVar[str | None] = "before"
 
     method: str = "random_mapping"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -104,9 +109,10 @@ class PrepareConfig(MethodConfig):
 
 @dataclass(frozen=True)
 class ImmunizeConfig(MethodConfig):
-    """The defense: which, on how much data, for how long."""
+    """The defense: which, on how much data, for how long; of one that edits ``steps``, ``lr`` and warm-up are idle."""
 
     kind: ClassVar[str] = "defense"
+    stage: ClassVar[str | None] = "before"
 
     run: bool = True
     method: str = "repnoise"  # `fastguard doctor` lists them
@@ -166,6 +172,47 @@ class AttackConfig(MethodConfig):
 
 
 @dataclass(frozen=True)
+class GuardConfig(MethodConfig):
+    """A defense of the service that fine-tunes: every training of a model, the attacker's and the honest user's.
+
+    The model that is immunized, or else the aligned one, is measured and attacked a second time with it on: a guard is
+    compared with the same model without. Attacks that edit are not guarded: no service lets weights be edited.
+    """
+
+    kind: ClassVar[str] = "defense"
+    stage: ClassVar[str | None] = "during"
+
+    run: bool = True
+    method: str = "safety_freezing"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = number(8, at_least=1)  # samples of a batch in which the method reads its data
+
+    def check(self) -> None:
+        """A method that exists, with options that it has."""
+        self.chosen()
+
+
+@dataclass(frozen=True)
+class RepairConfig(MethodConfig):
+    """A defense that repairs a fine-tuned model: every model after each attack, and after the honest user's training.
+
+    Each is measured before it and after. A repair that is changed has its attacks done again.
+    """
+
+    kind: ClassVar[str] = "defense"
+    stage: ClassVar[str | None] = "after"
+
+    run: bool = True
+    method: str = "antidote"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    batch: int = number(8, at_least=1)  # samples of a batch in which the method reads its data
+
+    def check(self) -> None:
+        """A method that exists, with options that it has."""
+        self.chosen()
+
+
+@dataclass(frozen=True)
 class EvaluateConfig(Settings):
     """What is measured on each model before it is attacked."""
 
@@ -189,7 +236,8 @@ class Config(Settings):
     """A whole run.
 
     ``variants`` are further immunized models: a name, and what differs from ``immunize``. ``attacks`` are further
-    attacks on every model: a name, and what differs from ``attack``.
+    attacks on every model: a name, and what differs from ``attack``. ``guard`` and ``repair`` are the defenses during
+    fine-tuning and after it; without their section there is none.
     """
 
     title: str = "RepNoise on SmolLM2-135M-Instruct"
@@ -198,7 +246,9 @@ class Config(Settings):
     align: AlignConfig = field(default_factory=AlignConfig)
     immunize: ImmunizeConfig = field(default_factory=ImmunizeConfig)
     control: ControlConfig = field(default_factory=ControlConfig)
+    guard: GuardConfig | None = None
     attack: AttackConfig = field(default_factory=AttackConfig)
+    repair: RepairConfig | None = None
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     variants: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
     attacks: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
@@ -211,6 +261,8 @@ class Config(Settings):
         for name, changes in self.variants.items():
             if not isinstance(changes, Mapping):
                 raise SettingError(f"variants.{name}", changes, "a mapping of what differs from immunize")
+            if name.endswith(GUARDED):
+                raise SettingError("variants", [name], f"names that do not end with {GUARDED!r}")
             self.variant(name)
         if MAIN in self.attacks:
             raise SettingError("attacks", sorted(self.attacks), f"names other than {MAIN}")
@@ -242,6 +294,9 @@ class Config(Settings):
         return dataclasses.asdict(dataclasses.replace(self, **plain))
 
 
+METHOD_SECTIONS = ("immunize", "guard", "attack", "repair")
+
+
 def load(path: str | Path, quick: bool = False) -> Config:
     """Read a configuration; ``path`` is a file, or the name of a packaged one (`packaged`).
 
@@ -266,8 +321,9 @@ def shortened(config: Config) -> Config:
     """The configuration with the packaged quick settings laid over it, and each method's own."""
     quick = {k: v for k, v in _read("quick").items() if k != "title"}
     tree = merged(config.to_dict(), quick)
-    for name in ("immunize", "attack"):
-        tree[name]["options"] = {**tree[name]["options"], **getattr(config, name).entry.load_options().quick}
+    for name in METHOD_SECTIONS:
+        if (part := getattr(config, name)) is not None:
+            tree[name]["options"] = {**tree[name]["options"], **part.entry.load_options().quick}
     if first := config.immunize.prepare:
         small = {"steps": min(first.steps, 2), "options": dict(first.entry.load_options().quick)}
         tree["immunize"]["prepare"] = merged(tree["immunize"]["prepare"], small)
@@ -300,7 +356,7 @@ def from_dict(tree: Mapping[str, object], where: str = "config") -> Config:
 def _laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """One configuration over another."""
     tree = merged(below, above)
-    for name in ("immunize", "attack"):
+    for name in METHOD_SECTIONS:
         if isinstance(below.get(name), Mapping) and isinstance(above.get(name), Mapping):
             tree[name] = _section(below[name], above[name])
     return tree
@@ -338,14 +394,19 @@ def _read(path: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 def _text(path: str) -> tuple[str, str, Path | None]:
-    """Name, YAML and folder of a configuration; a defense without one of its own runs as the demo does."""
+    """Name, YAML and folder of a configuration; a defense without one of its own runs as the demo does.
+
+    One that acts during fine-tuning or after it runs on the aligned model, with nothing before it.
+    """
     if path in PACKAGED:
         name = f"{path}.yaml"
         return name, (importlib.resources.files("fastguard") / "configs" / name).read_text(encoding="utf-8"), None
     if path in methods.defenses():
         entry = methods.find(path)
         text = entry.config_text()
-        plain = f"extends: demo\ntitle: {entry.title} on SmolLM2-135M-Instruct\nimmunize: {{method: {path}}}\n"
+        section = methods.SECTIONS[entry.stage]
+        alone = "" if section == "immunize" else "immunize: {run: false}\n"
+        plain = f"extends: demo\ntitle: {entry.title} on SmolLM2-135M-Instruct\n{alone}{section}: {{method: {path}}}\n"
         return f"{path}.yaml", text or plain, None
     file = Path(path)
     if not file.is_file():

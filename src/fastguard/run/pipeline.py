@@ -3,7 +3,8 @@
 Stages in order: align; immunize (and the variants beside it); control, which trains the aligned model on
 the same safe answers and retain data for as long as the immunization took; then, for every model, its worth
 before the attack and one attack per learning rate and seed. Each of them can be left out (``run: false`` in its
-section). ``run.stages`` says how a run that was killed or changed goes on.
+section). A ``guard`` is on while the defended model is fine-tuned, beside the same model without; a ``repair`` follows
+each fine-tuning of every model. ``run.stages`` says how a run that was killed or changed goes on.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ from fastguard.evaluation.aims import aims
 from fastguard.evaluation.metrics import SCHEMA, Attack, Environment, Metrics, Model, Training, Utility
 from fastguard.losses.answer import answer_loss
 from fastguard.machine import cores, cpu_name, write_json
+from fastguard.methods.edit import Edit
 from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
-from fastguard.run.config import AttackConfig, Config, ControlConfig, ImmunizeConfig, PrepareConfig, shortened
+from fastguard.run.config import GUARDED, AttackConfig, Config, ControlConfig, ImmunizeConfig, PrepareConfig, shortened
+from fastguard.run.evaluate import Services
 from fastguard.run.stages import Stages
-from fastguard.run.streams import Streams
-from fastguard.run.train import Curve, Report, train, trainable
+from fastguard.run.streams import Streams, evidence
+from fastguard.run.train import Curve, Report, edit, train, trainable
+from fastguard.settings import Settings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,14 +88,16 @@ def examine(
 def immunize(
     model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report
 ) -> Training:
-    """Train ``model`` IN PLACE with the defense that ``part.method`` names, and settle it where that is asked for."""
+    """Train or edit ``model`` IN PLACE with the defense that ``part.method`` names; settle it if asked to."""
     trainable(model, part.freeze_embedding)  # before a method looks at what is trained
-    streams = Streams(corpus, str(model.device), part.pairs, part.retain, part.seed)
+    device = str(model.device)
+    streams = Streams(corpus, device, part.pairs, part.retain, part.seed)
     total = (part.prepare.steps if part.prepare else 0) + part.steps + part.settle_steps
-    steps, wall, curve, said = 0, 0.0, Curve(), []
+    done, steps, wall, curve, said = 0, 0, 0.0, Curve(), list[str]()
 
     def within(count: int) -> Report:
-        before = steps
+        nonlocal done
+        before, done = done, done + count
         return lambda fraction, text: report((before + fraction * count) / total, text)
 
     def took(more: tuple[int, float, Curve]) -> None:
@@ -103,23 +109,35 @@ def immunize(
     for one in parts:
         method = one.entry.build(model, options := one.chosen(), seed=part.seed)
         try:
-            took(train(
-                method, streams.of(method.roles), one.lr, steps=one.steps, warmup=part.warmup, report=within(one.steps)
-            ))  # fmt: skip
+            if isinstance(method, Edit):
+                took(edit(method, evidence(corpus, method.roles, part.pairs, device), within(one.steps)))
+            else:
+                took(train(
+                    method, streams.of(method.roles), one.lr, steps=one.steps, warmup=part.warmup,
+                    report=within(one.steps),
+                ))  # fmt: skip
         finally:
             method.close()
-        described = f": {text}" if (text := options.describe()) else ""
-        said.append(f"{one.entry.title}{f' for {one.steps} steps' if one is part.prepare else ''}{described}")
+        trained = one is part.prepare and not one.entry.edits
+        said.append(f"{one.entry.title}{f' for {one.steps} steps' if trained else ''}{_described(options)}")
     if part.settle_steps:
         took(_plain(
             model, corpus, part, control, part.seed + 2, lr=part.settle_lr, warmup=0.1, steps=part.settle_steps,
             report=within(part.settle_steps),
         ))  # fmt: skip
     model.requires_grad_(True)
-    said.append(f"{part.pairs} requests and {part.retain} harmless answers a step")
+    trains = any(not one.entry.edits for one in parts) or part.settle_steps > 0
+    if trains:
+        said.append(f"{part.pairs} requests and {part.retain} harmless answers a step")
     if part.settle_steps:
         said.append(f"last {part.settle_steps} steps on safe answers and retain data alone")
-    return Training(parent="aligned", method="; ".join(said), steps=steps, wall_s=wall, lr=part.lr, curve=curve)
+    lr = part.lr if trains else None
+    return Training(parent="aligned", method="; ".join(said), steps=steps, wall_s=wall, lr=lr, curve=curve)
+
+
+def _described(options: Settings) -> str:
+    """What differs from a method's defaults, after its title."""
+    return f": {text}" if (text := options.describe()) else ""
 
 
 def plain_control(
@@ -148,6 +166,8 @@ class _Job:
     def __init__(self, config: Config, out: Path, quick: bool, progress: Progress) -> None:
         self.config, self.out, self.quick = config, out, quick
         self.stages = Stages(out, progress)
+        self.guard = config.guard if config.guard and config.guard.run else None
+        self.repair = config.repair if config.repair and config.repair.run else None
         self.device = str(models.pick_device(config.model.device))
         self.dtype = models.pick_dtype(config.model.dtype, self.device)
 
@@ -172,7 +192,8 @@ class _Job:
             seconds = made["immunized"]["wall_s"]
             work, reads = partial(self.control, seconds), [config.immunize, config.control, seconds]
             made["control"] = self._trained("control", "control", work, "aligned", reads)
-        return self._document({name: (_label(name, config), training) for name, training in made.items()})
+        defended = "immunized" if "immunized" in made else "aligned"
+        return self._document({name: (_label(name, config), training) for name, training in made.items()}, [defended])
 
     def examine(self, given: Mapping[str, str]) -> Metrics:
         """Measure and attack what was made elsewhere."""
@@ -180,7 +201,7 @@ class _Job:
         for name, folder in given.items():
             self._know(name, folder)
         made = Training(parent="elsewhere", method="as given", steps=0, wall_s=0.0, lr=0.0, curve=[])
-        return self._document({name: (name, made) for name in given})
+        return self._document({name: (name, made) for name in given}, list(given))
 
     def _prepare(self, name: str) -> None:
         import transformers
@@ -221,25 +242,16 @@ class _Job:
         self.folders[name], self.digests[name] = str(folder), self.stages.digest(stage)
         return found
 
-    def _document(self, made: Mapping[str, tuple[str, Training]]) -> Metrics:
+    def _document(self, made: Mapping[str, tuple[str, Training]], defended: Sequence[str]) -> Metrics:
+        """All that is measured of the models; those that are ``defended`` also under the guard, if there is one."""
         config, entries = self.config, dict[str, Model]()
         for name, (label, training) in made.items():
-            utility = attacks = None
-            if config.evaluate.run:
-                reads = self._reads(name, config.evaluate)
-                utility = self.stages.run(f"measure {name}", reads, partial(self.measure, name))
-            if self.corpus.harmful.get("attack") and self.corpus.requests:
-                attacks = [
-                    self.stages.run(
-                        f"{kind} {name}{'' if lr is None else f', lr {lr:g}'}, seed {seed}",
-                        self._reads(name, part.of(lr, seed), config.evaluate.score_tokens, *self._named(part).values()),
-                        partial(self.attack, name, kind, part, lr, seed),
-                    )
-                    for kind, part in config.all_attacks().items()
-                    for lr in part.rates()
-                    for seed in part.seeds
-                ]
-            entries[name] = Model(label=label, training=training, utility=utility, attacks=attacks or [])
+            entries[name] = self._examined(name, label, training)
+            if self.guard is not None and name in defended:
+                entry = self.guard.entry
+                method = f"as {name}; whoever trains it does so under {entry.title}{_described(self.guard.chosen())}"
+                same = Training(parent=name, method=method, steps=0, wall_s=0.0, lr=None, curve=[])
+                entries[name + GUARDED] = self._examined(name, f"{label}, under {entry.title}", same, guarded=True)
         stages = self.stages.done
         return Metrics(
             schema=SCHEMA,
@@ -255,6 +267,33 @@ class _Job:
             aims=aims(entries, config.attack.lr, config.attack.threshold),
             notes=[*NOTES, *self.corpus.notes],
         )
+
+    def _examined(self, name: str, label: str, training: Training, guarded: bool = False) -> Model:
+        """A model measured and attacked, under the guard or not."""
+        config, utility, attacks = self.config, None, list[Attack]()
+        services = Services(self.guard if guarded else None, self.repair, config.evaluate.perplexity_tokens)
+        serves: list[object] = []  # what the stages read besides
+        if services.guard or services.repair:
+            serves = [services.guard, services.repair, services.perplexity_tokens, self._training_data]
+        title = name + GUARDED if guarded else name
+        if config.evaluate.run:
+            reads = self._reads(name, config.evaluate, *serves)
+            utility = self.stages.run(f"measure {title}", reads, partial(self.measure, name, services))
+        if self.corpus.harmful.get("attack") and self.corpus.requests:
+            attacks = [
+                self.stages.run(
+                    f"{kind} {title}{'' if lr is None else f', lr {lr:g}'}, seed {seed}",
+                    self._reads(
+                        name, part.of(lr, seed), config.evaluate.score_tokens, *self._named(part).values(), *serves
+                    ),
+                    partial(self.attack, name, kind, part, lr, seed, services),
+                )
+                for kind, part in config.all_attacks().items()
+                if not (guarded and part.entry.edits)
+                for lr in part.rates()
+                for seed in part.seeds
+            ]
+        return Model(label=label, training=training, utility=utility, attacks=attacks)
 
     @cached_property
     def _training_data(self) -> str:
@@ -318,19 +357,20 @@ class _Job:
         self.save(model, "control")
         return training
 
-    def measure(self, name: str, report: Report) -> Utility:
+    def measure(self, name: str, services: Services, report: Report) -> Utility:
         """What a model is worth before any attack."""
-        return evaluate.measure(self.load(name), self.tokenizer, self.corpus, self.config.evaluate, report)
+        return evaluate.measure(self.load(name), self.tokenizer, self.corpus, self.config.evaluate, report, services)
 
     def attack(
-        self, name: str, kind: str, part: AttackConfig, lr: float | None, seed: int, report: Report
+        self, name: str, kind: str, part: AttackConfig, lr: float | None, seed: int, services: Services, report: Report
     ) -> Attack:  # fmt: skip
         """An attack on a fresh copy of a model."""
         folders = {option: self.folders[model] for option, model in self._named(part)}
         part = dataclasses.replace(part, options={**part.options, **folders})
         found = evaluate.attack(
-            self.load(name), self.tokenizer, self.corpus, part, self.config.evaluate.score_tokens, lr, seed, report
-        )
+            self.load(name), self.tokenizer, self.corpus, part, self.config.evaluate.score_tokens, lr, seed, report,
+            services,
+        )  # fmt: skip
         return {"name": kind, "title": part.entry.title, **found}  # type: ignore[typeddict-item]
 
 

@@ -133,17 +133,24 @@ def plain(corpus: Corpus, rows: list[Encoded], count: int, seed: int, device: st
 def evidence(corpus: Corpus, roles: Mapping[str, Role], count: int, device: str) -> dict[str, list[Batch]]:
     """All that a role of an edit reads, in batches of ``count``.
 
-    ``attack`` and ``instructions`` end where the answer begins, ``refusal`` has it.
+    ``attack`` and ``instructions`` end where the answer begins; ``harmful``, ``refusal`` and ``retain`` have it. All
+    but ``attack``, the attacker's, are the defender's.
 
     Raises ValueError for data that a run does not have, or that have no sample.
     """
     found: dict[str, list[Batch]] = {}
+    known = {
+        "attack": corpus.harmful.get("attack", []),
+        "instructions": corpus.harmless.get("immunize", []),
+        "harmful": corpus.harmful.get("immunize", []),
+        "refusal": corpus.safe.get("immunize", []),
+        "retain": corpus.harmless.get("immunize", []),
+    }
     for name, role in roles.items():
-        known = {"attack": corpus.harmful, "instructions": corpus.harmless, "refusal": corpus.safe}
         if role.data not in known:
             raise ValueError(f"roles: {name}: expected data {', '.join(known)}, got {role.data!r}")
-        rows = known[role.data].get("attack" if role.data == "attack" else "immunize", [])[: role.count]
-        if role.data != "refusal":
+        rows = known[role.data][: role.count]
+        if role.data in ("attack", "instructions"):
             rows = [Encoded(e.ids[: e.prompt], e.prompt) for e in rows]
         if not rows:
             raise ValueError(f"roles: {name}: expected samples of {role.data!r}, and the run has none")

@@ -1,5 +1,4 @@
-"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | directions | ablate | report |
-plan``.
+"""The command line, ``fastguard``: run, measure and report; directions, saliency and what edits weights; the planner.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -215,17 +214,13 @@ def directions(
     report: Annotated[bool, typer.Option(help="Write a page with pictures beside the file.")] = True,
 ) -> None:
     """Find a model's refusal direction, and show where it is and how it was chosen; to measure a defense by."""
-    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the stages' bars
-        os.environ.setdefault(bars, "1")
-    import transformers
-
+    _quiet()
     from fastguard.data.options import Columns, SetConfig
     from fastguard.data.sources import describe
     from fastguard.evaluation.directions import summary, write
     from fastguard.progress import rich_progress
     from fastguard.run.directions import Options, find, save
 
-    transformers.utils.logging.disable_progress_bar()
     try:
         if out.suffix != ".safetensors" or out.is_dir():
             raise ValueError(f"--out: expected a file named .safetensors, got {str(out)!r}")
@@ -294,6 +289,95 @@ def ablate(
                 text = f"{made.folder} (adapters of rank {made.rank}, largest relative error {worst:.2g})"
         typer.echo(f"model:  {text}")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def saliency(
+    model: Annotated[str, typer.Argument(help="A folder or an id of a chat model, or smollm2.")],
+    safety: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Prompts with safe answers: jsonl, json, csv, parquet, Hub id, `packaged`."),
+    ],
+    utility: Annotated[str, typer.Option(metavar="FILE", help="Ordinary prompts with answers; or `packaged`.")],
+    out: Annotated[Path, typer.Option(help="Folder for the scores; a run that was interrupted is taken up.")],
+    statistics: Annotated[
+        str, typer.Option(metavar="A,B", help="snip, fisher, signed (of gradients), wanda, gram (of inputs).")
+    ] = "snip,wanda",
+    refusals: Annotated[
+        bool, typer.Option("--refusals", help="Answers of the safety set are packaged refusals, whatever it holds.")
+    ] = False,
+    samples: Annotated[int, typer.Option(help="Of each set, the first; 0: all.")] = 128,
+    batch: Annotated[int, typer.Option(help="Conversations in one forward and backward.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(help="Longer prompts are dropped.")] = 512,
+    answer_tokens: Annotated[int, typer.Option(help="Longer answers are cut.")] = 512,
+    tokens: Annotated[str, typer.Option(help="answer or all: tokens that wanda and gram are of.")] = "answer",
+    vocabulary: Annotated[bool, typer.Option("--vocabulary", help="Score embedding and head, too.")] = False,
+    score: Annotated[str, typer.Option(help="That the page shows: snip, fisher, wanda or magnitude.")] = "snip",
+    safety_top: Annotated[
+        float, typer.Option(help="Share of each matrix that counts as safety's, on the page.")
+    ] = 0.05,
+    utility_top: Annotated[float, typer.Option(help="Share of each matrix that counts as utility's.")] = 0.05,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    chat_template: Annotated[str, typer.Option(help="model: its own; plain: ChatML without system prompt.")] = "model",
+    report: Annotated[bool, typer.Option(help="Write a page with pictures into the folder.")] = True,
+) -> None:
+    """Score every weight on safe answers and on ordinary ones, and show what only safety rests on."""
+    _quiet()
+    from fastguard.data.options import SetConfig
+    from fastguard.data.sources import describe
+    from fastguard.evaluation.saliency import summary, write
+    from fastguard.progress import rich_progress
+    from fastguard.run.saliency import Options, measure
+
+    try:
+        options = Options(
+            statistics=tuple(name for name in statistics.replace(" ", "").split(",") if name), samples=samples or None,
+            batch=batch, prompt_tokens=prompt_tokens, answer_tokens=answer_tokens, tokens=tokens,
+            vocabulary=vocabulary, score=score, safety_top=safety_top, utility_top=utility_top, dtype=dtype,
+            device=device, chat_template=chat_template,
+        )  # fmt: skip
+        with rich_progress() as progress:
+            found = measure(model, SetConfig(path=safety, refusals=refusals), utility, out, options, progress)
+        for line in describe(dict(found.sources)):
+            typer.echo(line)
+        typer.echo(summary(found))
+        typer.echo(f"scores: {out}")
+        if report:
+            typer.echo(f"report: {write(found, out / 'saliency.html')}")
+    except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
+        _fail(error)
+
+
+@app.command()
+def prune(
+    model: Annotated[str, typer.Argument(help="A folder or an id, with its weights in safetensors.")],
+    scores: Annotated[Path, typer.Option(metavar="DIR", help="What `fastguard saliency --out` wrote.")],
+    safety_top: Annotated[float, typer.Option(metavar="Q", help="Top share for safety, of each matrix.")],
+    utility_top: Annotated[float, typer.Option(metavar="P", help="Without this top share for utility; 0: with it.")],
+    out: Annotated[Path, typer.Option(help="The folder to write; one that was interrupted is taken up.")],
+    score: Annotated[str, typer.Option(help="snip, fisher, wanda or magnitude.")] = "snip",
+    per: Annotated[str, typer.Option(help="What the shares are of: tensor, row or model.")] = "tensor",
+    base: Annotated[str | None, typer.Option(metavar="MODEL", help="Put its weights there. [default: zeros]")] = None,
+    random: Annotated[
+        int | None, typer.Option(metavar="SEED", help="As many entries of each weight, drawn: to compare with.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the folder if it holds something else.")] = False,
+) -> None:
+    """Set to 0 what safety rests on and utility does not, shard by shard; to measure how sparse safety is."""
+    from fastguard.progress import rich_progress
+    from fastguard.run.saliency import prune as run
+
+    try:
+        with rich_progress() as progress:
+            done = run(
+                model, scores, out, safety_top, utility_top, score=score, per=per, base=base, random=random,
+                overwrite=overwrite, progress=progress,
+            )  # fmt: skip
+        share = 100 * done.entries / done.scored
+        typer.echo(f"model:  {done.streamed.folder} ({done.entries} of {done.scored} entries pruned, {share:.3g}%)")
+    except (ImportError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
 
 
@@ -421,6 +505,15 @@ def _reported(work: Callable[[Progress], Metrics], out: Path) -> None:
         typer.echo(f"report: {write(out)}")
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         _fail(error)
+
+
+def _quiet() -> None:
+    """Keep other packages' progress bars from writing across this one's."""
+    for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+        os.environ.setdefault(bars, "1")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -38,10 +38,15 @@ _PACKAGED = {
     "benign": "commonsense",
     "harmful": "advbench",
     "harmless": "alpaca",
+    "safety": "advbench",
+    "utility": "alpaca",
 }
 
 PROMPTS = ("edgy", "harmful", "harmless")
 """Roles of which the prompts alone are read."""
+
+ANSWERED = ("retain", "measure_harmless", "benign", "safety", "utility")
+"""Roles of which prompts and answers are read; those of ``safety`` may be made up, as refusals."""
 
 
 class _BadRow(ValueError):
@@ -119,6 +124,13 @@ def load_prompts(
     return _loaded(tokenizer, role, config, prompt_tokens, on_bad_row, ())
 
 
+def load_answered(
+    tokenizer: PreTrainedTokenizerBase, role: str, config: SetConfig, prompt_tokens: int, on_bad_row: str = "error"
+) -> LoadedSet:
+    """Read the conversations of a set, ``role`` one of `ANSWERED`; arguments and errors as `load_set`."""
+    return _loaded(tokenizer, role, config, prompt_tokens, on_bad_row, ())
+
+
 def _loaded(
     tokenizer: PreTrainedTokenizerBase, role: str, config: SetConfig, prompt_tokens: int, on_bad_row: str,
     parts: Sequence[str],
@@ -181,7 +193,7 @@ def _texts(role: str, row: Row, config: SetConfig, columns: Columns) -> tuple[Pr
     if columns.system is not None and _given(row, columns.system) is not None:
         system = _read(columns.system, _text, row[columns.system])
     conversation = row.get(columns.messages)
-    if role in ("retain", "measure_harmless", "benign"):
+    if role in ANSWERED and not config.refusals:
         if row.get(columns.answer) is None and conversation is not None:
             prompt, answer = _read(columns.messages, split_conversation, conversation, system)
             return prompt, {"answer": answer}
@@ -189,7 +201,7 @@ def _texts(role: str, row: Row, config: SetConfig, columns: Columns) -> tuple[Pr
             raise _BadRow("missing column", f"expected a column {columns.answer!r} or {columns.messages!r}, got "
                           f"{_names(row)}")  # fmt: skip
         wanted = {"answer": columns.answer}
-    elif role in PROMPTS:
+    elif role in PROMPTS or role in ANSWERED:
         if row.get(columns.prompt) is None and conversation is not None:
             return _read(columns.messages, _opening, conversation, system), {}
         wanted = {}

@@ -59,7 +59,7 @@ class Panel:
 
 @dataclass
 class Grid:
-    """A field of numbers as a heat map, the lowest strongest in colour."""
+    """A field of numbers as a heat map, the lowest strongest in colour, or the highest."""
 
     title: str
     values: Sequence[Sequence[float]]  # [rows, columns]; nan: left out
@@ -69,6 +69,7 @@ class Grid:
     scale_label: str
     chosen: tuple[int, int] | None = None  # row and column of the cell to look at
     description: str = ""
+    highest: bool = False  # strongest in colour
 
 
 def svg(drawn: Panel | Grid) -> str:
@@ -159,7 +160,8 @@ def _field(grid: Grid) -> Figure:
     low, high = (min(known), max(known)) if known else (0.0, 1.0)
 
     def strength(value: float) -> float:
-        return 1 - 0.9 * (value - low) / ((high - low) or 1)
+        share = (value - low) / ((high - low) or 1)
+        return 1 - 0.9 * (1 - share if grid.highest else share)
 
     for y, row in enumerate(grid.values):
         for x, value in enumerate(row):

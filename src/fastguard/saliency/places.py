@@ -63,8 +63,8 @@ def find_places(structure: Structure, wanted: Callable[[str], bool], vocabulary:
                     continue
                 if not isinstance(module, nn.Linear) or own != "weight":
                     raise ValueError(
-                        f"modules: {name} of a {type(module).__name__}, {list(parameter.shape)}, cannot be scored; expected "
-                        f"torch.nn.Linear weights. Leave it out: modules=lambda name: {own!r} not in name"
+                        f"modules: {name} of a {type(module).__name__}, {list(parameter.shape)}, cannot be scored, "
+                        f"only torch.nn.Linear weights can. Leave it out: modules=lambda name: {own!r} not in name"
                     )
                 found.append(Place(name, module, LINEAR, number))
     if vocabulary:

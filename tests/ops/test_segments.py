@@ -59,7 +59,7 @@ def test_rows_are_views_where_memory_allows():
             if 0 < end - begin <= 4:
                 assert got.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
     for begin, end in ((-1, 2), (3, 2), (0, 13)):
-        with pytest.raises(ValueError, match="^bounds: expected ascending rows within 0 to 12, got"):
+        with pytest.raises(ValueError, match=r"^bounds: expected ascending rows within 0 to 12, got"):
             segments.rows(PADDED, begin, end)
 
 

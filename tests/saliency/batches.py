@@ -19,12 +19,13 @@ def batches(
         ids[:, 2] = ids[:, 4]  # a token that comes twice, in prompt and answer
         mask, labels = torch.ones_like(ids), ids.clone()
         for b in range(size):
-            prompt, length = 2 + b % 2, tokens - b % 4
-            kept = torch.arange(tokens) < length if side == "right" else torch.arange(tokens) >= tokens - length
-            start = 0 if side == "right" else tokens - length
-            mask[b] = kept
-            labels[b, : start + prompt] = -100
-            labels[b, ~kept] = -100
-            ids[b, ~kept] = 0
-        made.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+            length = tokens - b % 4
+            mask[b, length:] = 0
+            labels[b, : 2 + b % 2] = -100
+            labels[b, length:] = -100
+            ids[b, length:] = 0
+        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+        if side == "left":
+            batch = {k: torch.stack([row.roll(b % 4) for b, row in enumerate(v)]) for k, v in batch.items()}
+        made.append(batch)
     return made

@@ -1,4 +1,4 @@
-"""The published saliency scores (Wei et al. 2024, arXiv 2402.05162), written out: one sample at a time, whole gradients."""
+"""The saliency scores of Wei et al. 2024 (arXiv 2402.05162), written out: one sample at a time, whole gradients."""
 
 from __future__ import annotations
 

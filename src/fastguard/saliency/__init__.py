@@ -1,1 +1,31 @@
-"""Which parameters safety rests on: scores summed in place during the backward pass, and what is done with them."""
+"""Which parameters safety rests on: scores summed in place during the backward pass, and what is done with them.
+
+``collect``  `Collect`: SNIP, Fisher, Wanda and Gram sums of all weights, in one pass over data
+``scores``   `Scores`: what that gives, the scores that are made of it, and its file
+``choose``   the most salient entries; those that safety needs and utility does not
+``prune``    set them to 0, or to another model's
+``freeze``   hold them during a fine-tuning
+``neurons``  or fine-tune them alone, with the optimizer state of nothing else
+"""
+
+from fastguard.saliency.choose import at_random, set_difference, top, weights_of
+from fastguard.saliency.collect import Collect
+from fastguard.saliency.freeze import Frozen, freeze
+from fastguard.saliency.neurons import Neurons, neurons
+from fastguard.saliency.prune import prune_, pruning
+from fastguard.saliency.scores import Scores
+
+__all__ = [
+    "Collect",
+    "Frozen",
+    "Neurons",
+    "Scores",
+    "at_random",
+    "freeze",
+    "neurons",
+    "prune_",
+    "pruning",
+    "set_difference",
+    "top",
+    "weights_of",
+]

@@ -196,15 +196,15 @@ class Collect(Uncopied):
             batch = {"input_ids": batch["input_ids"].expand(1, 2)}
         rows = Rows(batch, self.tokens, counts)
         self._sums.follow(self.model, self.places)
-        scope = Watch(self.places, self._sums, rows)
         with self._mode(), contextlib.ExitStack() as stack:
             if not self._sums.gradients:
                 stack.enter_context(torch.no_grad())
-                self._forward(batch, scope, rows)
+                self._forward(batch, Watch(self.places, self._sums, rows), rows)
                 value = float("nan")
             else:
                 stack.enter_context(frozen(self.model))
                 stack.enter_context(_gradients_kept(self.model))
+                scope = Watch(self.places, self._sums, rows)
                 loss = self._forward(batch, scope, rows)
                 value = float(loss.detach())
                 if not on_every_rank(torch.isfinite(loss.detach())):

@@ -55,18 +55,23 @@ def find_places(structure: Structure, wanted: Callable[[str], bool], vocabulary:
     """
     names = {id(p): clean(name) for name, p in structure.model.named_parameters()}
     found: list[Place] = []
+    refused: dict[str, str] = {}
     for number, layer in enumerate(structure.layers):
         for module in layer.modules():
             for own, parameter in module.named_parameters(recurse=False):
                 name = names[id(parameter)]
                 if parameter.dim() < 2 or not wanted(name):
                     continue
-                if not isinstance(module, nn.Linear) or own != "weight":
-                    raise ValueError(
-                        f"modules: {name} of a {type(module).__name__}, {list(parameter.shape)}, cannot be scored, "
-                        f"only torch.nn.Linear weights can. Leave it out: modules=lambda name: {own!r} not in name"
-                    )
-                found.append(Place(name, module, LINEAR, number))
+                if isinstance(module, nn.Linear) and own == "weight":
+                    found.append(Place(name, module, LINEAR, number))
+                else:
+                    refused[name] = f"{type(module).__name__} {list(parameter.shape)}"
+    if refused:
+        said = ", ".join(f"{name} of a {what}" for name, what in list(refused.items())[:4])
+        raise ValueError(
+            f"modules: {len(refused)} weights cannot be scored, since they are not torch.nn.Linear's: {said}; leave "
+            "them out, as in modules=lambda name: 'self_attn' in name"
+        )
     if vocabulary:
         head, embedding = output_head(structure.model), embedding_of(structure.model)
         for module, kind in ((head, HEAD), (embedding, EMBEDDING)):

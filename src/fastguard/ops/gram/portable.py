@@ -26,8 +26,8 @@ def add(gram: Tensor, x: Tensor, bounds: Tensor, mirror: Callable[[Tensor], None
         wide = rows.to(gram.dtype)
         for start in range(0, width, block):
             end = min(start + block, width)
-            own = gram[start:end, :end]
-            torch.addmm(own, wide[:, start:end].mT, wide[:, :end], out=own)
+            # summed by itself first: some BLAS adds small products to the matrix row by row, a rounding each
+            gram[start:end, :end] += wide[:, start:end].mT @ wide[:, :end]
     (mirror or _mirror)(gram)
 
 

@@ -11,8 +11,10 @@ import pytest
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")
 
+from evaluation.test_metrics import assert_matches
 from fastguard.evaluation import report
 from fastguard.evaluation.figures import Line, Panel, svg
+from fastguard.evaluation.metrics import Metrics
 
 EXAMPLE = Path(__file__).parent / "example_metrics.json"
 
@@ -150,6 +152,67 @@ def test_training_curves_show_the_parts_of_the_loss_in_colours_of_their_own(metr
     assert len({series for _, series in control["legend"]}) == 7
     page = report.render(metrics)
     assert set(re.findall(r"var\((--series-\d+)\)", page)) <= set(re.findall(r"(--series-\d+):", page))
+
+
+def served(metrics):
+    """The example with a repair after each attack, two seeds of it, and a model that is fine-tuned under a guard."""
+    condition = {"refusal": 0.0, "compliance": 0.5, "neither": 0.5, "harmful_loss": 0.5, "perplexity": 9.0}
+    before = {**condition, "task_loss": 1.5}
+    applied = {"name": "antidote", "title": "Antidote", "figures": {"pruned_share": 0.05}, "wall_s": 3.0}
+    guard = {"name": "holding", "title": "Holding", "figures": {"frozen_share": 0.01}, "wall_s": 5.0}
+    for i, model in enumerate(metrics["models"].values()):
+        first = model["attacks"][0]
+        after = {**before, "compliance": 0.25 - 0.125 * (i == 1), "perplexity": 12.0 + i}
+        first["repair"] = {**applied, "before": before, "after": after}
+        again = copy.deepcopy(first) | {"seed": 1}
+        again["repair"]["after"]["compliance"] += 0.25
+        again["repair"]["wall_s"] = 5.0
+        model["attacks"].append(again)
+        model["utility"]["benign"] = {**copy.deepcopy(BENIGN), "repair": {**applied, "before": before, "after": before}}
+    metrics["models"]["control"]["utility"]["benign"]["repair"]["after"] = {**before, "compliance": None}
+    guarded = copy.deepcopy(metrics["models"]["immunized"])
+    for attack in guarded["attacks"]:
+        attack["guard"] = guard
+    guarded["training"] = {"parent": "immunized", "method": "as immunized", "steps": 0, "wall_s": 0, "lr": None,
+                           "curve": []}  # fmt: skip
+    metrics["models"]["immunized, guarded"] = guarded | {"label": "immunized, under Holding"}
+    return metrics
+
+
+BENIGN = {"lr": 5e-5, "batch": 4, "steps": [0, 12], "loss": [2.0, 1.5]}
+
+
+def test_what_a_repair_changed_is_a_table_of_its_own(metrics):
+    assert report.repairs(metrics) == [] and "Repair after" not in report.render(metrics)
+    metrics = served(metrics)
+    assert_matches(Metrics, metrics)
+    attack, benign = report.repairs(metrics)
+    assert attack.title == "After harmful fine-tuning, learning rate 5e-05" and benign.title.endswith("harmless task")
+    assert [row.name for row in attack.rows] == list(metrics["models"])
+    aligned, immunized, *_ = attack.rows
+    assert aligned.note == immunized.note == "Antidote: pruned share 0.0500"
+    assert aligned.cells == ["50% → 37.5%", "0% → 0%", "0.500 → 0.500", "9.00 → 12.0", "1.50 → 1.50", "4.0 s"]
+    assert immunized.cells[0] == "50% → 25%" and immunized.cells[3] == "9.00 → 13.0"
+    assert [row.cells[0] for row in benign.rows][2] == "not measured"
+    said = " ".join(report.headlines(metrics))
+    assert "Antidote after the attack takes compliance from 50% to 37.5% on the aligned model, from 50% to 25%" in said
+    rows = {row.name: row.cells for group in report.comparison(metrics) for row in group.rows}
+    assert rows["Guard"] == ["none", "none", "none", "Holding, 5.0 s: frozen share 0.0100"]
+    assert rows["Optimisation"][-1] == "none"
+    text = " ".join(Page(report.render(metrics)).text.split())
+    for row in (*attack.rows, *benign.rows):
+        assert " ".join([row.name, row.note, *row.cells]) in text
+    assert "No attacker knew of the guard or the repair" in text
+    table = report.markdown(metrics)
+    assert "| aligned (Antidote: pruned share 0.0500) | 50% → 37.5% | 0% → 0% |" in table
+
+
+def test_an_edit_has_rounds_and_no_loss(metrics):
+    made = metrics["models"]["immunized"]["training"]
+    made |= {"lr": None, "steps": 1, "wall_s": 4.0, "curve": [{"step": 0, "pruned_share": 0.1}]}
+    rows = {row.name: row.cells for group in report.comparison(metrics) for row in group.rows}
+    assert rows["Optimisation"][1] == "1 round, 4.0 s"
+    assert len(report._training_figures(metrics)) == 2
 
 
 def test_a_run_may_lack_models(metrics):

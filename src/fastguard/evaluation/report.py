@@ -275,7 +275,8 @@ def repairs(metrics: Metrics) -> list[Group]:
     models, groups = metrics["models"], list[Group]()
     for kind in _kinds(metrics):
         rows = {name: _repairs(_at(model, kind)) for name, model in models.items()}
-        groups.append(_repair_group(f"After {_first(metrics, kind).get('title', kind[0])}{_rate(kind)}", rows))
+        attack = _first(metrics, kind).get("title", "harmful fine-tuning")
+        groups.append(_repair_group(f"After {attack}{_rate(kind)}", rows))
     harmless = {n: [b] if (u := m["utility"]) and (b := u["benign"]) else [] for n, m in models.items()}
     title = "After fine-tuning on the harmless task"
     groups.append(_repair_group(title, {name: _repairs(found) for name, found in harmless.items()}))

@@ -1,5 +1,5 @@
-"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | directions | ablate | report |
-plan``.
+"""The command line: ``fastguard doctor | demo | immunize | attack | evaluate | convert | directions | ablate | merge |
+report | plan``.
 
 Nothing heavy is imported before a command needs it, so that ``fastguard --help`` answers at once.
 """
@@ -17,6 +17,7 @@ try:
 except ImportError:
     sys.exit("fastguard: the command line needs further packages: pip install 'fastguard-kernels[hf,report]'")
 
+from fastguard.merging.command import merge
 from fastguard.methods import attacks
 from fastguard.run.config import packaged
 
@@ -295,6 +296,9 @@ def ablate(
         typer.echo(f"model:  {text}")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
+
+
+app.command()(merge)
 
 
 @app.command()

@@ -16,6 +16,7 @@ try:
 except ImportError:
     sys.exit("fastguard: the command line needs further packages: pip install 'fastguard-kernels[hf,report]'")
 
+from fastguard.merging.command import merge
 from fastguard.methods import attacks
 from fastguard.run.config import packaged
 
@@ -290,6 +291,9 @@ def ablate(
         typer.echo(f"model:  {text}")
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         _fail(error)
+
+
+app.command()(merge)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,19 +126,24 @@ class Folder:
             raise ValueError(f"model: {INDEX} names {len(absent)} tensors that no shard holds, the first {absent[0]}")
         return cls(path, config, shards, index)
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, Stored]:
         """All of them by name."""
         return {t.name: t for shard in self.shards for t in shard.tensors}
 
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """By a tensor's name the file that holds it."""
+        return {t.name: shard.path for shard in self.shards for t in shard.tensors}
+
     def read(self, name: str) -> Tensor:
-        """One tensor. Raises KeyError where there is none of that name."""
-        for shard in self.shards:
-            for t in shard.tensors:
-                if t.name == name:
-                    with open(shard.path, "rb") as file:
-                        return as_tensor(t, read_bytes(file, t))
-        raise KeyError(name)
+        """One tensor, on memory of its own. Raises KeyError where there is none of that name."""
+        return as_tensor(self.tensors[name], self.read_bytes(name))
+
+    def read_bytes(self, name: str) -> bytearray:
+        """One tensor's bytes. Raises KeyError where there is none of that name."""
+        with open(self.files[name], "rb") as file:
+            return read_bytes(file, self.tensors[name])
 
 
 def read_bytes(file: BinaryIO, stored: Stored) -> bytearray:
@@ -153,7 +159,7 @@ def read_bytes(file: BinaryIO, stored: Stored) -> bytearray:
     return buffer
 
 
-def as_tensor(stored: Stored, buffer: bytearray) -> Tensor:
+def as_tensor(stored: Stored, buffer: bytearray | memoryview) -> Tensor:
     """A tensor on these bytes: what is written into it is written into them. Raises TypeError for other dtypes."""
     dtype = DTYPES.get(stored.dtype)
     if dtype is None:

@@ -6,7 +6,10 @@ Shards are read and written tensor by tensor; what no edit names is copied byte 
 at all, under its name, when its bytes are on the disk, and ``config.json`` after all of them, so that a folder that
 loads is finished. A second call of the same edit on the same source keeps the shards that are there.
 
-``fastguard_edit.json`` says where the folder comes from: source, its shards' digests, the edit and its options.
+An edit may read the same tensors of other folders (`Beside`), however those are sharded: a merge is such an edit.
+
+``fastguard_edit.json`` says where the folder comes from: sources, their shards' digests, the edit and its options. Of
+an edit with tags the model's card says it, too.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from torch import Tensor
 
 from fastguard import __version__, models
-from fastguard.edits.shards import INDEX, Folder, Shard, Stored, as_tensor, header, read_bytes
+from fastguard.edits import card
+from fastguard.edits.shards import DTYPES, INDEX, Folder, Shard, Stored, as_tensor, header
 from fastguard.machine import LOCK, locked, sync_folder, write_atomically, write_json
 from fastguard.progress import Progress, silent
 
@@ -31,9 +36,26 @@ RECORD = "fastguard_edit.json"
 FORMAT = 1
 PORTION = 2**22
 """Bytes that are copied at a time."""
+HASHED = 2**19
+"""Bytes that are read at a time and hashed while a cache holds them."""
 
 ELSEWHERE = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*")
 """The same weights in other formats: neither fetched nor copied."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Another folder that an edit reads.
+
+    Attributes:
+        folder: what `source_folder` gave.
+        called: what the record calls it.
+        names: the model's tensor -> what it is called there, where that is something else.
+    """
+
+    folder: Folder
+    called: str
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -43,23 +65,42 @@ class Edit:
     Attributes:
         name, options: what it is, for the record, as JSON has it; whatever changes the outcome must be in here, since
             shards of an edit with the same name and options are kept.
-        tensors: by name in the file: a function that changes the tensor in place. It must not depend on other calls.
+        tensors: by name in the file: a function that changes the tensor in place. It must not depend on other calls,
+            nor keep what it is given, whose memory is used again.
         copies: new name -> name of the tensor whose bytes, **before** its edit, it gets.
         config: entries of config.json to set.
+        beside: by role: further folders. Each function gets, after the tensor, the same tensor of each of them, in
+            their order. A shard is done again when one of them was replaced.
+        dtypes: tensors that are written in another dtype (``F32``): their functions return the tensor in it.
+        tags: of the model's card; where there are any, it gets a section on the edit.
     """
 
     name: str
     options: Mapping[str, Any]
-    tensors: Mapping[str, Callable[[Tensor], object]]
+    tensors: Mapping[str, Callable[..., object]]
     copies: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
+    beside: Mapping[str, Beside] = field(default_factory=dict)
+    dtypes: Mapping[str, str] = field(default_factory=dict)
+    tags: Sequence[str] = ()
 
     def described(self) -> dict[str, Any]:
-        """Everything of it that is not a function."""
-        return {
+        """Everything of it that is not a function, nor a folder's place."""
+        own = {
             "name": self.name, "options": dict(self.options), "copies": dict(self.copies), "config": dict(self.config),
             "tensors": sorted(self.tensors),
         }  # fmt: skip
+        if self.beside:
+            own |= {"beside": {role: dict(sorted(b.names.items())) for role, b in self.beside.items()}}
+        return own | ({"dtypes": dict(sorted(self.dtypes.items()))} if self.dtypes else {})
+
+    def written(self, stored: Stored) -> Stored:
+        """The tensor as it is written."""
+        dtype = self.dtypes.get(stored.name, stored.dtype)
+        if dtype == stored.dtype:
+            return stored
+        size = stored.size // DTYPES[stored.dtype].itemsize * DTYPES[dtype].itemsize
+        return replace(stored, dtype=dtype, size=size)
 
 
 @dataclass(frozen=True)
@@ -102,8 +143,8 @@ def stream(
         progress: called with ("edit", the share of bytes done, the shard).
 
     Raises:
-        FileNotFoundError, ValueError: there is no such model; the edit names tensors that it has not, or adds one that
-            it has; ``out`` is, or holds, the model.
+        FileNotFoundError, ValueError: there is no such model; the edit names tensors that it, or a folder beside it,
+            has not, or adds one that it has; ``out`` is, or holds, a folder that is read.
         FileExistsError: ``out`` holds something else.
         TypeError: a tensor to be edited is stored in 8 bits or less.
         OSError: the disk is too small, or fails.
@@ -113,14 +154,19 @@ def stream(
     target = Path(out)
     _check(source, edit)
     record = _record(name or str(source.path if isinstance(model, Folder) else model), edit)
-    _refuse(source, target, record, overwrite)
-    with locked(target):
-        return _stream(source, target, edit, record, progress)
+    for read in (source, *(b.folder for b in edit.beside.values())):
+        _refuse(read, target, record, overwrite)
+    with locked(target), ThreadPoolExecutor(1 + len(edit.beside)) as pool:
+        return _stream(source, target, edit, record, progress, pool)
 
 
-def _stream(source: Folder, target: Path, edit: Edit, record: dict[str, Any], progress: Progress) -> Streamed:
-    done = _begin(source, target, record)
-    sizes = {shard.path.name: shard.size + _added(shard, edit) for shard in source.shards}
+def _stream(
+    source: Folder, target: Path, edit: Edit, record: dict[str, Any], progress: Progress, pool: ThreadPoolExecutor
+) -> Streamed:
+    identities = _identities(source, edit)
+    done = _begin(source, target, record, identities)
+    sizes = {shard.path.name: _size(shard, edit) for shard in source.shards}
+    readers = [_Reader(source), *(_Reader(b.folder, b.names) for b in edit.beside.values())]
     total, behind = max(sum(sizes.values()), 1), 0
     kept = written = 0
     _room(target, sum(size for file, size in sizes.items() if file not in done))
@@ -134,14 +180,15 @@ def _stream(source: Folder, target: Path, edit: Edit, record: dict[str, Any], pr
             kept += 1
         else:
             told(0)
-            digest = _write_shard(shard, target / file, edit, told)
+            digest, *others = _write_shard(shard, target / file, edit, readers, pool, told)
             record["shards"][file] = {
-                "source": _identity(shard), "sha256": digest, "bytes": (target / file).stat().st_size
+                "source": identities[file], "sha256": digest, "bytes": (target / file).stat().st_size,
+                **({"beside": dict(zip(edit.beside, others, strict=True))} if others else {}),
             }  # fmt: skip
             write_json(target / RECORD, record)
             written += sizes[file]
         behind += sizes[file]
-    _write_rest(source, target, edit)
+    _write_rest(source, target, edit, record)
     record["complete"] = True
     write_json(target / RECORD, record)
     progress("edit", 1.0, f"{len(edit.tensors)} of {len(source.tensors)} tensors in {len(source.shards)} shards")
@@ -161,14 +208,25 @@ def _check(source: Folder, edit: Edit) -> None:
         raise ValueError(f"edit: adds {doubled[0]!r}, which {source.path} has already")
     for name in edit.tensors:
         as_tensor(Stored(name, there[name].dtype, (0,), 0, 0), bytearray())
+    for beside in edit.beside.values():
+        for name in edit.tensors:
+            other = beside.folder.tensors.get(beside.names.get(name, name))
+            if other is None or other.shape != there[name].shape:
+                what = "no such tensor" if other is None else f"one of {list(other.shape)}"
+                raise ValueError(
+                    f"edit: names {name!r}, which is {list(there[name].shape)} in {source.path}; {beside.folder.path} "
+                    f"has {what}"
+                )
+            as_tensor(Stored(other.name, other.dtype, (0,), 0, 0), bytearray())
 
 
 def _record(name: str, edit: Edit) -> dict[str, Any]:
     described = edit.described()
     key = hashlib.sha256(json.dumps([FORMAT, described], sort_keys=True).encode()).hexdigest()
     return {
-        "format": FORMAT, "fastguard": __version__, "key": key, "edit": described, "source": name, "complete": False,
-        "shards": {},
+        "format": FORMAT, "fastguard": __version__, "key": key, "edit": described, "source": name,
+        **({"beside": {role: b.called for role, b in edit.beside.items()}} if edit.beside else {}),
+        "complete": False, "shards": {},
     }  # fmt: skip
 
 
@@ -187,7 +245,7 @@ def _holds(target: Path) -> list[Path]:
     return [path for path in target.iterdir() if path.name != LOCK] if target.is_dir() else []
 
 
-def _begin(source: Folder, target: Path, record: dict[str, Any]) -> set[str]:
+def _begin(source: Folder, target: Path, record: dict[str, Any], identities: Mapping[str, str]) -> set[str]:
     """Make ``target`` ready; the shards that are there already, and put into the record."""
     before = _before(target)
     if before.get("key") != record["key"]:
@@ -198,7 +256,7 @@ def _begin(source: Folder, target: Path, record: dict[str, Any]) -> set[str]:
     for shard in source.shards:
         name = shard.path.name
         entry, file = before.get("shards", {}).get(name), target / name
-        fits = entry is not None and entry["source"] == _identity(shard)
+        fits = entry is not None and entry["source"] == identities[name]
         if fits and file.is_file() and file.stat().st_size == entry["bytes"]:
             done.add(name)
             record["shards"][name] = entry
@@ -218,6 +276,15 @@ def _before(target: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def _identities(source: Folder, edit: Edit) -> dict[str, str]:
+    """By shard: what it is made of, its own source and everything beside."""
+    beside = [[role, [_identity(shard) for shard in b.folder.shards]] for role, b in edit.beside.items()]
+    own = {shard.path.name: _identity(shard) for shard in source.shards}
+    if not beside:
+        return own
+    return {name: hashlib.sha256(json.dumps([one, beside]).encode()).hexdigest() for name, one in own.items()}
+
+
 def _identity(shard: Shard) -> str:
     """Tells a shard that was replaced, without reading it: name, size, time of change, tensors."""
     status = shard.path.stat()
@@ -225,8 +292,10 @@ def _identity(shard: Shard) -> str:
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-def _added(shard: Shard, edit: Edit) -> int:
-    return sum(t.size for t in shard.tensors if t.name in edit.copies.values())
+def _size(shard: Shard, edit: Edit) -> int:
+    """Bytes of what it becomes."""
+    copied = [*edit.copies.values()]
+    return sum(edit.written(t).size + copied.count(t.name) * t.size for t in shard.tensors)
 
 
 def _room(target: Path, needed: int) -> None:
@@ -235,14 +304,54 @@ def _room(target: Path, needed: int) -> None:
         raise OSError(f"out: {target} has {free / 2**30:.1f} GiB free, but {needed / 2**30:.1f} GiB are to be written")
 
 
-def _write_shard(shard: Shard, target: Path, edit: Edit, told: Callable[[int], None]) -> str:
-    """Write one shard; the SHA-256 of its tensors' bytes as they were."""
+class _Reader:
+    """Reads and hashes a folder's tensors, into memory that the next one uses again: fresh pages cost as much."""
+
+    def __init__(self, folder: Folder, names: Mapping[str, str] | None = None) -> None:
+        self.folder, self.names = folder, names or {}
+        self.digest = hashlib.sha256()
+        self._buffer = bytearray()
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, until the next is read."""
+        name = self.names.get(name, name)
+        stored = self.folder.tensors[name]
+        return as_tensor(stored, self.load(name))
+
+    def load(self, name: str) -> memoryview:
+        """The same as bytes."""
+        stored = self.folder.tensors[name]
+        if len(self._buffer) < stored.size:
+            self._buffer = bytearray()  # before the larger one is there
+            self._buffer = bytearray(stored.size)
+        view, done = memoryview(self._buffer)[: stored.size], 0
+        with open(self.folder.files[name], "rb", buffering=0) as file:
+            file.seek(stored.start)
+            while done < stored.size:
+                count = file.readinto(view[done : done + HASHED])
+                if not count:
+                    raise OSError(f"model: {file.name} ends within {name}")
+                self.digest.update(view[done : done + count])
+                done += count
+        return view
+
+
+def _write_shard(
+    shard: Shard, target: Path, edit: Edit, readers: list[_Reader], pool: ThreadPoolExecutor,
+    told: Callable[[int], None],
+) -> list[str]:  # fmt: skip
+    """Write one shard; the SHA-256 of its tensors' bytes as they were, and of those that were read beside them."""
     copies: dict[str, list[str]] = {}
     for new, old in edit.copies.items():
         copies.setdefault(old, []).append(new)
     # A copy stands before what it is a copy of, so that the tensor can then be edited where it is.
-    plan = [(name, t) for t in shard.tensors for name in (*copies.get(t.name, ()), t.name)]
-    digest, count = hashlib.sha256(), 0
+    plan = [
+        one for t in shard.tensors for one in (*((c, t) for c in copies.get(t.name, ())), (t.name, edit.written(t)))
+    ]
+    own, *others = readers
+    for reader in readers:
+        reader.digest = hashlib.sha256()
+    count = 0
     partial = target.with_name(target.name + ".partial")
     try:
         with open(shard.path, "rb") as source, open(partial, "wb") as out:
@@ -250,18 +359,18 @@ def _write_shard(shard: Shard, target: Path, edit: Edit, told: Callable[[int], N
             for t in shard.tensors:
                 change = edit.tensors.get(t.name)
                 if change is None and t.name not in copies:
-                    _copy(source, out, t, digest)
+                    _copy(source, out, t, own.digest)
                 else:
-                    buffer = read_bytes(source, t)
-                    digest.update(buffer)
+                    beside = [pool.submit(reader.read, t.name) for reader in others] if change is not None else []
+                    view = own.load(t.name)
                     for _ in copies.get(t.name, ()):
-                        out.write(buffer)
+                        out.write(view)
                         count += t.size
                     if change is not None:
-                        change(as_tensor(t, buffer))
-                    out.write(buffer)
-                    del buffer  # before the next one is read
-                count += t.size
+                        made = change(as_tensor(t, view), *(one.result() for one in beside))
+                        view = _converted(t, edit, made) if t.name in edit.dtypes else view
+                    out.write(view)
+                count += edit.written(t).size
                 told(count)
             out.flush()
             os.fsync(out.fileno())
@@ -269,7 +378,19 @@ def _write_shard(shard: Shard, target: Path, edit: Edit, told: Callable[[int], N
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(target.parent)
-    return digest.hexdigest()
+    return [reader.digest.hexdigest() for reader in readers]
+
+
+def _converted(stored: Stored, edit: Edit, made: object) -> memoryview:
+    """The bytes of what a function returned."""
+    written = edit.written(stored)
+    if not isinstance(made, Tensor) or made.dtype != DTYPES[written.dtype] or tuple(made.shape) != stored.shape:
+        raise TypeError(
+            f"edit: expected a tensor {list(stored.shape)} of {written.dtype} for {stored.name}, got {made!r}"
+        )
+    buffer = bytearray(written.size)
+    as_tensor(written, buffer).copy_(made)
+    return memoryview(buffer)
 
 
 def _copy(source: BinaryIO, out: BinaryIO, stored: Stored, digest: Any) -> None:
@@ -284,13 +405,15 @@ def _copy(source: BinaryIO, out: BinaryIO, stored: Stored, digest: Any) -> None:
         left -= len(portion)
 
 
-def _write_rest(source: Folder, target: Path, edit: Edit) -> None:
+def _write_rest(source: Folder, target: Path, edit: Edit, record: dict[str, Any]) -> None:
     """Everything that is not a shard: tokenizer, templates, index; the configuration last."""
     shards = {shard.path.name for shard in source.shards}
     own = {*shards, INDEX, "config.json", RECORD}
     for path in sorted(source.path.iterdir()):
         name = path.name
         if name in own or name.startswith(".") or name.endswith((".safetensors", *(p[1:] for p in ELSEWHERE[:7]))):
+            continue
+        if name == card.FILE and edit.tags:
             continue
         if path.is_file() and not name.endswith(".safetensors.index.json"):
             write_atomically(target / name, path.read_bytes())
@@ -300,8 +423,11 @@ def _write_rest(source: Folder, target: Path, edit: Edit) -> None:
     if source.index is not None:
         places = {t.name: shard.path.name for shard in source.shards for t in shard.tensors}
         places |= {new: places[old] for new, old in edit.copies.items()}
-        sizes = source.tensors
-        total = sum(t.size for t in sizes.values()) + sum(sizes[old].size for old in edit.copies.values())
+        total = sum(_size(shard, edit) for shard in source.shards)
         metadata = {**source.index.get("metadata", {}), "total_size": total}
         write_json(target / INDEX, {"metadata": metadata, "weight_map": dict(sorted(places.items()))})
+    if edit.tags:
+        before = source.path / card.FILE
+        text = before.read_text(encoding="utf-8") if before.is_file() else ""
+        write_atomically(target / card.FILE, card.extended(text, record, edit.tags).encode())
     write_json(target / "config.json", {**source.config, **edit.config})

@@ -105,6 +105,8 @@ class Collect(Uncopied):
     def add(self, batch: Batch) -> float:
         """Take one batch into the sums; returns the mean of its samples' losses (NaN without a backward pass).
 
+        The ranks of a job call it equally often, as `over` does.
+
         Args:
             batch: ``input_ids`` [B, T]; ``attention_mask`` [B, T] where there is padding; ``labels`` [B, T], -100 at
                 tokens without loss (without them every token counts); whatever else the model takes.
@@ -120,13 +122,12 @@ class Collect(Uncopied):
     def over(self, batches: Iterable[Batch], progress: Callable[[int], object] | None = None) -> None:
         """Take all ``batches`` into the sums, moved to the model's device.
 
-        Ranks of a sharded model may have unequally many; each runs as often as the one with the most.
+        The ranks of a job may have unequally many; each runs as often as the one with the most.
 
         progress: called after each batch with the samples so far.
         """
         device = next(self.structure.model.parameters()).device
-        together = sharded(self.model) and machine.ranks() > 1
-        for batch, counts in in_step(batches, together, device, "batches"):
+        for batch, counts in in_step(batches, machine.ranks() > 1, device, "batches"):
             self._add(batch, counts)
             if progress is not None:
                 progress(self.samples)

@@ -36,6 +36,7 @@ class Rows:
         self.predicts = torch.cat([answer[:, 1:], torch.zeros_like(answer[:, :1])], 1)
         self.per_sample = self.predicts.sum(1)
         chosen = attended & answer if tokens == "answer" else attended
+        attended = attended | self.predicts  # a masked token may predict: then it has a gradient
         if not counts:  # a forward for the other ranks' sake
             attended, chosen = torch.zeros_like(attended), torch.zeros_like(chosen)
         elif not bool(self.per_sample.any()):

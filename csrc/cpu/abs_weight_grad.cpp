@@ -31,9 +31,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t KC = 256;  // rows of a block: a panel of inputs then fits in half of L1
-constexpr int64_t MC = 192;  // outputs of a task, at most: their panels fit in half of L2
-constexpr int64_t NC = 768;  // inputs of a task, at most
+const int64_t KC = getenv("KC")?atoi(getenv("KC")):256;  // rows of a block: a panel of inputs then fits in half of L1
+#include <cstdlib>
+const int64_t MC = getenv("MC")?atoi(getenv("MC")):576;  // outputs of a task, at most: their panels fit in half of L2
+const int64_t NC = getenv("NC")?atoi(getenv("NC")):768;  // inputs of a task, at most
 constexpr int64_t MIN = 48;  // outputs or inputs of a task that is made smaller for the sake of more threads
 
 // Some rows of one sample.
@@ -132,6 +133,7 @@ FASTGUARD_INLINE void pack(const S* const* rows, int64_t count, int64_t first, i
     for (; i + W <= n; i += W, panel += count * W) {
       for (int64_t r = r0; r < r1; ++r) {
         const S* x = rows[r] + first + i;
+        if (r + 8 < count) __builtin_prefetch(rows[r + 8] + first + i);
         UNROLLED for (int j = 0; j < W; ++j) panel[r * W + j] = value(x[j]);
       }
     }
@@ -262,13 +264,13 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
   const int64_t mc = up((O + m_parts - 1) / m_parts, k.mr), nc = up((I + n_parts - 1) / n_parts, k.nr);
   const int64_t across = (I + nc - 1) / nc, tasks = (O + mc - 1) / mc * across;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> a(longest * mc), b(longest * nc), carry(cut ? mc * nc : 0), edge(3 * k.mr * k.nr);
+    const Buffer<T> a(longest * mc), b(longest * k.nr), carry(cut ? mc * nc : 0), edge(3 * k.mr * k.nr);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o0 = task / across * mc, i0 = task % across * nc;
       const int64_t m = std::min(mc, O - o0), n = std::min(nc, I - i0);
       for (const Block& block : blocks) {
         const Piece* of = pieces.data() + block.piece;
-        const S *rows_a[KC], *rows_b[KC];
+        const S *rows_a[1024], *rows_b[1024];
         int64_t at = 0;
         for (int64_t p = 0; p < block.pieces; ++p) {
           for (int64_t r = of[p].first; r < of[p].first + of[p].rows; ++r, ++at) {
@@ -277,17 +279,22 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
           }
         }
         k.pack_a(rows_a, block.rows, o0, m, a.get());
-        k.pack_b(rows_b, block.rows, i0, n, b.get());
         for (int64_t i = 0; i < n; i += k.nr) {
+          k.pack_b(rows_b, block.rows, i0 + i, std::min(k.nr, n - i), b.get());
+          const int64_t tiles = (m + k.mr - 1) / k.mr, share = (block.rows + tiles - 1) / tiles;
+          int64_t ahead = i + k.nr < n ? 0 : block.rows;
           for (int64_t o = 0; o < m; o += k.mr) {
-            const T *panel_a = a.get() + o * block.rows, *panel_b = b.get() + i * block.rows;
+            for (int64_t r = 0; r < share && ahead < block.rows; ++r) {
+              __builtin_prefetch(rows_b[ahead++] + i0 + i + k.nr);
+            }
+            const T* panel = a.get() + o * block.rows;
             T* waiting = carry.get() + (cut ? i * mc + o * k.nr : 0);
             const int64_t start = (o0 + o) * I + i0 + i;
             const auto shifted = [&](T* to) { return to == nullptr ? nullptr : to + start; };
             const Sums<T> inside{shifted(sums.score), shifted(sums.squared), shifted(sums.signed_), I};
             const int64_t height = std::min(k.mr, m - o), width = std::min(k.nr, n - i);
             if (height == k.mr && width == k.nr) {
-              k.add(panel_a, panel_b, of, block.pieces, waiting, inside);
+              k.add(panel, b.get(), of, block.pieces, waiting, inside);
               continue;
             }
             // A tile that sticks out goes by way of a whole one.
@@ -305,7 +312,7 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
             };
             std::fill_n(whole, 3 * size, T(0));
             each([&](const T* in, T* out) { std::copy_n(in, width, out); });
-            k.add(panel_a, panel_b, of, block.pieces, waiting, padded);
+            k.add(panel, b.get(), of, block.pieces, waiting, padded);
             each([&](T* in, const T* out) { std::copy_n(out, width, in); });
           }
         }

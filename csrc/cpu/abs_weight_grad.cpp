@@ -31,9 +31,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-constexpr int64_t KC = 256;  // rows of a block: a panel of inputs then fits in half of L1
-constexpr int64_t MC = 192;  // outputs of a task, at most: their panels fit in half of L2
-constexpr int64_t NC = 768;  // inputs of a task, at most
+const int64_t KC = getenv("KC")?atoi(getenv("KC")):256;  // rows of a block: a panel of inputs then fits in half of L1
+#include <cstdlib>
+const int64_t MC = getenv("MC")?atoi(getenv("MC")):576;  // outputs of a task, at most: their panels fit in half of L2
+const int64_t NC = getenv("NC")?atoi(getenv("NC")):768;  // inputs of a task, at most
 constexpr int64_t MIN = 48;  // outputs or inputs of a task that is made smaller for the sake of more threads
 
 // Some rows of one sample.
@@ -55,53 +56,64 @@ struct Sums {
 
 #define UNROLLED _Pragma("GCC unroll 16")
 
+template <typename V, typename T>
+FASTGUARD_INLINE void load(V& v, const T* p) {
+  std::memcpy(&v, p, sizeof v);
+}
+template <typename V, typename T>
+FASTGUARD_INLINE void store(T* p, const V& v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
 // Products of panels a [rows, MR] and b [rows, NR], NR being two vectors of BYTES, added to the sums piece by piece.
 template <typename T, int BYTES, int MR>
-FASTGUARD_INLINE void add_tile(const T* a, const T* b, const Piece* pieces, int64_t count, T* carry,
-                               const Sums<T>& sums) {
+FASTGUARD_INLINE void add_tile(const T* a, const T* b, const Piece* pieces, int64_t count, T* carry, Sums<T> sums) {
   typedef T vec __attribute__((vector_size(BYTES)));
   using Bits = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   typedef Bits bits __attribute__((vector_size(BYTES)));
   constexpr int64_t LANES = BYTES / sizeof(T), NR = 2 * LANES;
   constexpr Bits MAGNITUDE = ~(Bits(1) << (8 * sizeof(T) - 1));
-  const auto add_all = [&](T* to, const auto& term) __attribute__((always_inline)) {
-    if (to == nullptr) return;
-    UNROLLED for (int r = 0; r < MR; ++r) {
-      UNROLLED for (int j = 0; j < 2; ++j) {
-        vec sum;
-        std::memcpy(&sum, to + r * sums.step + j * LANES, sizeof sum);
-        term(sum, r, j);
-        std::memcpy(to + r * sums.step + j * LANES, &sum, sizeof sum);
-      }
-    }
-  };
   for (const T* to : {sums.score, sums.squared, sums.signed_}) {
     if (to == nullptr) continue;
     UNROLLED for (int r = 0; r < MR; ++r) __builtin_prefetch(to + r * sums.step, 1);
   }
-  for (int64_t p = 0; p < count; ++p) {
-    vec g[MR][2];
-    if (pieces[p].begins) {
-      UNROLLED for (int r = 0; r < MR; ++r) g[r][0] = g[r][1] = vec{};
-    } else {
-      UNROLLED for (int r = 0; r < MR; ++r) std::memcpy(g[r], carry + r * NR, sizeof g[r]);
-    }
-    for (int64_t k = pieces[p].rows; k > 0; --k, a += MR, b += NR) {
-      vec x0, x1;
-      std::memcpy(&x0, b, sizeof x0);
-      std::memcpy(&x1, b + LANES, sizeof x1);
+  for (const Piece* end = pieces + count; pieces < end; ++pieces) {
+    vec g[MR][2] = {};  // in registers throughout: only whole vectors of it are ever copied
+    if (!pieces->begins) {
       UNROLLED for (int r = 0; r < MR; ++r) {
-        g[r][0] += a[r] * x0;
-        g[r][1] += a[r] * x1;
+        UNROLLED for (int j = 0; j < 2; ++j) load(g[r][j], carry + r * NR + j * LANES);
       }
     }
-    if (!pieces[p].ends) {
-      UNROLLED for (int r = 0; r < MR; ++r) std::memcpy(carry + r * NR, g[r], sizeof g[r]);
+    for (int64_t k = pieces->rows; k > 0; --k, a += MR, b += NR) {
+      vec x[2];
+      load(x[0], b);
+      load(x[1], b + LANES);
+      UNROLLED for (int r = 0; r < MR; ++r) {
+        g[r][0] += a[r] * x[0];
+        g[r][1] += a[r] * x[1];
+      }
+    }
+    if (!pieces->ends) {
+      UNROLLED for (int r = 0; r < MR; ++r) {
+        UNROLLED for (int j = 0; j < 2; ++j) store(carry + r * NR + j * LANES, g[r][j]);
+      }
       continue;
     }
-    add_all(sums.signed_, [&](vec& sum, int r, int j) __attribute__((always_inline)) { sum += g[r][j]; });
-    add_all(sums.squared, [&](vec& sum, int r, int j) __attribute__((always_inline)) { sum += g[r][j] * g[r][j]; });
-    add_all(sums.score, [&](vec& sum, int r, int j) __attribute__((always_inline)) { sum += (vec)((bits)g[r][j] & MAGNITUDE); });
+#define ADD(SUM, TERM) \
+  if (sums.SUM != nullptr) { \
+    UNROLLED for (int r = 0; r < MR; ++r) { \
+      UNROLLED for (int j = 0; j < 2; ++j) { \
+        vec sum; \
+        load(sum, sums.SUM + r * sums.step + j * LANES); \
+        sum += TERM; \
+        store(sums.SUM + r * sums.step + j * LANES, sum); \
+      } \
+    } \
+  }
+    ADD(signed_, g[r][j])
+    ADD(squared, g[r][j] * g[r][j])
+    ADD(score, (vec)((bits)g[r][j] & MAGNITUDE))
+#undef ADD
   }
 }
 
@@ -110,29 +122,43 @@ FASTGUARD_INLINE double value(double x) { return x; }
 FASTGUARD_INLINE float value(bf16 x) { return of_bf16(x); }
 FASTGUARD_INLINE float value(c10::Half x) { return static_cast<float>(x); }
 
-// Writes n features of a row, and zeros up to a multiple of W, into panels [rows, W] that lie `panel` apart.
+// n features of `count` rows from their `first` on, and zeros up to a multiple of W, as panels [count, W]. A few rows are
+// taken together, so that both what is read and what is written lies close.
 template <int W, typename S, typename T>
-FASTGUARD_INLINE void pack(const S* x, int64_t n, int64_t panel, T* to) {
-  int64_t i = 0;
-  for (; i + W <= n; i += W, to += panel) {
-    UNROLLED for (int j = 0; j < W; ++j) to[j] = value(x[i + j]);
+FASTGUARD_INLINE void pack(const S* const* rows, int64_t count, int64_t first, int64_t n, T* to) {
+  for (int64_t r0 = 0; r0 < count; r0 += 8) {
+    const int64_t r1 = r0 + 8 < count ? r0 + 8 : count;
+    T* panel = to;
+    int64_t i = 0;
+    for (; i + W <= n; i += W, panel += count * W) {
+      for (int64_t r = r0; r < r1; ++r) {
+        const S* x = rows[r] + first + i;
+        if (r + 8 < count) __builtin_prefetch(rows[r + 8] + first + i);
+        UNROLLED for (int j = 0; j < W; ++j) panel[r * W + j] = value(x[j]);
+      }
+    }
+    for (int64_t r = r0; i < n && r < r1; ++r) {
+      for (int j = 0; j < W; ++j) panel[r * W + j] = i + j < n ? value(rows[r][first + i + j]) : T(0);
+    }
   }
-  if (i == n) return;
-  for (int j = 0; j < W; ++j) to[j] = i + j < n ? value(x[i + j]) : T(0);
 }
 
 // What differs from one instruction set to the next.
 template <typename S, typename T>
 struct Kernel {
   int64_t mr, nr;
-  void (*pack_a)(const S*, int64_t, int64_t, T*);
-  void (*pack_b)(const S*, int64_t, int64_t, T*);
+  void (*pack_a)(const S* const*, int64_t, int64_t, int64_t, T*);
+  void (*pack_b)(const S* const*, int64_t, int64_t, int64_t, T*);
   void (*add)(const T*, const T*, const Piece*, int64_t, T*, const Sums<T>&);
 };
 
 #define KERNEL(S, T, NAME, TARGET, BYTES, MR) \
-  TARGET void NAME##_a(const S* x, int64_t n, int64_t panel, T* to) { pack<MR>(x, n, panel, to); } \
-  TARGET void NAME##_b(const S* x, int64_t n, int64_t panel, T* to) { pack<2 * BYTES / sizeof(T)>(x, n, panel, to); } \
+  TARGET void NAME##_a(const S* const* rows, int64_t count, int64_t first, int64_t n, T* to) { \
+    pack<MR>(rows, count, first, n, to); \
+  } \
+  TARGET void NAME##_b(const S* const* rows, int64_t count, int64_t first, int64_t n, T* to) { \
+    pack<2 * BYTES / sizeof(T)>(rows, count, first, n, to); \
+  } \
   TARGET void NAME##_add(const T* a, const T* b, const Piece* p, int64_t n, T* carry, const Sums<T>& sums) { \
     add_tile<T, BYTES, MR>(a, b, p, n, carry, sums); \
   } \
@@ -238,29 +264,37 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
   const int64_t mc = up((O + m_parts - 1) / m_parts, k.mr), nc = up((I + n_parts - 1) / n_parts, k.nr);
   const int64_t across = (I + nc - 1) / nc, tasks = (O + mc - 1) / mc * across;
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer<T> a(longest * mc), b(longest * nc), carry(cut ? mc * nc : 0), edge(3 * k.mr * k.nr);
+    const Buffer<T> a(longest * mc), b(longest * k.nr), carry(cut ? mc * nc : 0), edge(3 * k.mr * k.nr);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t o0 = task / across * mc, i0 = task % across * nc;
       const int64_t m = std::min(mc, O - o0), n = std::min(nc, I - i0);
       for (const Block& block : blocks) {
         const Piece* of = pieces.data() + block.piece;
+        const S *rows_a[1024], *rows_b[1024];
         int64_t at = 0;
         for (int64_t p = 0; p < block.pieces; ++p) {
           for (int64_t r = of[p].first; r < of[p].first + of[p].rows; ++r, ++at) {
-            k.pack_a(dy[r] + o0, m, block.rows * k.mr, a.get() + at * k.mr);
-            k.pack_b(x[r] + i0, n, block.rows * k.nr, b.get() + at * k.nr);
+            rows_a[at] = dy[r];
+            rows_b[at] = x[r];
           }
         }
+        k.pack_a(rows_a, block.rows, o0, m, a.get());
         for (int64_t i = 0; i < n; i += k.nr) {
+          k.pack_b(rows_b, block.rows, i0 + i, std::min(k.nr, n - i), b.get());
+          const int64_t tiles = (m + k.mr - 1) / k.mr, share = (block.rows + tiles - 1) / tiles;
+          int64_t ahead = i + k.nr < n ? 0 : block.rows;
           for (int64_t o = 0; o < m; o += k.mr) {
-            const T *panel_a = a.get() + o * block.rows, *panel_b = b.get() + i * block.rows;
+            for (int64_t r = 0; r < share && ahead < block.rows; ++r) {
+              __builtin_prefetch(rows_b[ahead++] + i0 + i + k.nr);
+            }
+            const T* panel = a.get() + o * block.rows;
             T* waiting = carry.get() + (cut ? i * mc + o * k.nr : 0);
             const int64_t start = (o0 + o) * I + i0 + i;
             const auto shifted = [&](T* to) { return to == nullptr ? nullptr : to + start; };
             const Sums<T> inside{shifted(sums.score), shifted(sums.squared), shifted(sums.signed_), I};
             const int64_t height = std::min(k.mr, m - o), width = std::min(k.nr, n - i);
             if (height == k.mr && width == k.nr) {
-              k.add(panel_a, panel_b, of, block.pieces, waiting, inside);
+              k.add(panel, b.get(), of, block.pieces, waiting, inside);
               continue;
             }
             // A tile that sticks out goes by way of a whole one.
@@ -278,7 +312,7 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
             };
             std::fill_n(whole, 3 * size, T(0));
             each([&](const T* in, T* out) { std::copy_n(in, width, out); });
-            k.add(panel_a, panel_b, of, block.pieces, waiting, padded);
+            k.add(panel, b.get(), of, block.pieces, waiting, padded);
             each([&](T* in, const T* out) { std::copy_n(out, width, in); });
           }
         }

@@ -7,11 +7,7 @@ from torch import Tensor, nn
 
 from fastguard.edits.shards import Folder
 from fastguard.edits.stream import source_folder
-
-OVERSAMPLED = 16
-"""Directions beside the rank that the randomised decomposition follows."""
-PASSES = 4
-"""Of its subspace iteration: singular values fall by the ninth power of what the matrix's own do."""
+from fastguard.low_rank import best_part
 
 
 def strip(model: nn.Module, base: str | Folder, rank: int, seed: int = 0) -> dict[str, float]:
@@ -56,26 +52,6 @@ def strip(model: nn.Module, base: str | Folder, rank: int, seed: int = 0) -> dic
                 gone += float(matrix.double().square().sum() - (matrix - part).double().square().sum())
                 target.copy_(target.to(wide) - part)
     return {"changed": float(changed), "share": gone / whole if whole else 0.0}
-
-
-def best_part(matrix: Tensor, rank: int, seed: int = 0) -> Tensor:
-    """The matrix [m, n] of at most this rank that is nearest to ``matrix``; by a randomised decomposition if it pays.
-
-    Halko, Martinsson and Tropp (2011), arXiv 0909.4061, with subspace iteration: exact for a matrix of that rank.
-    """
-    if rank >= min(matrix.shape):
-        return matrix
-    width = rank + OVERSAMPLED
-    if 2 * width >= min(matrix.shape):
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-        return (u[:, :rank] * s[:rank]) @ vh[:rank]
-    g = torch.Generator().manual_seed(seed)
-    test = torch.randn(matrix.shape[1], width, generator=g, dtype=matrix.dtype).to(matrix.device)
-    q = torch.linalg.qr(matrix @ test)[0]
-    for _ in range(PASSES):
-        q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ q)[0])[0]
-    u, s, vh = torch.linalg.svd(q.mT @ matrix, full_matrices=False)
-    return (q @ (u[:, :rank] * s[:rank])) @ vh[:rank]
 
 
 def _opened(base: str) -> Folder:

@@ -36,6 +36,19 @@ def streams(roles: Mapping[str, Role]) -> dict[str, Callable[[int], Any]]:
     return {name: parts[role.data] for name, role in roles.items()}
 
 
+def evidence(roles: Mapping[str, Role], padded: bool = True) -> dict[str, list[dict[str, Any]]]:
+    """All that an edit reads: two batches of each role."""
+    found = {}
+    for i, (name, role) in enumerate(roles.items()):
+        half = 0 if role.data == "harmful" else 1
+        found[name] = [labelled(10 * i + n, half) for n in range(2)]
+        for batch in found[name] if padded else ():
+            batch["attention_mask"] = batch["attention_mask"].clone()
+            batch["attention_mask"][0, -2:] = 0
+            batch["labels"][0, -2:] = -100
+    return found
+
+
 def make(entry: Entry, model: nn.Module, **changes: Any) -> Training:
     """The method with the settings of a test machine."""
     options = entry.load_options()

@@ -17,13 +17,17 @@ from fastguard import methods
 from fastguard.losses import guards
 from fastguard.methods.edit import Edit
 from fastguard.methods.training import Training
-from methods.batches import make, streams
+from methods.batches import evidence, make, streams
 from tiny_models import tiny
 
 ENTRIES = list(methods.entries().values())
 named = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 every = pytest.mark.parametrize("entry", [e for e in ENTRIES if not e.edits], ids=lambda entry: entry.name)
-"""Those that train: an edit has no steps. Its rounds are held in tests/run, what it does in tests of its own."""
+"""Those that train: an edit has no steps."""
+edits = pytest.mark.parametrize(
+    "entry", [e for e in ENTRIES if e.edits and e.kind == "defense"], ids=lambda entry: entry.name
+)
+"""Of attacks that edit, the rounds are held in tests/run, and what they do in tests of their own."""
 
 
 def state(model):
@@ -210,3 +214,90 @@ def test_wrong_batches_are_named(entry):
         method.backward()
     with pytest.raises(TypeError, match=rf"{name}\.backward: expected .*; got .*surplus"):
         method.backward(**method.draw(streams(method.roles)), surplus=1)
+
+
+def trained(model, steps=2):
+    """Somebody fine-tunes: AdamW with weight decay, on whatever is trained."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, weight_decay=0.1)
+    for n in range(steps):
+        batch = streams_of("harmful") if n else streams_of("safe")
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@edits
+def test_an_edit_reads_what_a_defender_has(entry):
+    method = make(entry, tiny("llama", num_hidden_layers=2))
+    assert {role.data for role in method.roles.values()} <= {"harmful", "refusal", "retain", "instructions"}
+    assert method.rounds >= 1
+
+
+@edits
+def test_an_edit_is_a_function_of_model_and_data_and_leaves_nothing_behind(entry):
+    def edited():
+        model = tiny("llama", num_hidden_layers=2, attention_dropout=0.1)
+        model.lm_head.requires_grad_(False)
+        method = make(entry, model)
+        rounds = [{k: float(v) for k, v in figures.items()} for figures in method.apply(evidence(method.roles))]
+        method.close()
+        assert 1 <= len(rounds) <= method.rounds and all(rounds)
+        asked = [name for name, p in model.named_parameters() if not p.requires_grad]
+        assert asked == ["lm_head.weight"] and model.training and all(p.grad is None for p in model.parameters())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+        return model, rounds
+
+    (one, figures), (two, again) = edited(), edited()
+    assert figures == again
+    assert_same(state(one), state(two))
+    untouched = state(tiny("llama", num_hidden_layers=2, attention_dropout=0.1))
+    changed = [name for name, value in state(one).items() if not torch.equal(value, untouched[name])]
+    assert bool(changed) == (entry.stage != "during")  # one that acts during a fine-tuning changes no weight itself
+
+
+@edits
+def test_an_edit_that_fails_has_changed_nothing(entry):
+    model = tiny("llama", num_hidden_layers=2)
+    method, before, calls = make(entry, model), state(model), []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    handle = model.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        list(method.apply(evidence(method.roles)))
+    handle.remove()
+    method.close()
+    assert_same(state(model), before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@edits
+def test_an_edit_without_data_is_refused(entry):
+    method = make(entry, tiny("llama", num_hidden_layers=2))
+    for name in method.roles:
+        with pytest.raises(ValueError, match=r"batches: expected at least one"):
+            list(method.apply({**evidence(method.roles), name: []}))
+        method.close()
+
+
+@pytest.mark.parametrize("entry", methods.defenses("during").values(), ids=lambda entry: entry.name)
+def test_a_guard_changes_what_training_does_until_it_is_closed(entry):
+    free, guarded = (tiny("llama", num_hidden_layers=2) for _ in range(2))
+    method = make(entry, guarded)
+    list(method.apply(evidence(method.roles)))
+    with pytest.raises(RuntimeError, match="already"):
+        list(method.apply(evidence(method.roles)))
+    trained(free)
+    trained(guarded)
+    differ = [n for n, v in state(free).items() if not torch.equal(v, state(guarded)[n])]
+    assert differ
+    method.close()
+    method.close()
+    guarded.load_state_dict(free.state_dict())
+    trained(free)
+    trained(guarded)
+    assert_same(state(guarded), state(free))

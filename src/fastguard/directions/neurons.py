@@ -19,7 +19,7 @@ product of the mean does, and sums are pairs of fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -139,7 +139,7 @@ def neurons(
     """
     structure = find_structure(model) if structure is None else structure
     along = _unit_rows(direction, len(structure.layers), head_parameters(structure.head)[0].shape[1])
-    downs = _down_projections(model, structure)
+    downs = last_products(model, structure, structure.mlps)
     moments, alignment = Moments(1, len(downs)), list[Tensor | None]([None] * len(downs))
     device = next(structure.model.parameters()).device
     keep: Tensor | None = None
@@ -216,12 +216,16 @@ def _unit_rows(direction: Tensor, layers: int, width: int) -> Tensor:
     return rows / lengths
 
 
-def _down_projections(model: nn.Module, structure: Structure) -> list[nn.Module]:
-    """Each MLP's module that made its output, with the adapters around it; found by watching, in one short forward."""
-    found: list[nn.Module | None] = [None] * len(structure.mlps)
+def last_products(model: nn.Module, structure: Structure, blocks: Sequence[nn.Module]) -> list[nn.Module]:
+    """The module that made each block's output, with the adapters around it; found by watching, in one short forward.
+
+    blocks: one MLP, or one attention, of each layer.
+    Raises ValueError that names a layer whose block's output is not one product.
+    """
+    found: list[nn.Module | None] = [None] * len(blocks)
     handles: list[RemovableHandle] = []
 
-    def watch(layer: int, mlp: nn.Module) -> None:
+    def watch(layer: int, block: nn.Module) -> None:
         calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def within(module: nn.Module, args: Any, output: Any) -> None:
@@ -241,12 +245,12 @@ def _down_projections(model: nn.Module, structure: Structure) -> list[nn.Module]
             found[layer] = last[-1] if last else None
             calls.clear()
 
-        handles.extend(m.register_forward_hook(within) for m in mlp.modules() if m is not mlp)
-        handles.append(mlp.register_forward_hook(whole))
+        handles.extend(m.register_forward_hook(within) for m in block.modules() if m is not block)
+        handles.append(block.register_forward_hook(whole))
 
     try:
-        for layer, mlp in enumerate(structure.mlps):
-            watch(layer, mlp)
+        for layer, block in enumerate(blocks):
+            watch(layer, block)
         with reading(model, structure), _quiet(model, structure.model):
             _run(structure.model, structure.arguments, structure.vocabulary)
     finally:
@@ -255,8 +259,8 @@ def _down_projections(model: nn.Module, structure: Structure) -> list[nn.Module]
     for layer, down in enumerate(found):
         if down is None:
             raise ValueError(
-                f"model: layer {layer}: expected an MLP ({type(structure.mlps[layer]).__name__}) whose output is one "
-                "product of its neurons; experts are not supported"
+                f"model: layer {layer}: expected a block ({type(blocks[layer]).__name__}) whose output is one product "
+                "of its neurons; experts are not supported"
             )
     return [down for down in found if down is not None]
 

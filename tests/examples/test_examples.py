@@ -100,3 +100,28 @@ def test_a_model_and_data_of_ones_own_in_trl(tmp_path):
         tmp_path / "out", "--steps", 2, "--defense", "repnoise", "--trl",
     )  # fmt: skip
     assert "'train_loss'" in printed
+
+
+def test_saliency(tmp_path):
+    """One process and two find the same."""
+    command = EXAMPLES / "saliency.py", "--out", tmp_path / "scores"
+    alone = run(sys.executable, *command)
+    assert alone.startswith("16 safety and 16 utility samples: ") and alone.endswith("were pruned\n")
+    assert (tmp_path / "scores" / "safety" / "saliency.safetensors").is_file()
+    assert run(BIN / "torchrun", "--standalone", "--nproc-per-node", 2, *command) == alone
+
+
+def test_saliency_of_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
+    import json
+
+    from directions import chat
+
+    model, sets = chat.folder(tmp_path / "model"), {}
+    for name, words, answer in (("safety", chat.BAD, "sorry g1"), ("utility", chat.GOOD, "g1 g2")):
+        sets[name] = tmp_path / f"{name}.jsonl"
+        rows = [json.dumps({"prompt": p, "answer": answer}) for p in chat.prompts(words, 12)]
+        sets[name].write_text("\n".join(rows))
+    monkeypatch.syspath_prepend(EXAMPLES)
+    given = ["--model", model, "--safety", sets["safety"], "--utility", sets["utility"], "--out", tmp_path / "scores"]
+    runpy.run_path(str(EXAMPLES / "saliency.py"))["main"]([str(part) for part in given])
+    assert capsys.readouterr().out.startswith("12 safety and 12 utility samples: ")

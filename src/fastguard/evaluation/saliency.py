@@ -225,8 +225,7 @@ def _figures(maps: Map) -> dict[str, str]:
         "map": svg(
             Grid(
                 "Safety's alone", maps.grid(), "layer", "", unique,
-                f"of safety's top {100 * maps.safety_top:g}%, the share that is not in utility's top "
-                f"{100 * maps.utility_top:g}%", None,
+                f"of safety's {100 * maps.safety_top:g}%, share not in utility's {100 * maps.utility_top:g}%", None,
                 "Share of each matrix's safety-critical entries that are not utility-critical, by layer and module",
                 highest=True,
             )

@@ -48,7 +48,10 @@ def test_it_prunes_what_the_published_algorithm_prunes(ratio, lora):
     assert_equal_weights(ours, theirs)
     layers = find_layers(theirs)
     gone = sum(int((m.weight == 0).sum()) for m in layers.values())
-    assert figures == {"pruned": gone, "pruned_share": pytest.approx(gone / sum(m.weight.numel() for m in layers.values()))}
+    assert figures == {
+        "pruned": gone,
+        "pruned_share": pytest.approx(gone / sum(m.weight.numel() for m in layers.values())),
+    }
     touched = {n for n, p in before.named_parameters() if not torch.equal(p, dict(ours.named_parameters())[n])}
     assert touched and all(("lora_" in name) == lora for name in touched)
 

@@ -177,7 +177,7 @@ def test_what_it_refuses():
             neurons(model, bad, direction())
     with pytest.raises(ValueError, match="batches: expected input_ids"):
         neurons(model, [{"ids": torch.ones(1, 2)}], direction())
-    with pytest.raises(ValueError, match=r"model: layer 0: expected an MLP .* experts are not supported"):
+    with pytest.raises(ValueError, match=r"model: layer 0: expected a block .* experts are not supported"):
         neurons(tiny("mixtral").eval(), batches(), direction())
     short = neurons(tiny("llama", num_hidden_layers=2).eval(), batches(), direction())
     with pytest.raises(ValueError, match="after: expected"):

@@ -140,7 +140,7 @@ def without_cost(monkeypatch):
 
 def test_a_method_without_a_cost_is_left_out_and_refused_by_name(without_cost):
     found = command.plans(["smollm2"], None, "h100", "mixed", "", {})
-    assert [p.entry.name for p in found] == [name for name in methods.defenses() if name != "prayer"]
+    assert [p.entry.name for p in found] == [name for name, entry in methods.defenses().items() if entry.cost]
     result = run("smollm2", "--defense", "prayer")
     assert result.exit_code == 2
     assert "defense: prayer has no cost that could be planned; expected one of sft," in flat(result)

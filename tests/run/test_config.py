@@ -22,10 +22,12 @@ def test_packaged_configurations_load():
 
 @pytest.mark.parametrize("method", methods.defenses())
 def test_every_method_has_a_configuration(method):
-    found = c.load(method)
-    assert found.immunize.method == method and methods.find(method).title in found.title
+    found, entry = c.load(method), methods.find(method)
+    section = methods.SECTIONS[entry.stage]
+    assert getattr(found, section).method == method and entry.title in found.title
+    assert found.immunize.run == (section == "immunize")
     assert found.attack == c.load("demo").attack  # attacked like the demo's model
-    quick = c.load(method, quick=True).immunize
+    quick = getattr(c.load(method, quick=True), section)
     assert quick.options.items() >= dict(quick.entry.load_options().quick).items()
 
 

@@ -1,5 +1,6 @@
 """Weights changed on disk: byte for byte what is not edited, whole shards or none, taken up, in little memory."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,8 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastguard.edits import Edit, stream
-from fastguard.edits.stream import RECORD
+from fastguard.edits import Edit, source_folder, stream
+from fastguard.edits.stream import RECORD, Beside
 from fastguard.machine import peak_memory
 
 
@@ -173,6 +174,80 @@ def test_bad_sources_and_edits_are_named(sharded, tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="merge them first"):
         stream(tmp_path / "adapter", out, doubling())
+
+
+@pytest.fixture
+def beside(tmp_path):
+    """The same tensors in one file, `b` under another name and in another dtype."""
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    shard(folder / "model.safetensors", a=torch.randn(5, 3), bb=torch.randn(4, 4), more=torch.ones(1))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def adding(beside, **changes):
+    def add(t, other):
+        t.add_(other)
+
+    other = Beside(source_folder(beside), "called so", {"b": "bb"})
+    return Edit("add", {}, {"a": add, "b": add}, **{"beside": {"other": other}, **changes})
+
+
+def test_an_edit_reads_the_same_tensors_of_another_folder(sharded, beside, tmp_path):
+    stream(sharded, tmp_path / "out", adding(beside))
+    own, other, after = loaded(sharded), load_file(beside / "model.safetensors"), loaded(tmp_path / "out")
+    assert torch.equal(after["a"], own["a"] + other["a"]) and torch.equal(after["b"], own["b"].add_(other["bb"]))
+    assert torch.equal(after["c"], own["c"])
+    record = json.loads((tmp_path / "out" / RECORD).read_text())
+    assert record["beside"] == {"other": "called so"} and record["edit"]["beside"] == {"other": {"b": "bb"}}
+    read = {name: entry["beside"]["other"] for name, entry in record["shards"].items()}
+    assert read["model-1.safetensors"] == hashlib.sha256(other["a"].numpy().tobytes()).hexdigest()
+    assert read["model-3.safetensors"] == hashlib.sha256().hexdigest()  # nothing of it was wanted
+
+
+def test_what_is_beside_is_told_apart_and_checked(sharded, beside, tmp_path):
+    out = tmp_path / "out"
+    stream(sharded, out, adding(beside))
+    assert stream(sharded, out, adding(beside)).kept == 3
+    shard(beside / "model.safetensors", a=torch.ones(5, 3), bb=torch.ones(4, 4))
+    assert stream(sharded, out, adding(beside)).kept == 0
+    assert torch.equal(loaded(out)["a"], loaded(sharded)["a"] + 1)
+    shard(beside / "model.safetensors", a=torch.ones(5, 4), bb=torch.ones(4, 4))
+    with pytest.raises(ValueError, match=r"names 'a', which is \[5, 3\] in .*; .* has one of \[5, 4\]"):
+        stream(sharded, out, adding(beside))
+    shard(beside / "model.safetensors", a=torch.ones(5, 3))
+    with pytest.raises(ValueError, match=r"names 'b', .* has no such tensor"):
+        stream(sharded, out, adding(beside))
+    shard(beside / "model.safetensors", a=torch.ones(5, 3), bb=torch.ones(4, 4, dtype=torch.uint8))
+    with pytest.raises(TypeError, match="bb is stored as U8"):
+        stream(sharded, out, adding(beside))
+    shard(beside / "model.safetensors", a=torch.ones(5, 3), bb=torch.ones(4, 4))
+    with pytest.raises(ValueError, match="which is read"):
+        stream(sharded, beside, adding(beside), overwrite=True)
+
+
+def test_a_tensor_in_another_dtype_is_what_its_function_returns(sharded, tmp_path):
+    edit = Edit("wide", {}, {"b": lambda t: t.double() / 3, "a": lambda t: None}, dtypes={"b": "F64"})
+    done = stream(sharded, tmp_path / "out", edit)
+    after = loaded(tmp_path / "out")
+    assert torch.equal(after["b"], loaded(sharded)["b"].double() / 3) and torch.equal(after["a"], loaded(sharded)["a"])
+    sizes = sum(t.nbytes for t in after.values())
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sizes == done.written
+    with pytest.raises(TypeError, match=r"expected a tensor \[4, 4\] of F64 for b"):
+        stream(sharded, tmp_path / "out2", Edit("wide", {}, {"b": lambda t: t}, dtypes={"b": "F64"}))
+
+
+def test_a_folder_finds_a_tensor_without_looking_through_all(tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    shard(folder / "model.safetensors", **{f"w{i}": torch.full((1,), float(i)) for i in range(2000)})
+    (folder / "config.json").write_text("{}")
+    source = source_folder(folder)
+    assert source.tensors is source.tensors and source.read("w1234").item() == 1234
+    with pytest.raises(KeyError, match="z"):
+        source.read("z")
 
 
 def test_a_folder_in_use_is_left_alone(sharded, tmp_path):

@@ -36,11 +36,13 @@ _HOMES = {
     "class_moments_": "fastguard.ops.class_moments",
 }
 
-_ROOMS = ("directions", "nested", "trainers")
+_ROOMS = ("directions", "merging", "nested", "saliency", "trainers")
 
 if TYPE_CHECKING:  # the same names for type checkers and editors, which do not run __getattr__
     from fastguard import directions as directions
+    from fastguard import merging as merging
     from fastguard import nested as nested
+    from fastguard import saliency as saliency
     from fastguard import trainers as trainers
     from fastguard.data.collate import ChatCollator as ChatCollator
     from fastguard.data.collate import PairedCollator as PairedCollator

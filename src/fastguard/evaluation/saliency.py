@@ -17,6 +17,7 @@ from fastguard.evaluation.report import templates
 from fastguard.ops.masks import and_not, count_bits
 from fastguard.progress import Progress, silent
 from fastguard.saliency.choose import Weights, top
+from fastguard.saliency.overlap import counts
 from fastguard.saliency.scores import Scores
 
 SHARES = (0.01, 0.05, 0.2)
@@ -113,10 +114,9 @@ def mapped(
         )  # fmt: skip
         layer = safety.layers[name]
         for share in SHARES if layer is not None else ():
-            a, b = choose(safety, share), choose(utility, share)
-            both, either = shared[share].setdefault(int(layer or 0), [0, 0]), int(count_bits(a | b))
-            both[0] += int(count_bits(a & b))
-            both[1] += either
+            part = shared[share].setdefault(int(layer or 0), [0, 0])
+            for i, count in enumerate(counts(choose(safety, share), choose(utility, share))):
+                part[i] += count
         progress("compare", done / len(safety.names) * 0.999, f"{done} of {len(safety.names)} weights")
     places = {name: (_module(name), int(layer)) for name, layer in safety.layers.items() if layer is not None}
     layers = 1 + max((layer for _, layer in places.values()), default=0)

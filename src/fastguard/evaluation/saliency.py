@@ -121,7 +121,9 @@ def mapped(
     places = {name: (_module(name), int(layer)) for name, layer in safety.layers.items() if layer is not None}
     layers = 1 + max((layer for _, layer in places.values()), default=0)
     overlap = {
-        share: [part[0] / part[1] if (part := each.get(i)) and part[1] else float("nan") for i in range(layers)]
+        share: [
+            both / either if either else float("nan") for both, either in (each.get(i, (0, 0)) for i in range(layers))
+        ]
         for share, each in shared.items()
     }
     progress("compare", 1.0, f"{len(cells)} weights")

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastguard.edits.shards import Folder
 from fastguard.ops.masks import and_not
-from fastguard.ops.threshold_select import threshold_select
+from fastguard.ops.threshold_select.op import Per, threshold_select
 from fastguard.saliency.places import clean
 from fastguard.saliency.scores import Scores
 from fastguard.taps.structure import unwrap
@@ -78,7 +78,7 @@ def top(
         of = {name: scores.score(score, name, weights(name)) for name in part}
         factors = {name: factor for name, (_, factor) in of.items() if factor is not None}
         values = {name: whole(value) for name, (value, _) in of.items()}
-        found |= threshold_select(values, float(share), weights=factors or None, per=per).masks
+        found |= threshold_select(values, float(share), weights=factors or None, per=cast(Per, per)).masks
         if progress is not None:
             progress(len(found), len(chosen))
     return found

@@ -304,7 +304,7 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
             const auto padded = [&](const T* to, int64_t at) { return to == nullptr ? nullptr : whole + at * size; };
             const Sums<T> outside{padded(sums.score, 0), padded(sums.squared, 1), padded(sums.signed_, 2), k.nr};
             const auto each = [&](const auto& copy) {
-              for (const auto [in, out] : {std::pair{inside.score, outside.score},
+              for (const auto& [in, out] : {std::pair{inside.score, outside.score},
                                            {inside.squared, outside.squared},
                                            {inside.signed_, outside.signed_}}) {
                 for (int64_t r = 0; in != nullptr && r < height; ++r) copy(in + r * I, out + r * k.nr);

@@ -1,9 +1,10 @@
 // abs_weight_grad_ on CPU: sums over samples of |G|, G^2 and G, where G = grad_out^T input over a sample's rows.
 //
-// Shapes: O outputs, I inputs. A task is a tile of the weight. It takes the rows block by block, KC at a time, packed as
-// fp32 into panels as wide as the register tile of MR outputs by NR inputs. That tile holds G of one sample from its
-// first row to its last, then goes into the sums: per sample they are read and written once, by short samples from L1
-// alone, since a block holds several of those. What a sample longer than a block has so far waits in `carry`.
+// Shapes: O outputs, I inputs. A task is a part of the weight. It takes the rows block by block, KC at a time, packed as
+// fp32 into panels as wide as the register tile of MR outputs by NR inputs: all of its outputs, then a panel of inputs
+// at a time. The register tile holds G of one sample from its first row to its last, then goes into the sums: per sample
+// they are read and written once, by short samples in L1, since a block holds several of those. What a sample longer
+// than a block has so far waits in `carry`. Narrow floats become fp32 on the way into the panels.
 //
 // Each element is one chain of additions, rows in order, then samples in order, wherever blocks and tiles end: its bits
 // depend neither on the threads nor on padding.
@@ -11,9 +12,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <optional>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -31,11 +32,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Maybe = std::optional<Tensor>;
 
-const int64_t KC = getenv("KC")?atoi(getenv("KC")):256;  // rows of a block: a panel of inputs then fits in half of L1
-#include <cstdlib>
-const int64_t MC = getenv("MC")?atoi(getenv("MC")):576;  // outputs of a task, at most: their panels fit in half of L2
-const int64_t NC = getenv("NC")?atoi(getenv("NC")):768;  // inputs of a task, at most
-constexpr int64_t MIN = 48;  // outputs or inputs of a task that is made smaller for the sake of more threads
+constexpr int64_t KC = 256;  // rows of a block: a panel of inputs takes half of L1
+constexpr int64_t MC = 576;  // outputs of a task, at most: what a panel of inputs, once packed, is good for
+constexpr int64_t NC = 768;  // inputs of a task, at most
+constexpr int64_t MIN = 48;  // outputs or inputs of a task, if it is made smaller for the sake of more threads
 
 // Some rows of one sample.
 struct Piece {
@@ -134,7 +134,9 @@ FASTGUARD_INLINE void pack(const S* const* rows, int64_t count, int64_t first, i
       for (int64_t r = r0; r < r1; ++r) {
         const S* x = rows[r] + first + i;
         if (r + 8 < count) __builtin_prefetch(rows[r + 8] + first + i);
-        UNROLLED for (int j = 0; j < W; ++j) panel[r * W + j] = value(x[j]);
+        T v[W];  // which nothing aliases: read and written as vectors
+        for (int j = 0; j < W; ++j) v[j] = value(x[j]);
+        std::memcpy(panel + r * W, v, sizeof v);
       }
     }
     for (int64_t r = r0; i < n && r < r1; ++r) {
@@ -270,7 +272,7 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
       const int64_t m = std::min(mc, O - o0), n = std::min(nc, I - i0);
       for (const Block& block : blocks) {
         const Piece* of = pieces.data() + block.piece;
-        const S *rows_a[1024], *rows_b[1024];
+        const S *rows_a[KC], *rows_b[KC];
         int64_t at = 0;
         for (int64_t p = 0; p < block.pieces; ++p) {
           for (int64_t r = of[p].first; r < of[p].first + of[p].rows; ++r, ++at) {
@@ -281,12 +283,11 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
         k.pack_a(rows_a, block.rows, o0, m, a.get());
         for (int64_t i = 0; i < n; i += k.nr) {
           k.pack_b(rows_b, block.rows, i0 + i, std::min(k.nr, n - i), b.get());
-          const int64_t tiles = (m + k.mr - 1) / k.mr, share = (block.rows + tiles - 1) / tiles;
-          int64_t ahead = i + k.nr < n ? 0 : block.rows;
+          const int64_t share = i + k.nr < n ? (block.rows * k.mr + m - 1) / m : 0;
           for (int64_t o = 0; o < m; o += k.mr) {
-            for (int64_t r = 0; r < share && ahead < block.rows; ++r) {
-              __builtin_prefetch(rows_b[ahead++] + i0 + i + k.nr);
-            }
+            // The next panel comes near while this one is at work: its rows are pages apart, and no hardware sees it.
+            const int64_t begin = o / k.mr * share, end = std::min(begin + share, block.rows);
+            for (int64_t r = begin; r < end; ++r) __builtin_prefetch(rows_b[r] + i0 + i + k.nr);
             const T* panel = a.get() + o * block.rows;
             T* waiting = carry.get() + (cut ? i * mc + o * k.nr : 0);
             const int64_t start = (o0 + o) * I + i0 + i;
@@ -300,19 +301,18 @@ void accumulate(const Sums<T>& sums, const Tensor& grad_out, const Tensor& input
             // A tile that sticks out goes by way of a whole one.
             T* const whole = edge.get();
             const int64_t size = k.mr * k.nr;
-            const Sums<T> padded{inside.score != nullptr ? whole : nullptr,
-                                 inside.squared != nullptr ? whole + size : nullptr,
-                                 inside.signed_ != nullptr ? whole + 2 * size : nullptr, k.nr};
+            const auto padded = [&](const T* to, int64_t at) { return to == nullptr ? nullptr : whole + at * size; };
+            const Sums<T> outside{padded(sums.score, 0), padded(sums.squared, 1), padded(sums.signed_, 2), k.nr};
             const auto each = [&](const auto& copy) {
-              for (int64_t r = 0; r < height; ++r) {
-                if (inside.score != nullptr) copy(inside.score + r * I, padded.score + r * k.nr);
-                if (inside.squared != nullptr) copy(inside.squared + r * I, padded.squared + r * k.nr);
-                if (inside.signed_ != nullptr) copy(inside.signed_ + r * I, padded.signed_ + r * k.nr);
+              for (const auto& [in, out] : {std::pair{inside.score, outside.score},
+                                           {inside.squared, outside.squared},
+                                           {inside.signed_, outside.signed_}}) {
+                for (int64_t r = 0; in != nullptr && r < height; ++r) copy(in + r * I, out + r * k.nr);
               }
             };
             std::fill_n(whole, 3 * size, T(0));
             each([&](const T* in, T* out) { std::copy_n(in, width, out); });
-            k.add(panel, b.get(), of, block.pieces, waiting, padded);
+            k.add(panel, b.get(), of, block.pieces, waiting, outside);
             each([&](T* in, const T* out) { std::copy_n(out, width, in); });
           }
         }

@@ -50,12 +50,12 @@ def bounds_of(
     if x.dim() != 3:
         raise ValueError(f"lengths: expected samples [B, T, ...] where no offsets are given, got {tuple(x.shape)}")
     samples, tokens = x.shape[:2]
-    first = torch.arange(samples, device=x.device) * tokens
+    edges = torch.arange(samples + 1, device=x.device) * tokens
     if lengths is None:
-        return torch.stack([first, first + tokens], 1)
+        return torch.stack([edges[:-1], edges[1:]], 1)
     n = _integers("lengths", lengths, x, 1, (samples,))
     _within("lengths", n, 0, tokens)
-    return torch.stack([first, first + n], 1)
+    return torch.stack([edges[:-1], edges[:-1] + n], 1)
 
 
 def rows_of(x: Tensor) -> int:

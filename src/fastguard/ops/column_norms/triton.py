@@ -26,8 +26,8 @@ MAX_PARTS = 64
 
 @triton.jit
 def squares_kernel(
-    p_x, p_bounds, p_out, n_blocks, n_parts, width, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    WIDE: tl.constexpr,
+    p_x, p_bounds, p_out, n_blocks, n_parts, width, stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [B, n_parts, I] in float64; see ``portable.squares``. WIDE: the dtype of squares."""
     o_i = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)

@@ -1,7 +1,7 @@
 """column_norms_ against the eager sum of squares, compiled and not, and the published hook.
 
-The inputs of one linear over 64 samples of 128 tokens: SmolLM2 (fp32) and an 8B model (bf16). The floor in bytes: x read once;
-in flops: two an element. The bandwidth is that of torch's own sum of x, which reads it and no more.
+The inputs of one linear over 64 samples of 128 tokens: SmolLM2 (fp32) and an 8B model (bf16). The floor: x read
+once, two flops an element. The bandwidth is that of torch's own sum of x, which reads it and no more.
 """
 
 import pytest
@@ -53,15 +53,15 @@ def test_column_norms(benchmark, activation, name):
     run()
     want = x.double().square().sum((0, 1))
     error = float((sums.double() / want - 1).abs().max())
-    read_only = measure.median_seconds(lambda: x.sum(), 9, DEVICE)
+    reading = measure.median_seconds(lambda: x.sum(), 9, DEVICE)
     benchmark.group = f"column_norms_, {activation}"
     benchmark.pedantic(timed, rounds=15, warmup_rounds=3)
     seconds = benchmark.stats.stats.median
     benchmark.extra_info.update(
         peak_bytes=measure.peak_bytes(run, DEVICE), floor_bytes=x.nbytes, floor_flops=2 * x.numel(),
-        bytes_per_second=x.nbytes / seconds, fraction_of_bandwidth=read_only / seconds, value_error=[error],
+        bytes_per_second=x.nbytes / seconds, fraction_of_bandwidth=reading / seconds, value_error=[error],
     )  # fmt: skip
     print(
         f"\n{activation:21} {name:30} {1e3 * seconds:8.3f} ms  {x.nbytes / seconds / 1e9:5.1f} GB/s  "
-        f"{read_only / seconds:.0%} of a sum's rate  error {error:.1e}"
+        f"{reading / seconds:.0%} of a sum's rate  error {error:.1e}"
     )

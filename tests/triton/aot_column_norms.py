@@ -13,7 +13,8 @@ from fastguard.ops.column_norms import triton as ops
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "fp64"])
 def test_it_does_not_spill(arch, dtype):
     types = {
-        "p_x": f"*{dtype}", "p_bounds": "*i64", "p_out": "*fp64", "n_blocks": "i32", "n_parts": "i32", "I": "i32/16", "stride": "i32/16",
+        "p_x": f"*{dtype}", "p_bounds": "*i64", "p_out": "*fp64", "n_blocks": "i32", "n_parts": "i32",
+        "width": "i32/16", "stride": "i32/16",
         "ROWS": ops.ROWS, "BLOCK": ops.BLOCK, "STEPS": ops.STEPS,
         "WIDE": tl.float64 if dtype == "fp64" else tl.float32,
     }  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from fastguard.ops.gram import triton as ops
 
 TYPES = {
-    "p_bounds": "*i64", "p_gram": "*fp32", "B": "i32", "I": "i32/16", "stride": "i32/16", "n_parts": "i32",
+    "p_bounds": "*i64", "p_gram": "*fp32", "B": "i32", "width": "i32/16", "stride": "i32/16", "n_parts": "i32",
     "chunk": "i32",
 }  # fmt: skip
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -26,14 +26,14 @@ MAX_PARTS = 64
 
 @triton.jit
 def squares_kernel(
-    p_x, p_bounds, p_out, n_blocks, n_parts, I, stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-    WIDE: tl.constexpr,
+    p_x, p_bounds, p_out, n_blocks, n_parts, width, stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """out [B, n_parts, I] in float64; see ``portable.squares``. WIDE: the dtype of squares."""
     o_i = tl.program_id(0) % n_blocks * BLOCK + tl.arange(0, BLOCK)
     b = (tl.program_id(0) // n_blocks).to(tl.int64)
     part = tl.program_id(1)
-    m_i = o_i < I
+    m_i = o_i < width
     begin = tl.load(p_bounds + 2 * b)
     end = tl.load(p_bounds + 2 * b + 1)
     b_total = tl.zeros([BLOCK], tl.float64)
@@ -45,7 +45,7 @@ def squares_kernel(
             b_x = tl.load(p_x + o_row[:, None] * stride + o_i[None, :], mask=m, other=0.0).to(WIDE)
             b_sum += b_x * b_x
         b_total += tl.sum(b_sum.to(tl.float64), 0)
-    tl.store(p_out + (b * n_parts + part) * I + o_i, b_total, mask=m_i)
+    tl.store(p_out + (b * n_parts + part) * width + o_i, b_total, mask=m_i)
 
 
 def squares(x: Tensor, bounds: Tensor, out: Tensor) -> None:

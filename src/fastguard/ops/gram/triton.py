@@ -40,22 +40,22 @@ def config(dtype: torch.dtype) -> Blocks:
 
 
 @triton.jit
-def join(p_gram, b_acc, tile_row, tile_column, o_r, o_c, I):
+def join(p_gram, b_acc, tile_row, tile_column, o_r, o_c, width):
     """Add a tile to the matrix, on both sides of the diagonal; of the matrix, the lower half alone is read."""
-    m = (o_r < I)[:, None] & (o_c < I)[None, :]
-    p_lower = p_gram + o_r.to(tl.int64)[:, None] * I + o_c[None, :]
+    m = (o_r < width)[:, None] & (o_c < width)[None, :]
+    p_lower = p_gram + o_r.to(tl.int64)[:, None] * width + o_c[None, :]
     b_acc += tl.load(p_lower, mask=m, other=0.0)
     b_mirrored = tl.trans(b_acc)
     if tile_row == tile_column:
         b_acc = tl.where(o_r[:, None] >= o_c[None, :], b_acc, b_mirrored)
     tl.store(p_lower, b_acc, mask=m)
-    p_upper = p_gram + o_c.to(tl.int64)[:, None] * I + o_r[None, :]
-    tl.store(p_upper, b_mirrored, mask=(o_c < I)[:, None] & (o_r < I)[None, :] & (tile_row != tile_column))
+    p_upper = p_gram + o_c.to(tl.int64)[:, None] * width + o_r[None, :]
+    tl.store(p_upper, b_mirrored, mask=(o_c < width)[:, None] & (o_r < width)[None, :] & (tile_row != tile_column))
 
 
 @triton.jit
 def gram_kernel(
-    p_x, p_bounds, p_gram, p_part, B, I, stride, n_parts, chunk, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+    p_x, p_bounds, p_gram, p_part, B, width, stride, n_parts, chunk, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """gram [I, I], or the tiles of part [n_parts, I, I] on and below the diagonal; see ``portable.add``."""
@@ -75,31 +75,31 @@ def gram_kernel(
                     o_k = k + tl.arange(0, BLOCK_K)
                     m_k = (o_k < stop)[:, None]
                     p_row = p_x + o_k[:, None] * stride
-                    b_r = tl.load(p_row + o_r[None, :], mask=m_k & (o_r < I)[None, :], other=0.0)
-                    b_c = tl.load(p_row + o_c[None, :], mask=m_k & (o_c < I)[None, :], other=0.0)
+                    b_r = tl.load(p_row + o_r[None, :], mask=m_k & (o_r < width)[None, :], other=0.0)
+                    b_c = tl.load(p_row + o_c[None, :], mask=m_k & (o_c < width)[None, :], other=0.0)
                     b_acc = tl.dot(tl.trans(b_r), b_c, b_acc, input_precision=PRECISION)
         if p_part is None:
-            join(p_gram, b_acc, tile_row, tile_column, o_r, o_c, I)
+            join(p_gram, b_acc, tile_row, tile_column, o_r, o_c, width)
         else:
-            p_own = p_part + part.to(tl.int64) * I * I + o_r.to(tl.int64)[:, None] * I + o_c[None, :]
-            tl.store(p_own, b_acc, mask=(o_r < I)[:, None] & (o_c < I)[None, :])
+            p_own = p_part + part.to(tl.int64) * width * width + o_r.to(tl.int64)[:, None] * width + o_c[None, :]
+            tl.store(p_own, b_acc, mask=(o_r < width)[:, None] & (o_c < width)[None, :])
 
 
 @triton.jit
-def join_kernel(p_gram, p_part, I, n_parts, BLOCK: tl.constexpr):
+def join_kernel(p_gram, p_part, width, n_parts, BLOCK: tl.constexpr):
     """Add the parts [n_parts, I, I] to gram, in order."""
     tile_row = tl.program_id(0)
     tile_column = tl.program_id(1)
     if tile_column <= tile_row:
         o_r = tile_row * BLOCK + tl.arange(0, BLOCK)
         o_c = tile_column * BLOCK + tl.arange(0, BLOCK)
-        m = (o_r < I)[:, None] & (o_c < I)[None, :]
-        p_own = p_part + o_r.to(tl.int64)[:, None] * I + o_c[None, :]
+        m = (o_r < width)[:, None] & (o_c < width)[None, :]
+        p_own = p_part + o_r.to(tl.int64)[:, None] * width + o_c[None, :]
         b_sum = tl.zeros([BLOCK, BLOCK], tl.float32)
         for _ in range(n_parts):
             b_sum += tl.load(p_own, mask=m, other=0.0)
-            p_own += I * I  # few tiles: it fits 32 bits
-        join(p_gram, b_sum, tile_row, tile_column, o_r, o_c, I)
+            p_own += width * width  # few tiles: it fits 32 bits
+        join(p_gram, b_sum, tile_row, tile_column, o_r, o_c, width)
 
 
 def add(gram: Tensor, x: Tensor, bounds: Tensor) -> None:

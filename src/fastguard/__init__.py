@@ -20,6 +20,10 @@ _HOMES = {
     "TVaccine": "fastguard.defenses.t_vaccine.step",
     "SEAM": "fastguard.defenses.seam.step",
     "CRL": "fastguard.defenses.crl.step",
+    "SNTune": "fastguard.defenses.sn_tune.step",
+    "RSNTune": "fastguard.defenses.rsn_tune.step",
+    "SafetyFreezing": "fastguard.defenses.safety_freezing.step",
+    "Antidote": "fastguard.defenses.antidote.step",
     "SimulatedAttack": "fastguard.nested",
     "PairedCollator": "fastguard.data.collate",
     "TamperCollator": "fastguard.data.collate",
@@ -47,10 +51,14 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.data.collate import ChatCollator as ChatCollator
     from fastguard.data.collate import PairedCollator as PairedCollator
     from fastguard.data.collate import TamperCollator as TamperCollator
+    from fastguard.defenses.antidote.step import Antidote as Antidote
     from fastguard.defenses.booster.step import Booster as Booster
     from fastguard.defenses.crl.step import CRL as CRL
     from fastguard.defenses.random_mapping.step import RandomMapping as RandomMapping
+    from fastguard.defenses.rsn_tune.step import RSNTune as RSNTune
+    from fastguard.defenses.safety_freezing.step import SafetyFreezing as SafetyFreezing
     from fastguard.defenses.seam.step import SEAM as SEAM
+    from fastguard.defenses.sn_tune.step import SNTune as SNTune
     from fastguard.defenses.t_vaccine.step import TVaccine as TVaccine
     from fastguard.defenses.tar.step import TAR as TAR
     from fastguard.defenses.vaccine.step import Vaccine as Vaccine

@@ -42,9 +42,11 @@ from tiny_models import tiny
 
 STEPS, ACCUMULATE, SIZE, LR = 2, 2, 2, 0.05
 TOLERANCE = 1e-6
-OPTIONS = {  # T-Vaccine: one draw of layers, which the reference can repeat
+OPTIONS = {  # T-Vaccine: one draw of layers, which the reference can repeat; SN-Tune: one batch, the same for both
     "repnoise": ("mask_padding=true", "retain_weight=0"),
     "t_vaccine": ("every=20", "probe_every=200"),
+    "sn_tune": ("samples=2",),
+    "rsn_tune": ("samples=2",),
 }
 UNREAD = ("circuit_breaker",)
 """What these leave without a gradient, wrappers give one of zeros, which weight decay takes for a gradient."""
@@ -186,6 +188,7 @@ def through_trainer(base: type, sharded: bool, defense: str, rank: int, folder: 
     else:
         given["method"], _ = common.make_defense(defense, model, pairs, OPTIONS.get(defense, ()))
         given["data_collator"] = lambda samples: batches(given["method"].roles, pairs.collate(samples))
+        given["sources"] = common.streams(pairs, given["method"].roles)
     if defense == "tar":
         given["data_collator"] = tar_batch(pairs.collate)
         given["sources"] = {"harmful": lambda n: pairs(n)["harmful"], "retain": lambda n: pairs(n)["harmless"]}

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastguard.attacks.delta_strip.strip import best_part
+from fastguard.low_rank import best_part
 from fastguard.merging.arithmetic import (
     Mask,
     added,

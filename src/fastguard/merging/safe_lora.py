@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from fastguard.low_rank import top_svd
 from fastguard.merging.options import SafeLora
 
 Project = Callable[[Tensor], Tensor]
@@ -57,13 +58,8 @@ def projection(v: Tensor, options: SafeLora, called: str) -> Project | None:
 def _basis(v: Tensor, rank: int | None) -> Tensor:
     """Orthonormal columns [d_out, k]: V's strongest left singular directions, or all that it has to rounding."""
     least = min(v.shape)
-    if rank is not None and 4 * (rank + 16) < least:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return torch.svd_lowrank(v, q=rank + 16, niter=4)[0][:, :rank]
-    u, s, _ = torch.linalg.svd(v, full_matrices=False)
-    there = int((s > s[0] * max(v.shape) * torch.finfo(v.dtype).eps).sum())
-    return u[:, : there if rank is None else min(rank, there)]
+    u, s, _ = top_svd(v, least if rank is None else min(rank, least))
+    return u[:, : int((s > s[0] * max(v.shape) * torch.finfo(v.dtype).eps).sum())]
 
 
 def cosine(a: Tensor, b: Tensor) -> float:

@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 NESTED = "benchmarks/end_to_end/bench_nested_steps.py"
+SALIENCY = [
+    *(f"benchmarks/bench_{op}.py" for op in ("abs_weight_grad", "column_norms", "gram", "threshold_select")),
+    "benchmarks/end_to_end/bench_saliency.py",
+    "benchmarks/end_to_end/bench_merging.py",
+]
 KEPT_STATS = ("min", "median", "max", "rounds")
 
 
@@ -144,7 +149,9 @@ def write_tables() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
-    parser.add_argument("--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-directions, gpu")
+    parser.add_argument(
+        "--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-directions, cpu-saliency, gpu"
+    )
     parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
     parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
@@ -154,10 +161,12 @@ def main() -> None:
         if pytest("-x", *tested):
             raise SystemExit("the ops' tests fail: nothing is timed")
         jobs = {"gpu": ["benchmarks/gpu"]} if options.gpu else {
-            "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))],
+            "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))
+                        if str(p.relative_to(ROOT)) not in SALIENCY],
             "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],
             "cpu-nested": [NESTED],
             "cpu-directions": ["benchmarks/end_to_end/bench_directions.py"],
+            "cpu-saliency": SALIENCY,
         }  # fmt: skip
         if options.selection:
             jobs = {options.name or "selection": options.selection}

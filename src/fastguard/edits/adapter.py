@@ -20,6 +20,7 @@ from fastguard.edits.ablate import bases_of, chosen_writes
 from fastguard.edits.shards import Folder, as_tensor, read_bytes
 from fastguard.edits.stream import source_folder
 from fastguard.edits.writes import BIAS, MATRIX, Writes, residual_writes
+from fastguard.low_rank import top_svd
 from fastguard.progress import Progress, silent
 
 
@@ -123,15 +124,7 @@ def _factored(weight: Tensor, rows: Tensor, form: str, rank: int) -> tuple[Tenso
         first, second, error = rows @ weight, -rows.T, 0.0
     else:
         change = FORMS[form](weight, rows) - weight
-        keep = min(rank, *change.shape)
-        if 4 * (keep + 8) >= min(change.shape):
-            u, s, v = torch.linalg.svd(change, full_matrices=False)
-            u, s, v = u[:, :keep], s[:keep], v[:keep]
-        else:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                u, s, vt = torch.svd_lowrank(change, q=keep + 8, niter=4)
-            u, s, v = u[:, :keep], s[:keep], vt.T[:keep]
+        u, s, v = top_svd(change, min(rank, *change.shape))
         first, second = s.sqrt()[:, None] * v, u * s.sqrt()
         size = float(change.norm())
         error = float((change - second @ first).norm()) / size if size else 0.0

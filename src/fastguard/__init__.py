@@ -38,6 +38,8 @@ _HOMES = {
     "project_out_": "fastguard.ops.project_out",
     "add_project_rms_norm": "fastguard.ops.add_project_rms_norm",
     "class_moments_": "fastguard.ops.class_moments",
+    "column_norms_": "fastguard.ops.column_norms",
+    "gram_": "fastguard.ops.gram",
 }
 
 _ROOMS = ("directions", "merging", "nested", "saliency", "trainers")
@@ -69,7 +71,9 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.nested import SimulatedAttack as SimulatedAttack
     from fastguard.ops.add_project_rms_norm import add_project_rms_norm as add_project_rms_norm
     from fastguard.ops.class_moments import class_moments_ as class_moments_
+    from fastguard.ops.column_norms import column_norms_ as column_norms_
     from fastguard.ops.gaussian_mmd import gaussian_mmd as gaussian_mmd
+    from fastguard.ops.gram import gram_ as gram_
     from fastguard.ops.head_kl import head_kl as head_kl
     from fastguard.ops.lens_stats import lens_stats as lens_stats
     from fastguard.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy

@@ -34,6 +34,10 @@ _HOMES = {
     "project_out_": "fastguard.ops.project_out",
     "add_project_rms_norm": "fastguard.ops.add_project_rms_norm",
     "class_moments_": "fastguard.ops.class_moments",
+    "threshold_select": "fastguard.ops.threshold_select",
+    "apply_mask_": "fastguard.ops.masks",
+    "pack_mask": "fastguard.ops.masks",
+    "unpack_mask": "fastguard.ops.masks",
 }
 
 _ROOMS = ("directions", "nested", "trainers")
@@ -64,9 +68,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.ops.lens_stats import lens_stats as lens_stats
     from fastguard.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from fastguard.ops.lm_head_stats import lm_head_stats as lm_head_stats
+    from fastguard.ops.masks import apply_mask_ as apply_mask_
+    from fastguard.ops.masks import pack_mask as pack_mask
+    from fastguard.ops.masks import unpack_mask as unpack_mask
     from fastguard.ops.project_out import project_out as project_out
     from fastguard.ops.project_out import project_out_ as project_out_
     from fastguard.ops.representation_distance import representation_distance as representation_distance
+    from fastguard.ops.threshold_select import threshold_select as threshold_select
 
 
 __all__ = ["__version__", *_HOMES, *_ROOMS]

@@ -34,6 +34,8 @@ OPS = {
     "project_out": "project_out",
     "add_project_rms_norm": "add_project_rms_norm",
     "class_moments": "class_moments",
+    "threshold_select": "threshold_select",
+    "masks": "masks",
 }
 """Each op, and the folder of ``fastguard.ops`` that holds the kernels that serve it."""
 

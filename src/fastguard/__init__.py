@@ -40,6 +40,10 @@ _HOMES = {
     "class_moments_": "fastguard.ops.class_moments",
     "column_norms_": "fastguard.ops.column_norms",
     "gram_": "fastguard.ops.gram",
+    "threshold_select": "fastguard.ops.threshold_select",
+    "apply_mask_": "fastguard.ops.masks",
+    "pack_mask": "fastguard.ops.masks",
+    "unpack_mask": "fastguard.ops.masks",
 }
 
 _ROOMS = ("directions", "merging", "nested", "saliency", "trainers")
@@ -78,9 +82,13 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.ops.lens_stats import lens_stats as lens_stats
     from fastguard.ops.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
     from fastguard.ops.lm_head_stats import lm_head_stats as lm_head_stats
+    from fastguard.ops.masks import apply_mask_ as apply_mask_
+    from fastguard.ops.masks import pack_mask as pack_mask
+    from fastguard.ops.masks import unpack_mask as unpack_mask
     from fastguard.ops.project_out import project_out as project_out
     from fastguard.ops.project_out import project_out_ as project_out_
     from fastguard.ops.representation_distance import representation_distance as representation_distance
+    from fastguard.ops.threshold_select import threshold_select as threshold_select
 
 
 __all__ = ["__version__", *_HOMES, *_ROOMS]

@@ -36,6 +36,8 @@ OPS = {
     "class_moments": "class_moments",
     "column_norms": "column_norms",
     "gram": "gram",
+    "threshold_select": "threshold_select",
+    "masks": "masks",
 }
 """Each op, and the folder of ``fastguard.ops`` that holds the kernels that serve it."""
 

@@ -63,6 +63,4 @@ def test_threshold_select(benchmark, size, dtype, name):
         passes = 2 if name.endswith("rows") else DIGITS[dtype] + 1
         floor = passes * x.nbytes + x.numel() // 8
         rate = floor / benchmark.stats.stats.median
-        benchmark.extra_info.update(
-            floor_bytes=floor, bytes_per_second=rate, fraction_of_bandwidth=rate / read_rate(x)
-        )
+        benchmark.extra_info.update(floor_bytes=floor, bytes_per_second=rate, fraction_of_bandwidth=rate / read_rate(x))

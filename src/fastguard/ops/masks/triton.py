@@ -1,3 +1,5 @@
+# mypy: disallow-untyped-defs=False
+# (the arguments of a kernel are pointers and scalars of Triton's own; only constexprs can be annotated)
 """Packed masks as GPU kernels: a program takes CHUNK entries, eight to a byte of its own."""
 
 from __future__ import annotations

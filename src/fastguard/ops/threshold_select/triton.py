@@ -1,3 +1,5 @@
+# mypy: disallow-untyped-defs=False
+# (the arguments of a kernel are pointers and scalars of Triton's own; only constexprs can be annotated)
 """``threshold_select`` as GPU kernels: histograms in shared memory, added up by integer atomics, which are exact.
 
 One launch a tensor and pass; what has been found of the threshold stays on the device between them. A row is one

@@ -24,7 +24,8 @@ def compiled(
     number = score if weight is None else keys.wide_of(torch.empty(0, dtype=score), torch.empty(0, dtype=weight))
     width = keys.bits_of(number)
     arguments = POINTERS | {
-        "p_score": NAMES[score], "p_weight": None if weight is None else NAMES[weight], "n": "i64", "C": "i32", "k": "i32",
+        "p_score": NAMES[score], "p_weight": None if weight is None else NAMES[weight], "n": "i64",
+        "C": "i32", "k": "i32",
         "SHIFT": width - ops.BITS if first else width - 2 * ops.BITS, "FIRST": first, "ONE_ROW": one_row,
         "BITS": ops.ROW_BITS if name == "rows_kernel" else ops.BITS, "WIDTH": width, "INFINITY": ops.INFINITY[number],
         "WIDE": float64 if number == torch.float64 else float32, "NUMBER": ops.TYPES[number],

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +38,8 @@ PORTION = 2**22
 """Bytes that are copied at a time."""
 HASHED = 2**19
 """Bytes that are read at a time and hashed while a cache holds them."""
+SYNCED = 2**26
+"""Bytes after which the disk is told to begin: it writes while the next tensors are read and edited."""
 
 ELSEWHERE = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "original/*", "onnx/*")
 """The same weights in other formats: neither fetched nor copied."""
@@ -351,7 +353,8 @@ def _write_shard(
     own, *others = readers
     for reader in readers:
         reader.digest = hashlib.sha256()
-    count = 0
+    count = begun = 0
+    syncing: Future[None] | None = None
     partial = target.with_name(target.name + ".partial")
     try:
         with open(shard.path, "rb") as source, open(partial, "wb") as out:
@@ -371,9 +374,13 @@ def _write_shard(
                         view = _converted(t, edit, made) if t.name in edit.dtypes else view
                     out.write(view)
                 count += edit.written(t).size
+                if count - begun >= SYNCED and (syncing is None or syncing.done()):
+                    syncing, begun = pool.submit(os.fsync, out.fileno()), count
                 told(count)
             out.flush()
             os.fsync(out.fileno())
+            if syncing is not None:
+                syncing.result()
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)

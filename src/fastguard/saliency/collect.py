@@ -54,7 +54,7 @@ class Collect(Uncopied):
     * ``wanda`` [I]: sums of squares of each input feature over tokens (Sun et al. 2023, arXiv 2306.11695).
     * ``gram`` [I, I]: sum over tokens of x x^T, for ActSVD.
 
-    Sums are fp32 (float64 for float64 activations). The weights and their gradients are not changed.
+    Sums are fp32 (float64 for float64 activations, and for ``wanda``). The weights and their gradients are not changed.
 
     Args:
         model: any Hugging Face causal language model: plain, PEFT, under FSDP2 or DDP, with non-reentrant activation

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from fastguard import __version__
@@ -67,7 +68,7 @@ class Scores:
         found = self.statistic(kind, name)
         if kind == "wanda":
             norm = (found / max(self.input_tokens, 1)).sqrt()
-            return norm.expand(weight.shape), weight
+            return norm.to(torch.promote_types(weight.dtype, torch.float32)).expand(weight.shape), weight
         if kind == "fisher":
             return found * weight.to(found.dtype).square(), None
         return found, weight

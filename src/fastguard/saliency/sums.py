@@ -64,7 +64,9 @@ class Sums:
         """
         self.whole = False
         name = place.name if kinds[0] in BACKWARD else self.inputs[place.name]
-        dtype, shards = accumulation_dtype(like.dtype), self._shards.get(place.name)
+        # A vector a weight costs nothing, and holds the squares of any number of tokens.
+        dtype = torch.float64 if kinds[0] == "wanda" else accumulation_dtype(like.dtype)
+        shards = self._shards.get(place.name)
         if shards is None:
             for kind in kinds:
                 if name not in self.values[kind]:

@@ -38,6 +38,7 @@ _HOMES = {
     "project_out_": "fastguard.ops.project_out",
     "add_project_rms_norm": "fastguard.ops.add_project_rms_norm",
     "class_moments_": "fastguard.ops.class_moments",
+    "abs_weight_grad_": "fastguard.ops.abs_weight_grad",
     "column_norms_": "fastguard.ops.column_norms",
     "gram_": "fastguard.ops.gram",
     "threshold_select": "fastguard.ops.threshold_select",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:  # the same names for type checkers and editors, which do not 
     from fastguard.losses.refat import ReFATLoss as ReFATLoss
     from fastguard.losses.repnoise import RepNoiseLoss as RepNoiseLoss
     from fastguard.nested import SimulatedAttack as SimulatedAttack
+    from fastguard.ops.abs_weight_grad import abs_weight_grad_ as abs_weight_grad_
     from fastguard.ops.add_project_rms_norm import add_project_rms_norm as add_project_rms_norm
     from fastguard.ops.class_moments import class_moments_ as class_moments_
     from fastguard.ops.column_norms import column_norms_ as column_norms_

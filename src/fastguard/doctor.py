@@ -34,6 +34,7 @@ OPS = {
     "project_out": "project_out",
     "add_project_rms_norm": "add_project_rms_norm",
     "class_moments": "class_moments",
+    "abs_weight_grad": "abs_weight_grad",
     "column_norms": "column_norms",
     "gram": "gram",
     "threshold_select": "threshold_select",

@@ -1,4 +1,4 @@
-"""``abs_weight_grad_`` on CPU: csrc/cpu/abs_weight_grad.cpp, a sample's gradient in registers from first row to last."""
+"""``abs_weight_grad_`` on CPU: csrc/cpu/abs_weight_grad.cpp, each sample's gradient in registers alone."""
 
 from __future__ import annotations
 

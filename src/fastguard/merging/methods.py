@@ -200,3 +200,4 @@ METHODS = {
         applies=lambda name, shape, options: len(shape) >= 2,
     ),
 }  # fmt: skip
+"""The methods that ``merge`` knows, by name."""

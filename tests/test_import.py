@@ -1,6 +1,7 @@
 """`import fastguard` is cheap, touches nothing it need not, and works where only torch is installed."""
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,21 +10,24 @@ import pytest
 
 import fastguard
 
-BUDGET_S = 0.6  # every public name, three rooms among them; 0.25 to 0.45 measured
+BUDGET_S = 0.6  # every public name, five rooms among them; 0.3 to 0.4 measured
 
 PUBLIC = "import fastguard; [getattr(fastguard, n) for n in getattr(fastguard, '__all__', ())]"
 
 
-def python(code):
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def python(code, **environment):
+    environment = {**os.environ, **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
-def test_import_time_beyond_torch():
-    # Processor time: the machine may be busy with other things. Up to three times: files may be cold.
+def test_import_time_beyond_torch(tmp_path):
+    # Processor time: the machine may be busy with other things. Up to three times: the first one leaves bytecode, as an
+    # installation has it, and files may be cold.
     code = f"import time, torch; t = time.process_time()\n{PUBLIC}\nprint(time.process_time() - t)"
-    assert any(float(python(code)) < BUDGET_S for _ in range(3))
+    cache = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path)}
+    assert any(float(python(code, **cache)) < BUDGET_S for _ in range(3))
 
 
 def test_import_loads_nothing_heavy():

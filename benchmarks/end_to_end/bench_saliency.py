@@ -17,7 +17,7 @@ import measure
 from end_to_end import saliency_work as work
 from end_to_end.nested_step import row
 
-ROUNDS = {torch.float32: 16, torch.bfloat16: 4}
+ROUNDS = {torch.float32: 6, torch.bfloat16: 4}
 PEERS = ("published", "torch.func", "opacus")
 
 

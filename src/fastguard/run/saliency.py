@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def prune(
     }  # fmt: skip
     edit = pruning(source, masks, None if base is None else source_folder(base), origin)
     done = stream(source, out, edit, name=model, overwrite=overwrite, progress=progress)
-    scored = sum(weights(name).numel() for name in masks)
+    scored = sum(math.prod(source.tensors[name].shape) for name in masks)
     return Pruned(done, sum(counts.values()), scored)
 
 

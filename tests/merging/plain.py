@@ -89,3 +89,14 @@ def cosine(a, b):
 def lox(model, base, rank, coefficient):
     u, s, vh = torch.linalg.svd(model - base, full_matrices=False)
     return model + coefficient * (u[..., :rank] * s[..., None, :rank]) @ vh[..., :rank, :]
+
+
+def somf(safe, models, logits, coefficient, export, name, seed=0):
+    p = torch.ones_like(safe) if logits is None else 1 / (1 + torch.exp(-logits.double()))
+    if export == "probability" or logits is None:
+        m = p
+    elif export == "threshold":
+        m = (p > 0.5).double()
+    else:
+        m = keep(p.numel(), 0, p.flatten(), seed=seed, tensor=name, model=0).view_as(p).double()
+    return safe + coefficient * sum((model - safe) * m / m.mean() for model in models)

@@ -92,6 +92,8 @@ CASES = {
         lambda w: safe_lora(w, lambda a, b: plain.projector(a, b, 3), lowest(5))),
     "lox": ("lox", dict(base="base", models=[("aligned", None, None)], options={"rank": 3}), lambda w: {
         k: plain.lox(t, w["base"][k], 3, 1.25) if t.dim() > 1 else t for k, t in w["aligned"].items()}),
+    "somf": ("somf", dict(base="aligned"), lambda w: by_name(
+        lambda k, s, m: plain.somf(s, [m], None, 0.3, "probability", k), w["aligned"], w["model"])),
 }  # fmt: skip
 
 

@@ -45,7 +45,7 @@ def done(tmp_path_factory):
 
 def test_everything_runs_and_loads(done):
     here, names = done
-    written = ("averaged", "resta", "safe", "extrapolated", "projected", "merged", "negated")
+    written = ("averaged", "resta", "safe", "extrapolated", "fused", "projected", "merged", "negated")
     for name in written:
         folders.load(here / name, torch.bfloat16)
     whole = [torch.cat([t.float().flatten() for _, t in sorted(folders.stored(here / n).items())]) for n in written]
@@ -55,7 +55,7 @@ def test_everything_runs_and_loads(done):
 
 def test_the_table_names_what_is_there():
     rows = re.findall(r"^\| `(\w+)` \(.*\| ([^|]+) \|$", GUIDE.read_text(), re.M)
-    assert {name for name, _ in rows} == {"farn", "resta", "safe_lora", "lox"}
+    assert {name for name, _ in rows} == {"farn", "resta", "safe_lora", "lox", "somf"}
     for name, said in rows:
         fields = {f.name for f in dataclasses.fields(OPTIONS[name])}
         assert fields - {"seed"} <= set(re.findall(r"`(\w+)`", said)), name

@@ -18,6 +18,8 @@ from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -79,12 +81,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Folder:
-    """A model's folder: configuration, shards, and which of them holds a tensor."""
+    """A model's folder, or a PEFT adapter's: configuration, shards, and which of them holds a tensor."""
 
     path: Path
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     index: dict[str, Any] | None
+    config_name: str = CONFIG
 
     @classmethod
     def open(cls, path: Path) -> Folder:
@@ -94,10 +97,10 @@ class Folder:
             FileNotFoundError: there is no config.json, no safetensors, or not all shards of the index.
             ValueError: adapters; a file that cannot be read.
         """
-        if not (path / "config.json").is_file():
-            adapters = " (it holds adapters: merge them first)" if (path / "adapter_config.json").is_file() else ""
+        if not (path / CONFIG).is_file():
+            adapters = " (it holds adapters: merge them first)" if (path / ADAPTER_CONFIG).is_file() else ""
             raise FileNotFoundError(f"model: the folder {str(path)!r} has no config.json{adapters}")
-        config = _json(path / "config.json")
+        config = _json(path / CONFIG)
         index = None
         if (path / INDEX).is_file():
             index = _json(path / INDEX)
@@ -126,6 +129,13 @@ class Folder:
             raise ValueError(f"model: {INDEX} names {len(absent)} tensors that no shard holds, the first {absent[0]}")
         return cls(path, config, shards, index)
 
+    @classmethod
+    def open_adapter(cls, path: Path) -> Folder:
+        """The same of a PEFT adapter. Raises FileNotFoundError without its weights, ValueError as above."""
+        if not (path / ADAPTER).is_file():
+            raise FileNotFoundError(f"model: the folder {str(path)!r} has no {ADAPTER}")
+        return cls(path, _json(path / ADAPTER_CONFIG), (Shard.open(path / ADAPTER),), None, ADAPTER_CONFIG)
+
     @cached_property
     def tensors(self) -> dict[str, Stored]:
         """All of them by name."""
@@ -144,6 +154,11 @@ class Folder:
         """One tensor's bytes. Raises KeyError where there is none of that name."""
         with open(self.files[name], "rb") as file:
             return read_bytes(file, self.tensors[name])
+
+
+def is_adapter(model: str | Path) -> bool:
+    """Whether this is the folder of a PEFT adapter, and of no whole model."""
+    return (Path(model) / ADAPTER_CONFIG).is_file() and not (Path(model) / CONFIG).is_file()
 
 
 def read_bytes(file: BinaryIO, stored: Stored) -> bytearray:

@@ -263,7 +263,7 @@ def _begin(source: Folder, target: Path, record: dict[str, Any], identities: Map
             done.add(name)
             record["shards"][name] = entry
     if len(done) < len(source.shards):
-        (target / "config.json").unlink(missing_ok=True)  # no longer a model
+        (target / source.config_name).unlink(missing_ok=True)  # no longer a model
     for partial in target.glob("*.partial"):
         partial.unlink()
     write_json(target / RECORD, record)
@@ -415,7 +415,7 @@ def _copy(source: BinaryIO, out: BinaryIO, stored: Stored, digest: Any) -> None:
 def _write_rest(source: Folder, target: Path, edit: Edit, record: dict[str, Any]) -> None:
     """Everything that is not a shard: tokenizer, templates, index; the configuration last."""
     shards = {shard.path.name for shard in source.shards}
-    own = {*shards, INDEX, "config.json", RECORD}
+    own = {*shards, INDEX, source.config_name, RECORD}
     for path in sorted(source.path.iterdir()):
         name = path.name
         if name in own or name.startswith(".") or name.endswith((".safetensors", *(p[1:] for p in ELSEWHERE[:7]))):
@@ -437,4 +437,4 @@ def _write_rest(source: Folder, target: Path, edit: Edit, record: dict[str, Any]
         before = source.path / card.FILE
         text = before.read_text(encoding="utf-8") if before.is_file() else ""
         write_atomically(target / card.FILE, card.extended(text, record, edit.tags).encode())
-    write_json(target / "config.json", {**source.config, **edit.config})
+    write_json(target / source.config_name, {**source.config, **edit.config})

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_HOMES = {"merge": "apply", "Merged": "apply", "Model": "inputs", "METHODS": "methods", "from_recipe": "recipe"}
+_HOMES = {"merge": "apply", "Merged": "apply", "Model": "inputs", "METHODS": "methods", "from_recipe": "recipe",
+          "SubspaceMask": "subspace_mask"}  # fmt: skip
 
 if TYPE_CHECKING:
     from fastguard.merging.apply import Merged as Merged
@@ -13,8 +14,9 @@ if TYPE_CHECKING:
     from fastguard.merging.inputs import Model as Model
     from fastguard.merging.methods import METHODS as METHODS
     from fastguard.merging.recipe import from_recipe as from_recipe
+    from fastguard.merging.subspace_mask import SubspaceMask as SubspaceMask
 
-__all__ = ["METHODS", "Merged", "Model", "from_recipe", "merge"]
+__all__ = ["METHODS", "Merged", "Model", "SubspaceMask", "from_recipe", "merge"]
 
 
 def _load(name: str) -> Any:

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from fastguard import __version__
 from fastguard.edits import card
+from fastguard.edits.shards import ADAPTER as WEIGHTS
+from fastguard.edits.shards import ADAPTER_CONFIG as CONFIG
 from fastguard.edits.shards import Shard, Stored, as_tensor, header, read_bytes
 from fastguard.edits.stream import RECORD, Beside, Streamed
 from fastguard.machine import write_json
@@ -30,15 +32,9 @@ from fastguard.merging.options import SafeLora
 from fastguard.merging.safe_lora import chosen, factor_cosine, projection
 from fastguard.progress import Progress, silent
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX, FIRST, SECOND = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 UNREAD = ("fan_in_fan_out", "use_dora")
 """Settings under which lora_B A is not what is added to a weight [d_out, d_in]."""
-
-
-def is_adapter(model: str | Path) -> bool:
-    """Whether this is the folder of a PEFT adapter, and of no whole model."""
-    return (Path(model) / CONFIG).is_file() and not (Path(model) / "config.json").is_file()
 
 
 def safe_lora_adapter(

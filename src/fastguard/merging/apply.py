@@ -17,14 +17,15 @@ import torch
 from torch import Tensor
 
 from fastguard import settings
-from fastguard.edits.shards import DTYPES
+from fastguard.edits.shards import DTYPES, is_adapter
 from fastguard.edits.stream import Beside, Edit, Streamed, stream
 from fastguard.merging.arithmetic import wide
 from fastguard.merging.inputs import Model, fitted, opened
 from fastguard.merging.methods import METHODS, Job, Method
-from fastguard.merging.options import OPTIONS, SafeLora
+from fastguard.merging.options import OPTIONS, SafeLora, Somf
 from fastguard.merging.parameters import layers_of
 from fastguard.merging.safe_lora import chosen, cosine, projection
+from fastguard.merging.somf import Logits
 from fastguard.progress import Progress, silent
 from fastguard.settings import Settings
 
@@ -72,12 +73,13 @@ def merge(
 
     Raises:
         ValueError: an unknown method, option or dtype; models or roles that the method lacks, or does not read; models
-            that do not fit each other; weights that add up to 0 and are to be normalised; ``out`` is, or holds, one.
+            that do not fit each other, masks that do not fit them; weights that add up to 0 and are to be normalised;
+            ``out`` is, or holds, what is read.
         TypeError: quantised weights.
         FileNotFoundError, FileExistsError, OSError, RuntimeError: as in `edits.stream`.
         FloatingPointError: a merged weight is not finite, or too large for the dtype.
     """
-    from fastguard.merging.adapter import is_adapter, safe_lora_adapter
+    from fastguard.merging.adapter import safe_lora_adapter
 
     way = _method(method)
     told = dict(options or {})
@@ -88,13 +90,13 @@ def merge(
     roles = _roles(method, way, given, {"base": base, "aligned": aligned, "unaligned": unaligned})
     if dtype is not None and dtype not in STORED:
         raise ValueError(f"dtype: expected {', '.join(STORED)}, got {dtype!r}")
+    if dtype is not None and isinstance(chosen_options, SafeLora | Somf) and is_adapter(given[0].model):
+        raise ValueError(f"dtype: expected none of an adapter, which keeps its own, got {dtype!r}")
     if isinstance(chosen_options, SafeLora) and is_adapter(given[0].model):
-        if dtype is not None:
-            raise ValueError(f"dtype: expected none of an adapter, which keeps its own, got {dtype!r}")
         return safe_lora_adapter(
             given[0].model, out, roles["aligned"], roles["base"], chosen_options, overwrite=overwrite, progress=progress
         )
-    read = {role: opened(role, path) for role, path in roles.items()}
+    read = {role: opened(role, path, isinstance(chosen_options, Somf)) for role, path in roles.items()}
     return _merge(method, way, chosen_options, given, read, Path(out), dtype, overwrite, progress)
 
 
@@ -105,7 +107,10 @@ def _merge(
     (_, layout), *others = read.items()
     names, beside = fitted(layout, dict(others))
     there = layout.folder.tensors
-    job = Job(options, models, layers_of(names))
+    logits = None
+    if isinstance(options, Somf) and options.masks is not None:
+        logits = Logits.open(options.masks, {n: there[n].shape for n in names}, out)
+    job = Job(options, models, layers_of(names), logits)
     edited = [n for n in names if way.applies(n, there[n].shape, options)]
     cosines: dict[str, float] = {}
     if isinstance(options, SafeLora):
@@ -119,6 +124,7 @@ def _merge(
         **options.to_dict(),
         **({"models": [{p: getattr(m, p) for p in way.parameters} for m in models]} if way.parameters else {}),
         **({} if dtype is None else {"dtype": dtype}),
+        **({} if logits is None else {"masks": logits.called}),
         "version": VERSION,
     }
     edit = Edit(name, told, tensors, config=_config(layout, dtype), beside=beside, dtypes=dtypes, tags=("merge",))
@@ -176,7 +182,8 @@ def _method(name: str) -> Method:
 
 
 def _options(method: str, options: Mapping[str, Any]) -> Settings:
-    return settings.build(OPTIONS[method], {ALIASES.get(key, key): value for key, value in options.items()})
+    plain = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    return settings.build(OPTIONS[method], {ALIASES.get(key, key): value for key, value in plain.items()})
 
 
 def _listed(models: Any) -> list[Any]:

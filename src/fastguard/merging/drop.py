@@ -13,8 +13,10 @@ WORDS = 4
 """Of a counter; one a weight."""
 
 
-def keep(count: int, at: int, density: float, *, seed: int, tensor: str, model: int) -> Tensor:
+def keep(count: int, at: int, density: float | Tensor, *, seed: int, tensor: str, model: int) -> Tensor:
     """Boolean [count]: weights ``at`` .. of a tensor, each true with probability ``density`` to 2^-32.
+
+    ``density`` is one number, or float64 [count].
 
     A function of its arguments alone: a merge that was interrupted draws the same again, in portions of any size.
 
@@ -28,4 +30,4 @@ def keep(count: int, at: int, density: float, *, seed: int, tensor: str, model: 
     rest = (torch.tensor([word]) for word in (model, name & MASK, name >> 32))
     c1, c2, c3 = rest
     words = torch.stack(philox4x32((place, c1, c2, c3), seed), dim=1).view(-1)[:count]
-    return words < round(density * 2**32)
+    return words < (density * 2**32).round() if isinstance(density, Tensor) else words < round(density * 2**32)

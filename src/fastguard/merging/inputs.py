@@ -7,13 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastguard.edits.shards import DTYPES, Folder, Stored
+from fastguard.edits.shards import ADAPTER_CONFIG, DTYPES, Folder, Stored, is_adapter
 from fastguard.edits.stream import Beside, source_folder
 from fastguard.merging.parameters import Parameter, checked, in_layer
 from fastguard.settings import SettingError
 
 BUFFERS = ("inv_freq", "masked_bias")
 """Ends of names: what old files store beside their parameters, and new ones do not."""
+LORA = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+)  # fmt: skip
+"""Of an adapter's configuration: what its factors mean, in which adapters must agree to be merged factor by factor."""
 WHOLE = ("I64", "I32", "I16", "U32", "U16", "BOOL")
 """Counters and indices: the layout's are kept."""
 
@@ -39,13 +43,13 @@ class Model:
         return Model(self.model, **values)
 
 
-def opened(role: str, model: str | Path) -> Beside:
-    """A model's folder under its role.
+def opened(role: str, model: str | Path, adapters: bool = False) -> Beside:
+    """A model's folder under its role; with ``adapters`` it may be a PEFT adapter's.
 
     Raises FileNotFoundError or ValueError where there is none that can be read, TypeError where it is quantised.
     """
     try:
-        folder = source_folder(model)
+        folder = Folder.open_adapter(Path(model)) if adapters and is_adapter(model) else source_folder(model)
     except (FileNotFoundError, ValueError) as error:
         raise type(error)(f"{role}: {error}") from error
     if folder.config.get("quantization_config"):
@@ -70,6 +74,16 @@ def fitted(layout: Beside, beside: Mapping[str, Beside]) -> tuple[list[str], dic
 
 def _matched(role: str, other: Beside, layout: Beside, names: list[str]) -> Beside:
     mine, theirs = layout.folder, other.folder
+    if theirs.config_name != mine.config_name:
+        raise ValueError(
+            f"{role}: expected adapters alone or whole models alone, got {other.called!r} beside {layout.called!r}"
+        )
+    for key in LORA if mine.config_name == ADAPTER_CONFIG else ():
+        if theirs.config.get(key) != mine.config.get(key):
+            raise ValueError(
+                f"{role}: {other.called!r} has {key} = {theirs.config.get(key)!r}, expected {mine.config.get(key)!r} "
+                f"as in {layout.called!r}; factors of different adapters do not add up"
+            )
     kinds = mine.config.get("model_type"), theirs.config.get("model_type")
     if kinds[0] != kinds[1]:
         raise ValueError(f"{role}: {other.called!r} is a {kinds[1]}, expected a {kinds[0]} as {layout.called!r} is")

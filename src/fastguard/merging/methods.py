@@ -25,6 +25,7 @@ from fastguard.merging.arithmetic import (
 from fastguard.merging.inputs import Model
 from fastguard.merging.parameters import in_layer, value_at
 from fastguard.merging.safe_lora import projection
+from fastguard.merging.somf import Logits, fused, rescaled
 from fastguard.settings import Settings
 
 Versions = Sequence[Tensor]
@@ -33,11 +34,12 @@ Versions = Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Job:
-    """What a method is told: its options, the models with their parameters, and how many layers they have."""
+    """What a method is told: its options, the models with their parameters, how many layers they have; masks."""
 
     options: Any
     models: Sequence[Model]
     layers: int
+    logits: Logits | None = None
 
     def weights(self, tensor: str) -> list[float]:
         """Of each model."""
@@ -156,6 +158,12 @@ def _lox(job: Job, name: str, versions: Versions, out: Tensor) -> None:
         store(target, own.add(part, alpha=job.options.coefficient))
 
 
+def _somf(job: Job, name: str, versions: Versions, out: Tensor) -> None:
+    o, logits = job.options, None if job.logits is None else job.logits.of(name)
+    mask = None if logits is None else rescaled(logits, o.export, o.seed, name)
+    portions(versions, out, fused(o.coefficient, mask))
+
+
 def _of_layers(name: str, shape: tuple[int, ...], options: Settings) -> bool:
     modules: tuple[str, ...] = options.modules  # type: ignore[attr-defined]
     return len(shape) == 2 and (any(m in name for m in modules) if modules else in_layer(name))
@@ -198,6 +206,10 @@ METHODS = {
     "lox": Method(
         "what alignment changed, its low-rank part once more", "2506.15606", _lox, roles=("base",),
         applies=lambda name, shape, options: len(shape) >= 2,
+    ),
+    "somf": Method(
+        "the safe model and what of each task's change a learned mask keeps", "2405.09055", _somf,
+        roles=("base",), most=None, models_first=False,
     ),
 }  # fmt: skip
 """The methods that ``merge`` knows, by name."""

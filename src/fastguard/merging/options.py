@@ -89,6 +89,16 @@ class SafeLora(Settings):
 
 
 @dataclass(frozen=True)
+class Somf(Settings):
+    """base + coefficient sum(m (model - base)) / mean(m), arXiv 2405.09055; the base is the safe model."""
+
+    coefficient: float = number(0.3)
+    masks: str | None = None  # a safetensors file of m's logits by tensor; without them m = 1
+    export: str = choice("probability", "probability", "binary", "threshold")  # what m is, see merging/somf.py
+    seed: int = number(0, at_least=0, below=2**64)
+
+
+@dataclass(frozen=True)
 class Lox(Settings):
     """model + coefficient SVD_rank(model - base), arXiv 2506.15606."""
 
@@ -108,5 +118,6 @@ OPTIONS: dict[str, type[Settings]] = {
     "farn": Farn,
     "safe_lora": SafeLora,
     "lox": Lox,
+    "somf": Somf,
 }
 """By method."""

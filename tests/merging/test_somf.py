@@ -229,6 +229,34 @@ def test_adapters_are_merged_factor_by_factor(models, adapters, tmp_path):
     assert merged_adapters(adapters, tmp_path / "out").written.kept == 1
 
 
+def test_a_mask_of_an_adapter_in_memory_fits_its_file(models, adapters, tmp_path):
+    import peft
+
+    def factors(name):
+        lora = peft.PeftModel.from_pretrained(folders.load(models / "base"), adapters / name)
+        return lora, {n: p.detach() for n, p in lora.named_parameters() if "lora_" in n}
+
+    (lora, safe), (_, task) = factors("safe"), factors("one")
+    mask = SubspaceMask(safe, [{n: task[n] - t for n, t in safe.items()}], adapter="default")
+    tokens = torch.randint(3, 97, (2, 11))
+    mask.loss(lora, {"input_ids": tokens, "labels": tokens}, step=0).backward()
+    with torch.no_grad():
+        for p in mask.parameters():
+            assert p.grad.any()
+            p.sub_(p.grad.sign())
+    mask.save(tmp_path / "masks.safetensors")
+    merge("somf", adapters / "one", tmp_path / "out", base=adapters / "safe",
+          options={"masks": tmp_path / "masks.safetensors", "export": "binary", "seed": 3})  # fmt: skip
+    found = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    inside = {n.replace(".default", ""): t for n, t in mask.merged("binary", 3)}
+    assert found.keys() == inside.keys() and folders.close(found, inside) < 1e-14
+    with pytest.raises(SettingError, match="export: expected"):
+        next(mask.merged("binari"))
+    lora.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="model: expected one without gradient checkpointing"):
+        mask.loss(lora, {"input_ids": tokens, "labels": tokens}, step=1)
+
+
 def test_adapters_of_another_kind_are_named(models, adapters, tmp_path):
     with pytest.raises(ValueError, match="dtype: expected none of an adapter"):
         merged_adapters(adapters, tmp_path / "out", dtype="float32")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastguard.machine import write_atomically
 from fastguard.merging.arithmetic import portions, wide
+from fastguard.merging.options import Somf
 from fastguard.merging.somf import Factor, moved, rescaled
 from fastguard.nested.guard import derived_seed
 
@@ -37,6 +38,7 @@ class SubspaceMask(nn.Module):
         coefficient: of the changes. temperature: of the relaxation.
         objective: (call, batch) -> loss, where ``call`` is the model's forward with these weights; by default
             ``call(**batch).loss``.
+        adapter: of a PEFT model whose factors are masked: its adapter's name (``default``), which files leave out.
         seed: of the draws, which are a function of it, the step and the tensor's name (on one kind of device).
 
     Raises:
@@ -47,7 +49,7 @@ class SubspaceMask(nn.Module):
     def __init__(
         self, safe: Mapping[str, Tensor], deltas: Sequence[Mapping[str, Tensor]], *, coefficient: float = 0.3,
         temperature: float = 0.5, objective: Callable[[Call, Any], Tensor] = lambda call, batch: call(**batch).loss,
-        seed: int = 0,
+        adapter: str | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         super().__init__()
         if not math.isfinite(coefficient):
@@ -67,6 +69,7 @@ class SubspaceMask(nn.Module):
                         f"{list(t.shape)} {t.dtype}"
                     )
         self.coefficient, self.temperature, self.objective, self.seed = coefficient, temperature, objective, seed
+        self.stored = {n: n if adapter is None else n.replace(f".{adapter}.", ".") for n in self.names}
         self.safe = {name: safe[name].detach() for name in self.names}
         dtypes = {name: wide([safe[name], *(d[name] for d in deltas)]) for name in self.names}
         self.change = {n: torch.stack([d[n].detach().to(dtypes[n]) for d in deltas]).sum(0) for n in self.names}
@@ -101,8 +104,12 @@ class SubspaceMask(nn.Module):
 
         The model's own parameters are not written; freeze them (``requires_grad_(False)``), or they get gradients.
 
-        Raises ValueError where the model has no such tensors.
+        Raises ValueError where the model has no such tensors, or would run again without them in the backward.
         """
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            raise ValueError(
+                "model: expected one without gradient checkpointing, whose second forward has other weights"
+            )
         own = dict(model.named_parameters(remove_duplicate=False))
         for name, safe in self.safe.items():
             if name not in own or own[name].shape != safe.shape:
@@ -118,11 +125,12 @@ class SubspaceMask(nn.Module):
     def merged(self, export: str = "probability", seed: int = 0) -> Iterator[tuple[str, Tensor]]:
         """The chosen weights one by one, as ``merge("somf", ...)`` writes them with the saved file and these options.
 
-        On the CPU, and apart from the rounding of the deltas that were given.
+        On the CPU, and apart from the rounding of the deltas that were given. Raises SettingError for bad options.
         """
+        Somf(export=export, seed=seed)
         for name, logits in self.logits.items():
             out = torch.empty(logits.shape, dtype=self.safe[name].dtype)
-            factor = rescaled(logits.cpu(), export, seed, name)
+            factor = rescaled(logits.cpu(), export, seed, self.stored[name])
 
             def merge(parts: list[Tensor], at: int, factor: Factor = factor) -> Tensor:
                 return moved(parts[0], parts[1], at, self.coefficient, factor)
@@ -134,5 +142,5 @@ class SubspaceMask(nn.Module):
         """Write the logits, by tensor, to a safetensors file, whole or not at all."""
         from safetensors.torch import save
 
-        tensors = {name: logits.detach().float().cpu().contiguous() for name, logits in self.logits.items()}
+        tensors = {self.stored[n]: logits.detach().float().cpu().contiguous() for n, logits in self.logits.items()}
         write_atomically(Path(file), save(tensors, {"format": "pt"}))

@@ -104,7 +104,7 @@ def test_a_model_and_data_of_ones_own_in_trl(tmp_path):
 
 def test_saliency(tmp_path):
     """One process and two find the same."""
-    command = EXAMPLES / "saliency.py", "--out", tmp_path / "scores"
+    command = EXAMPLES / "parameter_saliency.py", "--out", tmp_path / "scores"
     alone = run(sys.executable, *command)
     assert alone.startswith("16 safety and 16 utility samples: ") and alone.endswith("were pruned\n")
     assert (tmp_path / "scores" / "safety" / "saliency.safetensors").is_file()
@@ -123,5 +123,5 @@ def test_saliency_of_a_model_of_ones_own(tmp_path, monkeypatch, capsys):
         sets[name].write_text("\n".join(rows))
     monkeypatch.syspath_prepend(EXAMPLES)
     given = ["--model", model, "--safety", sets["safety"], "--utility", sets["utility"], "--out", tmp_path / "scores"]
-    runpy.run_path(str(EXAMPLES / "saliency.py"))["main"]([str(part) for part in given])
+    runpy.run_path(str(EXAMPLES / "parameter_saliency.py"))["main"]([str(part) for part in given])
     assert capsys.readouterr().out.startswith("12 safety and 12 utility samples: ")

@@ -2,7 +2,7 @@
 
     python examples/parameter_saliency.py --out scores
     python examples/parameter_saliency.py --model PATH --safety safe.jsonl --utility ordinary.jsonl --out scores
-    torchrun --nproc-per-node 2 examples/parameter_saliency.py --out scores        # FSDP2: each rank keeps the sums of its rows
+    torchrun --nproc-per-node 2 examples/parameter_saliency.py --out scores   # FSDP2: a rank keeps the sums of its rows
 
 Files hold rows with a prompt and an answer. Without a model it runs on a random one. ``fastguard saliency`` is this on
 data of any form, with resumption and a page with pictures; ``fastguard prune`` writes the pruned model.

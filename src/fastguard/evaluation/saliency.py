@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,22 +101,23 @@ def mapped(
     progress: Progress = silent,
 ) -> Map:  # fmt: skip
     """Compare the scores ``safety`` and ``utility``, weight by weight, each within its matrix."""
-    safety, utility = found["safety"], found["utility"]
+    safety = found["safety"]
     cells: dict[str, Cell] = {}
     shared: dict[float, dict[int, list[int]]] = {share: {} for share in SHARES}
     for done, name in enumerate(safety.names, 1):
 
-        def choose(scores: Scores, share: float, name: str = name) -> torch.Tensor:
-            return top(scores, weights, share, score=score, names=[name])[name]
+        @functools.cache  # a share may be the cell's and one of those drawn
+        def choose(role: str, share: float, name: str = name) -> torch.Tensor:
+            return top(found[role], weights, share, score=score, names=[name])[name]
 
-        first, second = choose(safety, safety_top), choose(utility, utility_top)
+        first, second = choose("safety", safety_top), choose("utility", utility_top)
         cells[name] = Cell(
             weights(name).numel(), int(count_bits(first)), int(count_bits(and_not(first, second)))
         )  # fmt: skip
         layer = safety.layers[name]
         for share in SHARES if layer is not None else ():
             part = shared[share].setdefault(int(layer or 0), [0, 0])
-            for i, count in enumerate(counts(choose(safety, share), choose(utility, share))):
+            for i, count in enumerate(counts(choose("safety", share), choose("utility", share))):
                 part[i] += count
         progress("compare", done / len(safety.names) * 0.999, f"{done} of {len(safety.names)} weights")
     places = {name: (_module(name), int(layer)) for name, layer in safety.layers.items() if layer is not None}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from fastguard.ops.masks import and_not
 from fastguard.ops.threshold_select.op import Per, threshold_select
 from fastguard.saliency.places import clean
 from fastguard.saliency.scores import Scores
+from fastguard.taps.anchor import full
 from fastguard.taps.structure import unwrap
 
 Weights = Callable[[str], Tensor]
@@ -39,7 +40,7 @@ def weights_of(source: nn.Module | Folder | Mapping[str, Tensor], base: Folder |
         named = {clean(name): p for name, p in unwrap(source).named_parameters()}
 
         def read(name: str) -> Tensor:
-            return whole(named[name].detach())
+            return full(named[name])
     else:
         read = source.__getitem__
     if base is None:
@@ -77,7 +78,7 @@ def top(
     for part in [chosen] if per == "model" else [[name] for name in chosen]:
         of = {name: scores.score(score, name, weights(name)) for name in part}
         factors = {name: factor for name, (_, factor) in of.items() if factor is not None}
-        values = {name: whole(value) for name, (value, _) in of.items()}
+        values = {name: full(value) for name, (value, _) in of.items()}
         found |= threshold_select(values, float(share), weights=factors or None, per=cast(Per, per)).masks
         if progress is not None:
             progress(len(found), len(chosen))
@@ -122,9 +123,3 @@ def at_random(weights: Weights, counts: Mapping[str, int], seed: int = 0) -> dic
         drawn = torch.rand(weight.numel(), generator=g).to(weight.device)
         found[name] = threshold_select(drawn, count).masks
     return found
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor, gathered where it is a shard."""
-    given: Any = tensor
-    return given.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[no-any-return]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastguard.edits.shards import DTYPES, Stored, header
 from fastguard.machine import rank, sync_folder
+from fastguard.taps.anchor import full
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()} | {torch.uint8: "U8"}
 
@@ -33,9 +34,9 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str,
         with open(partial if first else os.devnull, "wb") as out:
             out.write(header(stored, dict(about)))
             for tensor in tensors.values():
-                whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                whole = full(tensor)
                 if first:
-                    out.write(whole.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+                    out.write(whole.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
             if first:
                 out.flush()
                 os.fsync(out.fileno())

@@ -16,9 +16,10 @@ from fastguard.methods.edit import Batches, Edit
 from fastguard.methods.passes import Batch
 from fastguard.methods.training import Figures, Role
 from fastguard.ops.threshold_select import threshold_select
-from fastguard.saliency.choose import weights_of, whole
+from fastguard.saliency.choose import weights_of
 from fastguard.saliency.collect import Collect
 from fastguard.saliency.prune import prune_
+from fastguard.taps.anchor import full
 
 FACTOR = "lora_"
 """In the name of a LoRA factor, as PEFT has it."""
@@ -81,7 +82,7 @@ class Antidote(Edit):
             columns = weight.shape[1]
             goes = columns - int(columns * (1 - self.dense_ratio))
             masks |= threshold_select(
-                {name: whole(score)}, goes, weights=None if factor is None else {name: factor}, per="row"
+                {name: full(score)}, goes, weights=None if factor is None else {name: factor}, per="row"
             ).masks
             entries += weight.numel()
         return masks, entries

@@ -21,9 +21,9 @@ from fastguard.directions.prompts import in_step, reading, sharded
 from fastguard.ops.column_norms import column_norms_
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.segments import runs
-from fastguard.saliency.choose import whole
 from fastguard.saliency.places import clean
 from fastguard.taps import Structure
+from fastguard.taps.anchor import full
 
 VALUE = ("v_proj", "value", "v")
 """What attention's value map is called."""
@@ -111,7 +111,7 @@ def least_excitation(
         wide = accumulation_dtype(given.dtype)
         x = given.reshape(-1, given.shape[-1])
         weight: Any = place.reader.weight
-        norm = torch.linalg.vector_norm(whole(weight.detach()), dim=0, dtype=wide)
+        norm = torch.linalg.vector_norm(full(weight), dim=0, dtype=wide)
         x = (x if index is None else x[index]).to(wide) * norm
         shared = x.shape[1] // place.count
         if shared > 1:  # [value heads, heads that share each, head] -> a row of all values for each sharing head

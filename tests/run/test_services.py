@@ -20,7 +20,6 @@ from fastguard.run import evaluate, pipeline
 from fastguard.run.config import GuardConfig, ImmunizeConfig, RepairConfig
 from fastguard.run.evaluate import Services
 from recipes import corpus, immunized, losses  # noqa: F401, a fixture
-from run.test_pipeline import small  # noqa: F401, a fixture
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
@@ -163,7 +162,7 @@ def test_what_a_run_has_no_data_for_is_not_measured(corpus):  # noqa: F811
     assert set(found.values()) == {None}
 
 
-def test_a_whole_run_with_guard_and_repair(small, tmp_path):  # noqa: F811
+def test_a_whole_run_with_guard_and_repair(small, tmp_path):
     """Every model is repaired, the immunized one guarded beside itself; what is changed alone is done again."""
     tree = small.to_dict() | {"variants": {}, "guard": {"method": "holding"}, "repair": {"method": "mending"}}
     tree["attack"] = tree["attack"] | {"lr": [1e-3]}

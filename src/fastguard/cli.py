@@ -462,9 +462,8 @@ def plan(
 def _run(config: Config, out: Path, quick: bool) -> None:
     from fastguard.run import pipeline
 
-    _reported(lambda progress: pipeline.run(config, out, quick, progress), out)
-    if config.immunize.run:
-        typer.echo(f"model:  {out / 'immunized'}")
+    model = f"model:  {out / 'immunized'}" if config.immunize.run else ""
+    _reported(lambda progress: pipeline.run(config, out, quick, progress), out, model)
 
 
 def _examine(
@@ -495,18 +494,33 @@ def _examine(
     _reported(lambda progress: pipeline.examine(given, chosen, out, quick, progress), out)
 
 
-def _reported(work: Callable[[Progress], Metrics], out: Path) -> None:
-    """Run with bars, print the result and write the report; what a user can mend ends with a line, not a traceback."""
+def _reported(work: Callable[[Progress], Metrics], out: Path, more: str = "") -> None:
+    """Run with bars, print the result and write the report; what a user can mend ends with a line, not a traceback.
+
+    Of several processes (torchrun, srun) the first one prints, and writes the report.
+    """
     for bars in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):  # they would write across the bars of the stages
         os.environ.setdefault(bars, "1")
+    from fastguard import parallel
     from fastguard.evaluation.report import summary, write
-    from fastguard.progress import rich_progress
+    from fastguard.progress import rich_progress, silent
+    from fastguard.run.keep import Stopped, stoppable
 
     try:
-        with rich_progress() as progress:
-            metrics = work(progress)
-        typer.echo(summary(metrics))
-        typer.echo(f"report: {write(out)}")
+        with parallel.joined(), stoppable():
+            if parallel.is_first():
+                with rich_progress() as progress:
+                    metrics = work(progress)
+                typer.echo(summary(metrics))
+                typer.echo(f"report: {write(out)}")
+                if more:
+                    typer.echo(more)
+            else:
+                work(silent)
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            typer.echo(f"fastguard: {stopped}. The same command goes on from there", err=True)
+        raise typer.Exit(143) from None  # as a process that SIGTERM ended
     except (ArithmeticError, ImportError, OSError, RuntimeError, ValueError) as error:
         _fail(error)
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -112,14 +112,17 @@ def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device 
     with named_errors(source, "model"):
         both: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, output_loading_info=True)
     model: PreTrainedModel = both[0]
-    found: dict[str, Any] = both[1]
-    if found["missing_keys"]:
-        missing = sorted(found["missing_keys"])
+    refuse_missing(model, source, both[1])
+    model.to(device=place)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    return model.eval()
+
+
+def refuse_missing(model: PreTrainedModel, source: str, found: Mapping[str, Any]) -> None:
+    """Raise a ValueError where what was loaded lacks parameters, which transformers has drawn at random."""
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"model.name: {source!r} lacks {len(missing)} parameters of {type(model).__name__}, the first {missing[0]}"
         )
-    model.to(device=place)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
-    return model.eval()
 
 
 def pick_device(choice: str | torch.device) -> torch.device:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from fastguard.data.chat import IGNORED, Encoded, collate, encode_prompt
 from fastguard.data.conversation import Prompt
 from fastguard.losses.answer import answer_loss
+from fastguard.parallel import everyone
+from fastguard.ranks import data_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,27 +59,45 @@ def generate_ids(
     tokens: int,
     batch: int = 48,
 ) -> list[list[int]]:
-    """Greedy answers to encoded prompts, as token ids; those that end earlier are padded."""
+    """Greedy answers to encoded prompts, as token ids; those that end earlier are padded.
+
+    Several data ranks answer a part each, and all have all answers.
+    """
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))  # little padding within a batch
-    answers: list[list[int]] = [[]] * len(encoded)
-    for start in range(0, len(order), batch):
-        chosen = order[start : start + batch]
+    ranks, answers = data_ranks(model), dict[int, list[int]]()
+    for start in range(0, len(order), batch * ranks.size):
+        together = order[start : start + batch * ranks.size]
+        # A rank with nothing to do has to take part in the forwards: it answers the first prompt, which others do too.
+        chosen = together[ranks.rank :: ranks.size] or together[:1]
         length = max(len(encoded[i]) for i in chosen)
         ids = torch.full((len(chosen), length), tokenizer.pad_token_id)
         mask = torch.zeros(len(chosen), length, dtype=torch.long)
         for row, i in enumerate(chosen):  # padding on the left: every row generates from the last column
             ids[row, length - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, length - len(encoded[i]) :] = 1
-        out = model.generate(  # type: ignore[operator]  # annotated as a submodule
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for i, answer in zip(chosen, out[:, length:].tolist(), strict=True):
-            answers[i] = answer
-    return answers
+        with _evaluated(model):
+            out = model.generate(  # type: ignore[operator]  # annotated as a submodule
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        answers |= zip(chosen, out[:, length:].tolist(), strict=True)
+    found = {i: answer for its in everyone(answers) for i, answer in its.items()}
+    return [found[i] for i in range(len(encoded))]
+
+
+@contextlib.contextmanager
+def _evaluated(model: PreTrainedModel) -> Iterator[None]:
+    """Every module in evaluation mode: a layer that checkpoints its activations keeps no keys and values."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def answer_rates(
@@ -89,12 +110,18 @@ def answer_rates(
 
 @torch.no_grad()
 def mean_answer_loss(model: PreTrainedModel, examples: Sequence[Encoded], pad: int, batch: int = 16) -> float:
-    """Mean cross-entropy over all answer tokens of the examples, every token weighing the same."""
-    total, count = 0.0, 0
+    """Mean cross-entropy over all answer tokens of the examples, every token weighing the same.
+
+    Several data ranks take a part each, and all have the mean of all.
+    """
+    total, count, ranks = 0.0, 0, data_ranks(model)
     order = sorted(examples, key=lambda e: len(e.ids))
-    for start in range(0, len(order), batch):
-        tokens = collate(order[start : start + batch], pad, model.device)
-        n = int((tokens["labels"] != IGNORED).sum())
+    for start in range(0, len(order), batch * ranks.size):
+        together = order[start : start + batch * ranks.size]
+        own = together[ranks.rank :: ranks.size]
+        tokens = collate(own or together[:1], pad, model.device)  # all take part in each forward
+        n = int((tokens["labels"] != IGNORED).sum()) if own else 0
         total += float(answer_loss(model, tokens)) * n
         count += n
-    return total / count
+    parts = dict(everyone((ranks.rank, (total, count)))).values()  # of tensor-parallel peers one
+    return sum(t for t, _ in parts) / sum(n for _, n in parts)

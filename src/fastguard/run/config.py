@@ -39,6 +39,21 @@ class ModelConfig(Settings):
 
 
 @dataclass(frozen=True)
+class ParallelConfig(Settings):
+    """How several processes share a model (torchrun, srun); of one process only what is said of saving counts.
+
+    It is sharded over all of them by FSDP2, whose groups are ``tensor`` ranks that share each matrix (tensor
+    parallelism) and see the same data. With ``replicas`` each has the whole model among its ranks (hybrid sharding).
+    """
+
+    tensor: int = number(1, at_least=1)
+    replicas: int = number(1, at_least=1)
+    checkpointing: bool | None = None  # of activations; None: where there are several processes
+    save_minutes: float | None = number(10.0, above=0)  # between a training's checkpoints; None: none
+    keep: int = number(2, at_least=1)  # checkpoints that stay
+
+
+@dataclass(frozen=True)
 class DataConfig(Settings):
     """How much of each set goes where; no prompt and no similarity cluster is in two parts."""
 
@@ -242,6 +257,7 @@ class Config(Settings):
 
     title: str = "RepNoise on SmolLM2-135M-Instruct"
     model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     immunize: ImmunizeConfig = field(default_factory=ImmunizeConfig)

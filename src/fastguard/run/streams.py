@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastguard.data.chat import Encoded, collate, collate_pairs
 from fastguard.data.corpus import Corpus
 from fastguard.methods.training import Batch, Role, Stream
+from fastguard.ranks import DataRanks, data_ranks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Order:
@@ -34,16 +38,36 @@ class Order:
         return self._drawn[first : first + self.count]
 
 
+class Share:
+    """A process's samples of a batch that is drawn for all: every ``size``-th, padded as the whole is."""
+
+    def __init__(self, ranks: DataRanks) -> None:
+        self.rank, self.size = ranks.rank, ranks.size
+
+    def of(self, batch: Batch) -> Batch:
+        """Raises ValueError for a batch of which not everybody would get a sample."""
+        samples = len(batch["input_ids"])
+        if samples < self.size:
+            raise ValueError(
+                f"batch: {samples} samples cannot be divided among {self.size} data ranks; expected at least as many "
+                "(immunize.pairs, immunize.retain, align, attack.batch, evaluate.benign_batch or the method's own option)"
+            )
+        return {name: t[self.rank :: self.size] for name, t in batch.items()}
+
+
 class Streams:
-    """Batches of a corpus's part.
+    """Batches of a corpus's part; of each the samples of this process.
 
     Args:
-        corpus, device: of the run. pairs, retain: samples of a step; without ``retain``, ``safe`` is refusals alone.
+        corpus: of the run. model: as it will be trained: it says on which device, and among whom a batch is divided.
+        pairs, retain: samples of a step, of all processes; without ``retain``, ``safe`` is refusals alone.
         seed: of the order. part: of the corpus.
     """
 
-    def __init__(self, corpus: Corpus, device: str, pairs: int, retain: int, seed: int, part: str = "immunize") -> None:
-        self.part = part
+    def __init__(
+        self, corpus: Corpus, model: PreTrainedModel, pairs: int, retain: int, seed: int, part: str = "immunize"
+    ) -> None:  # fmt: skip
+        self.part, self.share, device = part, Share(data_ranks(model)), str(model.device)
         self.corpus, self.device, self.pairs, self.retain, self.seed = corpus, device, pairs, retain, seed
         self._makers: Mapping[str, Callable[[int | None], Stream]] = {
             "harmful": lambda n: self._of(self._harmful, n or pairs, 2),
@@ -84,7 +108,7 @@ class Streams:
 
     def collate(self, rows: list[Encoded]) -> Batch:
         """One batch on the model's device."""
-        return collate(rows, self.corpus.pad, self.device)
+        return self.share.of(collate(rows, self.corpus.pad, self.device))
 
     def _of(self, rows: list[Encoded], count: int, seed: int) -> Stream:
         order = Order(len(rows), count, self.seed + seed)
@@ -108,7 +132,7 @@ class Streams:
             bad, good = collate_pairs(
                 [self._harmful[i] for i in chosen], [self._safe[i] for i in chosen], self.corpus.pad, self.device
             )
-            return {"harmful": bad, "harmless": good}
+            return {"harmful": self.share.of(bad), "harmless": self.share.of(good)}
 
         return pair
 
@@ -124,10 +148,10 @@ class Streams:
         return batch
 
 
-def plain(corpus: Corpus, rows: list[Encoded], count: int, seed: int, device: str) -> Stream:
-    """Batches of one list of samples."""
-    order = Order(len(rows), count, seed)
-    return lambda number: collate([rows[i] for i in order(number)], corpus.pad, device)
+def plain(corpus: Corpus, rows: list[Encoded], count: int, seed: int, model: PreTrainedModel) -> Stream:
+    """Batches of one list of samples; of each those of this process."""
+    order, share = Order(len(rows), count, seed), Share(data_ranks(model))
+    return lambda number: share.of(collate([rows[i] for i in order(number)], corpus.pad, model.device))
 
 
 def evidence(corpus: Corpus, roles: Mapping[str, Role], count: int, device: str) -> dict[str, list[Batch]]:

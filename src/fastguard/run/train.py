@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastguard.methods.edit import Batches, Edit
+from fastguard.methods.passes import finite_norm
 from fastguard.methods.training import Data, Training
+from fastguard.nested.weights import Weights
+from fastguard.parallel import first_of
+from fastguard.run.keep import Keeper
+from fastguard.taps.structure import reshard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +28,7 @@ Report = Callable[[float, str], None]
 
 def trainable(model: PreTrainedModel, freeze_embedding: bool) -> list[nn.Parameter]:
     """The parameters to train; a frozen embedding takes a tied head with it. Gradients are switched to match."""
+    reshard(model)  # what a forward has left gathered are no parameters
     frozen = {id(p) for p in model.get_input_embeddings().parameters()} if freeze_embedding else set()
     for p in model.parameters():
         p.requires_grad_(id(p) not in frozen)
@@ -42,36 +48,75 @@ class Loop:
     Args:
         method: made on the model, of which the parameters that require a gradient are trained.
         data: streams of the method's roles. clip: the gradient's largest norm.
+
+    Attributes:
+        curve: figures of the steps so far. seconds: that they took, by the first process's clock.
     """
 
     def __init__(self, method: Training, data: Data, clip: float = 1.0) -> None:
         self.method, self.data, self.clip = method, data, clip
+        reshard(method.model)
         self.parameters = [p for p in method.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model: no parameter requires a gradient, so that there is nothing to train")
-        self._adam = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(_by_mesh(self.parameters), lr=1.0, weight_decay=0.0, fused=True)
         self.curve: Curve = []
+        self.seconds = 0.0
+
+    @property
+    def counted(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside model and optimizer."""
+        return {"method": self.method, "loop": self}
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps so far."""
+        return {"curve": self.curve, "seconds": self.seconds}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after them."""
+        self.curve, self.seconds = list(state["curve"]), float(state["seconds"])
 
     def step(self, lr: float) -> dict[str, float]:
         """One step; its figures, which the curve has too.
 
         Raises FloatingPointError where loss or gradient is not finite, RuntimeError where there is no gradient.
         """
-        number = len(self.curve)
-        for group in self._adam.param_groups:
+        number, start = len(self.curve), time.perf_counter()
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
         figures = self.method.backward(**self.method.draw(self.data))
         if all(p.grad is None for p in self.parameters):
             raise RuntimeError(f"step {number}: no parameter that is trained has a gradient")
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        norm = self._clipped()
         if not torch.isfinite(norm):
             raise FloatingPointError(f"step {number}: the gradient's norm is {float(norm)}")
-        self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         point = {"step": number, "loss": float(figures["loss"]), "gradient_norm": float(norm)}
         point |= {name: float(value) for name, value in figures.items() if name != "loss"}
         self.curve.append(point)
+        self.seconds += first_of(time.perf_counter() - start)
         return point
+
+    def _clipped(self) -> Tensor:
+        """The gradient's norm before it was clipped."""
+        if not any(hasattr(p, "placements") for p in self.parameters):
+            return nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        weights = Weights(self.method.model, self.parameters)  # knows which ranks hold the other shards
+        gradients = weights.take_gradients()
+        given = [g for g in gradients if g is not None]
+        norm = finite_norm(weights, gradients, "the gradient")
+        torch._foreach_mul_(given, torch.clamp(self.clip / (norm + 1e-6), max=1.0).to(given[0].dtype))
+        weights.put_gradients(gradients)
+        return norm
+
+
+def _by_mesh(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
+    """Groups of parameters that are sharded over one mesh: an optimizer's fused step takes no others together."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for p in parameters:
+        found.setdefault(getattr(p, "device_mesh", None), []).append(p)
+    return [{"params": group} for group in found.values()]
 
 
 def train(
@@ -82,26 +127,29 @@ def train(
     seconds: float | None = None,
     warmup: float = 0.1,
     report: Report = lambda fraction, text: None,
+    keeper: Keeper | None = None,
 ) -> tuple[int, float, Curve]:
     """Train for a number of steps, or for a number of seconds.
 
     The learning rate follows :func:`warmup_cosine` over the steps or, given seconds, over the clock.
-    ``report`` is called with the fraction done and a line of text. Returns steps taken, seconds, curve.
-    Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given; else as `Loop.step`.
+    ``report`` is called with the fraction done and a line of text. ``keeper`` saves on the way, and takes up what it
+    has saved. Returns steps taken, seconds, curve.
+    Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given; else as `Loop.step`, or `keep.Stopped`.
     """
     if (steps is None) == (seconds is None):
         raise ValueError(f"train: got steps={steps} and seconds={seconds}, expected exactly one of them")
-    loop = Loop(method, data)
-    start = time.perf_counter()
+    loop, keeper = Loop(method, data), keeper or Keeper(None)
+    keeper.resume(loop)
     while True:
-        step, elapsed = len(loop.curve), time.perf_counter() - start
-        progress = step / steps if steps else elapsed / (seconds or math.inf)
+        step = len(loop.curve)
+        progress = step / steps if steps else loop.seconds / (seconds or math.inf)
         if progress >= 1:
             break
         point = loop.step(lr * warmup_cosine(progress, warmup))
+        keeper.after_step(loop)
         done = min(progress + 1 / steps if steps else progress, 1.0)
         report(done, f"step {step + 1}, loss {point['loss']:.2f}")
-    return step, time.perf_counter() - start, loop.curve
+    return step, loop.seconds, loop.curve
 
 
 def train_scored(
@@ -122,10 +170,11 @@ def train_scored(
     """
     if not scored_steps or scored_steps[0] != 0 or list(scored_steps) != sorted(set(scored_steps)):
         raise ValueError(f"scored_steps: got {list(scored_steps)}, expected increasing steps from 0")
-    loop, curve = Loop(method, data), list[dict[str, float]]()
+    loop, keeper, curve = Loop(method, data), Keeper(None), list[dict[str, float]]()
     for until in scored_steps:
         while (taken := len(loop.curve)) < until:
             point = loop.step(lr * min(1.0, (taken + 1) / (warmup_steps + 1)))
+            keeper.after_step(loop)
             report((taken + 1) / scored_steps[-1], f"step {taken + 1}, loss {point['loss']:.2f}")
         figures = score()
         curve.append({"step": until, **figures})

@@ -1,13 +1,17 @@
-"""Save a run and go on with it, bit for bit, on any number of ranks: what a kill at any moment leaves can be used.
+"""Save a run and go on with it, bit for bit: what a kill at any moment leaves can be used, on any number of ranks.
 
 A checkpoint holds what training moves: parameters that require a gradient, persistent buffers, the optimizer's state
 and settings, the counters of defenses and losses, and each rank's random numbers. Sharded tensors go through
 torch.distributed.checkpoint, each rank writing its own part. It is written to ``step-N.partial``, synced, renamed to
 ``step-N``, and then the file ``latest`` is replaced, in one rename, by one that names it.
+
+As many ranks go on with the same bits. Others go on from the same tensors and the counters of rank 0, with random
+numbers of their own: each rank draws as a function of those of rank 0 at the save, and of its rank.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import random
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.machine import distributed, rank, ranks, sync_folder, write_atomically
+from fastguard.nested.guard import derived_seed, on_every_rank
 from fastguard.taps.structure import reshard
 
 POINTER = "latest"
@@ -51,32 +56,118 @@ def save(
         counted: by name, what else has a state: the defense, a scheduler, a data loader.
         keep: checkpoints that stay, the new one included.
     """
-    import torch.distributed.checkpoint as dcp
+    return Saver(folder, keep).save(step, model, optimizer, counted)
 
-    folder = Path(folder)
-    final = folder / f"step-{step:08d}"
-    partial = final.with_suffix(".partial")
-    if _pointed_to(folder) == final:
+
+class Saver:
+    """Checkpoints of one run, written while it goes on, if it asks for that.
+
+    What is called on one rank is called on all of them.
+
+    Args:
+        folder, keep: see `save`.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+        self._pending: tuple[Any, Path] | None = None
+        self._group: Any = None  # training goes on with the default one meanwhile
+
+    def save(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+        counted: Mapping[str, Counted] | None = None,
+    ) -> Path:  # fmt: skip
+        """See the function `save`."""
+        import torch.distributed.checkpoint as dcp
+
+        self.wait()
+        final = self.folder / f"step-{step:08d}"
+        if _pointed_to(self.folder) != final:
+            partial, state = self._begin(final, step, model, optimizer, counted)
+            dcp.save(state, checkpoint_id=partial)
+            self._finish(final)
         return final
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*folder.glob("*.partial"), final):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-    _barrier()
-    reshard(model)
-    own, moments = _own_state(step, model, optimizer, counted or {})
-    dcp.save({**_moving(model), **moments, f"rank {rank()}": own}, checkpoint_id=partial)
-    _barrier()
-    if rank() == 0:
-        sync_folder(partial)
-        os.rename(partial, final)
-        sync_folder(folder)
-        write_atomically(folder / POINTER, final.name.encode())
-        for old in sorted(folder.glob("step-????????"))[:-keep]:
-            shutil.rmtree(old)
-    _barrier()
-    return final
+
+    def begin(
+        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+        counted: Mapping[str, Counted] | None = None,
+    ) -> None:  # fmt: skip
+        """The same without waiting for the disk: returns when the state is copied to host memory.
+
+        Nothing points to it before `poll` or `wait` has found it written; until then the one before it counts.
+        """
+        import torch.distributed.checkpoint as dcp
+
+        self.wait()
+        final = self.folder / f"step-{step:08d}"
+        if _pointed_to(self.folder) == final:
+            return
+        partial, state = self._begin(final, step, model, optimizer, counted)
+        if distributed() and self._group is None:
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._pending = dcp.async_save(state, checkpoint_id=partial, process_group=self._group), final
+
+    @property
+    def pending(self) -> bool:
+        """Whether a checkpoint that was begun is not pointed to yet."""
+        return self._pending is not None
+
+    def poll(self) -> None:
+        """Point to what was begun, if all ranks have written it."""
+        if self._pending is not None:
+            done = torch.tensor(self._pending[0].done())
+            if on_every_rank(done):
+                self.wait()
+
+    def wait(self) -> None:
+        """Wait for what was begun and point to it."""
+        if self._pending is not None:
+            (writing, final), self._pending = self._pending, None
+            writing.result()
+            self._finish(final)
+
+    def _begin(
+        self, final: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+        counted: Mapping[str, Counted] | None,
+    ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+        """Where to write, and what."""
+        partial = final.with_suffix(".partial")
+        if rank() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for leftover in (*self.folder.glob("*.partial"), final):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+        _barrier()
+        reshard(model)
+        own, moments = _own_state(step, model, optimizer, counted or {})
+        tensors = {name: contiguous(t) for name, t in {**_moving(model), **moments}.items()}
+        return partial, {**tensors, f"rank {rank()}": own}
+
+    def _finish(self, final: Path) -> None:
+        _barrier()
+        if rank() == 0:
+            partial = final.with_suffix(".partial")
+            sync_folder(partial)
+            os.rename(partial, final)
+            sync_folder(self.folder)
+            write_atomically(self.folder / POINTER, final.name.encode())
+            for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
+                shutil.rmtree(old)
+        _barrier()
+
+
+def contiguous(t: Tensor) -> Tensor:
+    """``t`` with each rank's part in one piece, which is what torch.distributed.checkpoint can describe.
+
+    Under FSDP2 on top of tensor parallelism a rank's rows are every n-th block of them (``_StridedShard``).
+    """
+    placements = getattr(t, "placements", None)
+    if placements is None or not any(type(p).__name__ == "_StridedShard" for p in placements):
+        return t
+    from torch.distributed.tensor import Shard
+
+    plain = tuple(Shard(p.dim) if type(p).__name__ == "_StridedShard" else p for p in placements)
+    return t.redistribute(placements=plain)  # type: ignore[attr-defined, no-any-return]
 
 
 def load(
@@ -87,9 +178,9 @@ def load(
 ) -> int:
     """Go on from the latest checkpoint in ``folder``; returns its step, 0 where there is none.
 
-    Arguments as for `save`, made as for a fresh run: the same model, wrapped alike, and on as many ranks.
+    Arguments as for `save`, made as for a fresh run: the same model, on as many ranks or on others.
 
-    Raises ValueError if the checkpoint is of another number of ranks or parameter groups, or of other counted things.
+    Raises ValueError if the checkpoint is of another number of parameter groups, or of other counted things.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -111,14 +202,23 @@ def load(
         for name, slots in saved["moments"].items()
         for slot, dtype in slots.items()
     }
-    dcp.load({**_moving(model), **moments}, checkpoint_id=path)
+    live = {**_moving(model), **moments}
+    pieces = {name: contiguous(t) for name, t in live.items()}
+    dcp.load(pieces, checkpoint_id=path)
+    with torch.no_grad():
+        for name, t in live.items():
+            if pieces[name] is not t:
+                t.copy_(pieces[name].redistribute(placements=t.placements))  # type: ignore[attr-defined]
     _load_optimizer(optimizer, saved, named, moments)
     for name, thing in counted.items():
         thing.load_state_dict(saved["counted"][name])
     random.setstate(saved["python"])
-    torch.set_rng_state(saved["torch"])
-    if saved["cuda"] is not None:
-        torch.cuda.set_rng_state(saved["cuda"])
+    if saved["ranks"] == ranks():
+        torch.set_rng_state(saved["torch"])
+        if saved["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(saved["cuda"])
+    else:
+        torch.manual_seed(derived_seed("resumed", hashlib.sha256(saved["torch"].numpy().tobytes()).digest(), rank()))
     return int(saved["step"])
 
 
@@ -178,11 +278,10 @@ def _read_own(path: Path) -> dict[str, Any]:
     import torch.distributed.checkpoint as dcp
 
     saved_by = [k for k in dcp.FileSystemReader(path).read_metadata().state_dict_metadata if k.startswith("rank ")]
-    if len(saved_by) != ranks():
-        raise ValueError(f"{path}: it was saved by {len(saved_by)} ranks; expected as many as there are now, {ranks()}")
-    own: dict[str, Any] = {f"rank {rank()}": b""}
+    whose = rank() if len(saved_by) == ranks() else 0
+    own: dict[str, Any] = {f"rank {whose}": b""}
     dcp.load(own, checkpoint_id=path)
-    found: dict[str, Any] = unpacked(own[f"rank {rank()}"])
+    found: dict[str, Any] = unpacked(own[f"rank {whose}"])
     return found
 
 

@@ -1,0 +1,233 @@
+"""Several processes as one run: ``torchrun --nproc-per-node 8 -m fastguard immunize CONFIG`` or ``srun python -m ...``.
+
+Every process goes through the same stages. The model is sharded as it is loaded, by transformers: FSDP2 over the data
+ranks, in groups of ``tensor`` ranks that share each matrix. No process ever holds it: shards are read from safetensors,
+and written to them, slice by slice. What is one for all of them (records, locks, folders) the first process does, and
+the others learn what came of it, be it an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from fastguard.machine import distributed, rank, ranks, sync_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from fastguard.run.config import ParallelConfig
+
+T = TypeVar("T")
+
+FILE = 5 * 2**30
+"""Bytes of a file of an exported model, at most; a single tensor may be larger."""
+
+SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+"""What torchrun sets, and srun sets instead."""
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+    """Inside, this process is one of those that torchrun or srun started; alone, it stays so.
+
+    Raises ValueError where srun started several and nobody says where they meet (``MASTER_ADDR``, ``MASTER_PORT``).
+    """
+    if "RANK" not in os.environ and int(os.environ.get(SLURM["WORLD_SIZE"], "1")) > 1:
+        os.environ |= {ours: os.environ[its] for ours, its in SLURM.items()}
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed():
+        yield
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"{', '.join(missing)}: expected in the environment of {os.environ['WORLD_SIZE']} processes; start them with "
+            "torchrun, or see examples/70b for srun"
+        )
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    # Plain values go over gloo: they are no work for a GPU, and must not wait for one.
+    torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once."""
+    return rank() == 0
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What the first process finds by ``work``, plain values, on all of them; or what it raised."""
+    if ranks() == 1:
+        return work()
+    import torch
+
+    box: list[Any] = [None, None]
+    if is_first():
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    torch.distributed.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    found: T = box[0]
+    return found
+
+
+def everyone(value: T) -> list[T]:
+    """Each process's ``value``, by rank."""
+    if ranks() == 1:
+        return [value]
+    import torch
+
+    found: list[Any] = [None] * ranks()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def first_of(value: float) -> float:
+    """The first process's ``value``, on all of them: clocks differ."""
+    if ranks() == 1:
+        return value
+    import torch
+
+    given = torch.tensor(value, dtype=torch.float64)
+    torch.distributed.broadcast(given, 0)
+    return float(given)
+
+
+def load_model(source: str, dtype: torch.dtype, layout: ParallelConfig) -> PreTrainedModel:
+    """The model of a folder, sharded over all processes, in evaluation mode; each reads its own slices.
+
+    Raises:
+        FileNotFoundError, ValueError: as `fastguard.models.load_model`; a layout that the model has no plan for.
+        ImportError: transformers is too old to shard a model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from fastguard.models import named_errors, refuse_missing
+
+    try:
+        from transformers.distributed import DistributedConfig
+    except ImportError as error:
+        raise ImportError(f"several processes: expected transformers 5.20 or newer, which shards models ({error})") from None
+    tensor, replicas = layout.tensor, layout.replicas
+    if ranks() % (tensor * replicas):
+        raise ValueError(
+            f"parallel: expected tensor x replicas to divide the {ranks()} processes, got tensor {tensor} and replicas "
+            f"{replicas}"
+        )
+    on_gpu = torch.cuda.is_available()
+    plan = DistributedConfig(
+        tp_size=tensor, dp_replicate_size=replicas, fsdp_size=ranks() // (tensor * replicas),
+        fsdp_mixed_precision=on_gpu and dtype == torch.float32,
+    )  # fmt: skip
+    with named_errors(source, "model"):
+        both: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, distributed_config=plan, output_loading_info=True
+        )
+    model: PreTrainedModel = both[0]
+    refuse_missing(model, source, both[1])
+    model.eval()
+    if layout.checkpointing is not False:
+        checkpoint_layers(model)
+    return model
+
+
+def checkpoint_layers(model: PreTrainedModel) -> None:
+    """Have layers recompute their activations in the backward, in evaluation mode too.
+
+    transformers does so in training mode alone, by the flag of the layer, which nothing else in it reads.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    model.activation_checkpointing_enable()
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Write a sharded model as a folder that ``from_pretrained`` loads, whole or not at all; called by all processes.
+
+    Each writes its own shards, of which the first then makes the files, slice by slice.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    from fastguard.trainers.checkpoint import contiguous
+
+    def begin() -> Path:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+
+    def finish() -> None:
+        shutil.rmtree(temporary / "sharded")
+        _write_settings(model, tokenizer, temporary)
+        temporary.chmod(0o755)  # mkdtemp is private
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+        sync_folder(folder.parent)
+
+    temporary = agreed(begin)
+    try:
+        tensors = _stored(model)
+        files = _files(tensors)
+        writer = HuggingFaceStorageWriter(
+            str(temporary), files, save_distributed=True, enable_consolidation=True, thread_count_consolidation=4
+        )
+        dcp.save({name: contiguous(t) for name, t in tensors.items()}, storage_writer=writer)
+        agreed(finish)
+    finally:
+        agreed(lambda: shutil.rmtree(temporary, ignore_errors=True))
+
+
+def _stored(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The tensors that a checkpoint of ``model`` has; of tied ones the first."""
+    from fastguard.taps.structure import reshard
+
+    reshard(model)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    return {name: t.detach() for name, t in model.state_dict().items() if name not in tied}
+
+
+def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """The number of the file, from 1, of each tensor, in order."""
+    found: dict[str, int] = {}
+    number, size = 1, 0
+    for name, t in tensors.items():
+        its = t.numel() * t.element_size()
+        if size and size + its > FILE:
+            number, size = number + 1, 0
+        found[name], size = number, size + its
+    return found
+
+
+def _write_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
+    """Configurations and tokenizer beside the weights."""
+    import copy
+
+    config = copy.deepcopy(model.config)
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    if hasattr(config, "distributed_config"):
+        del config.distributed_config
+    config.save_pretrained(folder)
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

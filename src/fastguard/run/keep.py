@@ -1,0 +1,91 @@
+"""A training that may be killed: checkpoints on the way, and an end on SIGTERM that loses nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastguard.machine import rank
+from fastguard.nested.guard import summed_over_ranks
+from fastguard.trainers.checkpoint import Saver, load
+
+if TYPE_CHECKING:
+    from fastguard.run.train import Loop
+
+
+class Stopped(RuntimeError):
+    """The run was told to end (SIGTERM), and has saved where it is."""
+
+
+_asked = False
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+    """Inside, SIGTERM asks the training to save and to end, which it does after its step; there it is `Stopped`.
+
+    Where nothing that could be saved is running, it ends the process at the next step of the next training. Outside the
+    main thread, which alone receives signals, nothing changes.
+    """
+    global _asked
+    _asked = False
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        global _asked
+        if _asked:  # told twice: at once
+            raise SystemExit(128 + number)
+        _asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Keeper:
+    """Checkpoints of one training loop in a folder of its own.
+
+    Args:
+        folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay.
+    """
+
+    def __init__(self, folder: Path | None, minutes: float = 10.0, keep: int = 2) -> None:
+        self.folder, self.minutes = folder, minutes
+        self._saver = None if folder is None else Saver(folder, keep)
+        self._last = time.monotonic()
+
+    def resume(self, loop: Loop) -> None:
+        """Bring ``loop`` to where the latest checkpoint is, if there is one."""
+        if self.folder is not None:
+            load(self.folder, loop.method.model, loop.optimizer, loop.counted)
+
+    def after_step(self, loop: Loop) -> None:
+        """Save where it is time. Raises `Stopped` on all processes, the state saved, where one was told to end."""
+        due = rank() == 0 and time.monotonic() - self._last >= 60 * self.minutes
+        told, save = summed_over_ranks(torch.tensor([float(_asked), float(due)])).tolist()
+        if self._saver is not None:
+            self._saver.poll()
+        if told:
+            where = "no checkpoint was asked for"
+            if self._saver is not None:
+                where = f"saved: {self._saver.save(len(loop.curve), loop.method.model, loop.optimizer, loop.counted)}"
+            raise Stopped(f"told to end after step {len(loop.curve)}; {where}")
+        if save and self._saver is not None:
+            self._saver.begin(len(loop.curve), loop.method.model, loop.optimizer, loop.counted)
+            self._last = time.monotonic()
+
+    def wait(self) -> None:
+        """Until what was begun is on disk."""
+        if self._saver is not None:
+            self._saver.wait()

@@ -123,7 +123,9 @@ def load_model(source: str, dtype: torch.dtype, layout: ParallelConfig) -> PreTr
     try:
         from transformers.distributed import DistributedConfig
     except ImportError as error:
-        raise ImportError(f"several processes: expected transformers 5.20 or newer, which shards models ({error})") from None
+        raise ImportError(
+            f"several processes: expected transformers 5.20 or newer, which shards models ({error})"
+        ) from None
     tensor, replicas = layout.tensor, layout.replicas
     if ranks() % (tensor * replicas):
         raise ValueError(

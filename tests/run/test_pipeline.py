@@ -2,9 +2,7 @@
 
 import json
 import os
-import random
 import shutil
-import string
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from evaluation.test_metrics import assert_matches
-from fastguard.data import corpus, sets
+from fastguard.data import corpus
 from fastguard.evaluation import report
 from fastguard.evaluation.aims import aims
 from fastguard.evaluation.metrics import Metrics

@@ -76,6 +76,7 @@ class Entry:
         edits: whether the class is an ``Edit``, which has rounds, and not a ``Training``, which has steps.
         stage: of a defense, one of `STAGES`. Those that act during fine-tuning or after it are edits: during it
             ``apply`` hooks the model, somebody else trains, and ``close`` takes the hooks off.
+        alone: whether it needs the model in one process, unsharded; so do all that edit.
     """
 
     name: str
@@ -92,6 +93,7 @@ class Entry:
     distribution: str = "fastguard"
     edits: bool = False
     stage: str = "before"
+    alone: bool = False
 
     def load_method(self) -> type[Training | Edit]:
         """The class."""

@@ -29,14 +29,23 @@ from fastguard.data.corpus import Corpus, build_corpus
 from fastguard.data.sources import describe
 from fastguard.defenses.sft.step import SFT
 from fastguard.evaluation.aims import aims
-from fastguard.evaluation.metrics import SCHEMA, Attack, Environment, Metrics, Model, Training, Utility
+from fastguard.evaluation.metrics import MAIN, SCHEMA, Attack, Environment, Metrics, Model, Training, Utility
 from fastguard.losses.answer import answer_loss
 from fastguard.machine import cores, cpu_name, ranks, write_json
 from fastguard.methods.edit import Edit
 from fastguard.parallel import agreed
 from fastguard.progress import Progress, silent
 from fastguard.run import evaluate
-from fastguard.run.config import GUARDED, AttackConfig, Config, ControlConfig, ImmunizeConfig, PrepareConfig, shortened
+from fastguard.run.config import (
+    GUARDED,
+    AttackConfig,
+    Config,
+    ControlConfig,
+    ImmunizeConfig,
+    MethodConfig,
+    PrepareConfig,
+    shortened,
+)
 from fastguard.run.evaluate import Services
 from fastguard.run.keep import Keeper
 from fastguard.run.stages import Stages
@@ -161,7 +170,15 @@ def plain_control(
 ) -> Training:  # fmt: skip
     """Plain safe fine-tuning: the refusals and the retain data of the immunization, for the same wall-clock."""
     steps, wall, curve = _plain(
-        model, corpus, part, control, part.seed, lr=part.lr, warmup=part.warmup, seconds=seconds, report=report,
+        model,
+        corpus,
+        part,
+        control,
+        part.seed,
+        lr=part.lr,
+        warmup=part.warmup,
+        seconds=seconds,
+        report=report,
         keeper=kept(0),
     )
     model.requires_grad_(True)
@@ -192,6 +209,7 @@ class _Job:
     def run(self) -> Metrics:
         """All stages, then the document."""
         config = self.config
+        self._refuse_alone()
         self._prepare(config.model.name)
         made: dict[str, Training] = {}
         self._require("align" if config.align.run else None, "immunize" if config.immunize.run else None)
@@ -215,6 +233,7 @@ class _Job:
 
     def examine(self, given: Mapping[str, str]) -> Metrics:
         """Measure and attack what was made elsewhere."""
+        self._refuse_alone()
         self._prepare(next(iter(given.values())))
         for name, folder in given.items():
             self._know(name, folder)
@@ -233,6 +252,23 @@ class _Job:
         for line in describe(self.corpus.sources) if self.config.data.own else ():
             log.info("data: %s", line)
             self.stages.progress("data", 1.0, line)
+
+    def _refuse_alone(self) -> None:
+        """Raise ValueError, before anything is computed, for what several processes cannot do to a model they share."""
+        if ranks() == 1:
+            return
+        c = self.config
+        sections: dict[str, MethodConfig | None] = {"guard": self.guard, "repair": self.repair}
+        if c.immunize.run:
+            sections |= {"immunize": c.immunize, "immunize.prepare": c.immunize.prepare}
+            sections |= {f"variants.{name}": c.variant(name) for name in c.variants}
+        sections |= {"attack" if name == MAIN else f"attacks.{name}": part for name, part in c.all_attacks().items()}
+        for where, part in sections.items():
+            if part is not None and (part.entry.alone or part.entry.edits):
+                raise ValueError(
+                    f"{where}.method: {part.method} needs the model in one process, got {ranks()} that share it; leave "
+                    f"it out here ({where}.run: false), and try it on what this run writes: fastguard evaluate, attack"
+                )
 
     def _require(self, *parts: str | None) -> None:
         """Raise ValueError where a stage that is to run has no data."""

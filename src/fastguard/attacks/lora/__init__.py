@@ -14,4 +14,5 @@ ENTRY = Entry(
     steps=1000,
     steps_source="assumed",
     package=__name__,
+    alone=True,  # adapters that are put on a sharded model are nobody's shard
 )

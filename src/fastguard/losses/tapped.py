@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastguard.losses import guards
 from fastguard.taps import Gate, Lens, Scope, Structure, Taps, tap_hidden_states
-from fastguard.taps.structure import reshard, synchronised
+from fastguard.taps.structure import compiled, reshard, synchronised
 
 Found = TypeVar("Found")
 
@@ -144,6 +144,8 @@ class Tapped:
         self.places.check(self.loss)
         reshard(wrapped)
         head = None if lens is None else lens()
+        if head is not None and compiled(wrapped):
+            head.begin()
         try:
             yield Call(self, wrapped, head)
         finally:

@@ -114,6 +114,14 @@ def synchronised(model: nn.Module, base: nn.Module | None = None) -> bool:
     return False
 
 
+def compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` stands around the model or any part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [V, D] and bias [V] that a head computes with; with LoRA on it, base plus delta (differentiable).
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastguard.fsdp2 import await_reductions, parameter_groups
 from fastguard.ops.precision import accumulation_dtype
-from fastguard.ranks import fsdp2_groups
 
 BLOCK = 128 << 20
 """Bytes of a gradient that are sent at a time, so that no second copy of it exists meanwhile."""
@@ -52,7 +52,7 @@ class Sharding:
             )
         info, policy = self.group.mesh_info, self.group.mp_policy
         spec = owned._unsharded_dtensor_spec
-        self.device, self.dim, self.offloaded = self.group.device, owned.fsdp_placement.dim, owned
+        self.device, self.dim = self.group.device, owned.fsdp_placement.dim
         self.parts = [] if spec is None else _parts(spec.mesh, spec.placements)
         self.reduced_in = policy.reduce_dtype or policy.param_dtype or self.dtype
         self.factor = float(self.group.gradient_divide_factor or info.mesh.size())
@@ -79,19 +79,13 @@ class Sharding:
         into = found.movedim(self.dim, 0)
         for start, rows in self._blocks(grad.movedim(self.dim, 0)):
             into[start : start + len(rows)] = rows[: max(len(into) - start, 0)]
-        handle, streams = self.group.device_handle, self.group.comm_ctx
-        for stream in (
-            streams.reduce_scatter_stream,
-            streams.all_reduce_stream,
-        ):  # FSDP adds to the same gradient there
-            handle.current_stream().wait_stream(stream)
-        if self.offloaded.grad_offload_event is not None:  # what it has added may still be on its way to the host
-            self.offloaded.grad_offload_event.synchronize()
+        await_reductions(self.group)  # FSDP adds to the same gradient
         return self.distributed(found.to(self.home))
 
     def _blocks(self, grad: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Reduced rows of this rank's shard by their first, of ``grad`` with the sharded dimension in front."""
         dist = torch.distributed
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # torch 2.13 renamed it
         count = self.shards.size() if self.shards is not None else 1
         shard = -(-len(grad) // count)
         row = count * grad[:1].numel() * self.reduced_in.itemsize
@@ -105,7 +99,7 @@ class Sharding:
             mine = block[0]
             if count > 1:
                 mine = torch.empty_like(mine)
-                dist.reduce_scatter_tensor(mine, block.flatten(0, 1), group=self.shards)
+                scatter(mine, block.flatten(0, 1), group=self.shards)
             if self.replicas is not None:
                 dist.all_reduce(mine, group=self.replicas)
             yield start, mine
@@ -113,7 +107,7 @@ class Sharding:
 
 def _owner(model: nn.Module, parameter: Tensor) -> tuple[Any, Any]:
     """FSDP2's group and its record of a parameter; of what was computed from one, those of another laid out alike."""
-    owned = [(group, p) for group in fsdp2_groups(model) for p in group.fsdp_params]
+    owned = [(group, p) for group in parameter_groups(model.modules()) for p in group.fsdp_params]
     for group, p in owned:
         if p.sharded_param is parameter:
             return group, p

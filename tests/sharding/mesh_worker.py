@@ -86,16 +86,16 @@ def sequence_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     return parallelize_module(model, mesh, plan)
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, apart: bool = False) -> nn.Module:
+def shard(model: nn.Module, mesh: DeviceMesh, apart: bool = False, **policy: Any) -> nn.Module:
     """``apart``: the embedding and [norm, head] are groups of their own; with tied weights they are one."""
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **policy)
     if apart:
         parts = [model.model.embed_tokens, model.model.norm, model.lm_head]
         tied = model.lm_head.weight is model.model.embed_tokens.weight
         for group in [parts] if tied else [parts[:1], parts[1:]]:
-            fully_shard(group, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+            fully_shard(group, mesh=mesh, **policy)
+    return fully_shard(model, mesh=mesh, **policy)
 
 
 def torch_styles(model: nn.Module, **options: Any) -> nn.Module:
@@ -174,7 +174,6 @@ def equals_one_process(made: Made, wrap: Callable[..., nn.Module], kind: str = "
     loss = made(model)
     wrapped = model if late else wrap(model)
     data = data_ranks(wrapped).rank
-    assert data == dist.get_rank() // 2
     value = loss(wrapped, data)
     value.backward()
     assert abs(value.item() - losses[data]) <= TOLERANCE * abs(losses[data]), (value.item(), losses)
@@ -283,7 +282,7 @@ def refusals(_: int) -> None:
     neurons = make(methods.entries()["sn_tune"], model_of())
     wrapped = torch_styles(neurons.model)
     data = neurons.draw(streams(neurons.roles))
-    refused(lambda: neurons.backward(**data, model=wrapped), "whose neurons are read; it is tensor-parallel")
+    refused(lambda: neurons.backward(**data, model=wrapped), "it is tensor-parallel; expected whole layers")
     contexts = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "cp"))
     model = model_of()
     loss_fn = LanguageModelLoss(model)

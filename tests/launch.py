@@ -1,4 +1,4 @@
-"""Two processes of a worker script, joined by a file, as tests of distributed code start them."""
+"""Processes of a worker script, joined by a file, as tests of distributed code start them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,16 @@ from pathlib import Path
 def two_processes(
     worker: Path, folder: Path, *arguments: str, passes: Iterable[str] = (), timeout: float = 300
 ) -> list[str]:
-    """Run ``worker RANK STORE *arguments`` for ranks 0 and 1, assert that both end well; what each printed.
+    """`processes`, two of them."""
+    return processes(2, worker, folder, *arguments, passes=passes, timeout=timeout)
 
-    passes: the cases that both have to report, in order, by lines ``passed: CASE``.
+
+def processes(
+    count: int, worker: Path, folder: Path, *arguments: str, passes: Iterable[str] = (), timeout: float = 300
+) -> list[str]:
+    """Run ``worker RANK STORE *arguments`` for ranks 0 to count - 1, assert that all end well; what each printed.
+
+    passes: the cases that all have to report, in order, by lines ``passed: CASE``.
     """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     workers = [
@@ -22,7 +29,7 @@ def two_processes(
             [sys.executable, str(worker), str(rank), str(folder / "store"), *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
         )
-        for rank in range(2)
+        for rank in range(count)
     ]  # fmt: skip
     try:
         outputs = [process.communicate(timeout=timeout)[0] for process in workers]

@@ -1,0 +1,98 @@
+"""Which processes see other data than this one: those over which tokens are counted and gradients averaged.
+
+In a plain job these are all. Tensor-parallel peers are not among them: they run the same sequences, draw the same
+dropout and count the same tokens. Imports torch inside its functions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class DataRanks:
+    """The processes over which data differ, as seen from this one.
+
+    Attributes:
+        rank, size: this process's place among them, as collectives over ``group`` count, and how many they are.
+        group: what collectives over them take; None where this process is the only one and there is nothing to ask.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+
+def data_ranks(model: nn.Module) -> DataRanks:
+    """The processes whose batches differ from this one's when they train ``model``.
+
+    Whoever averages gradients knows them, and is asked: FSDP2 averages over the mesh that it was given (both dimensions
+    of a hybrid one), whatever tensor parallelism has put beside it into the placements of the parameters; DDP over its
+    process group. A model that neither wraps is one of the whole job's, unless tensor parallelism spans the job.
+
+    The first call for a hybrid mesh that is smaller than the job makes a process group: call it on every process.
+
+    Raises:
+        ValueError: FSDP2 groups with different ranks (expert parallelism). Tensor parallelism over some ranks of the
+            job, with nobody to average the gradients of the others.
+    """
+    from fastguard.machine import distributed
+
+    if not distributed():
+        return DataRanks()
+    from torch import distributed as dist
+
+    meshes = {tuple(g.mesh_info.mesh.mesh.flatten().tolist()): g.mesh_info.mesh for g in fsdp2_groups(model)}
+    if len(meshes) > 1:
+        raise ValueError(
+            f"model: its FSDP2 groups are sharded over different ranks, {' and '.join(map(str, meshes))}; expected one "
+            "set of ranks for all (expert parallelism is not supported)"
+        )
+    if meshes:
+        return _of(_group(*meshes.values()))
+    replicas = [m.process_group for m in model.modules() if hasattr(m, "require_backward_grad_sync")]
+    if replicas:
+        return _of(replicas[0])
+    parallel = max((p.device_mesh.size() for p in model.parameters() if hasattr(p, "device_mesh")), default=1)
+    if parallel == 1:
+        return _of(dist.group.WORLD)
+    if parallel == dist.get_world_size():
+        return DataRanks()
+    raise ValueError(
+        f"model: it is tensor-parallel over {parallel} of {dist.get_world_size()} ranks, and nobody averages gradients "
+        "over the others; expected fully_shard or DDP over them"
+    )
+
+
+def fsdp2_groups(model: nn.Module) -> Iterator[Any]:
+    """The parameter groups of FSDP2 in ``model``, each once: mesh, policy, divide factor and parameters of each."""
+    seen = set()
+    for module in model.modules():
+        read: Any = getattr(module, "_get_fsdp_state", None)
+        state = read() if read else None
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            if group is not None and id(group) not in seen:
+                seen.add(id(group))
+                yield group
+
+
+def _of(group: Any) -> DataRanks:
+    from torch import distributed as dist
+
+    return DataRanks(dist.get_rank(group), dist.get_world_size(group), group)
+
+
+def _group(mesh: Any) -> Any:
+    """The process group of all of a mesh."""
+    from torch import distributed as dist
+
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    return mesh._flatten("fastguard_" + "_".join(mesh.mesh_dim_names)).get_group()

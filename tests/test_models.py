@@ -1,3 +1,4 @@
+import copy
 import os
 import shutil
 
@@ -5,7 +6,9 @@ import pytest
 import torch
 
 import tiny
-from fastguard import models
+from fastguard import methods, models
+from fastguard.run import config, pipeline
+from methods.batches import make, streams
 
 
 def test_a_folder_is_loaded_in_the_dtype_asked_for(tmp_path):
@@ -54,6 +57,52 @@ def test_dtype_choice():
     assert models.pick_dtype("float64") == torch.float64
     with pytest.raises(ValueError, match=r"got 'float16', expected auto, float32, bfloat16, float64"):
         models.pick_dtype("float16")
+
+
+def test_weights_that_are_trained_stay_in_float32_on_a_gpu(tmp_path, monkeypatch):
+    """A device is as good as its name here: what a run picks for a GPU, done on the CPU."""
+    assert models.pick_training_dtypes("auto", "cuda") == (torch.float32, torch.bfloat16)
+    assert models.pick_training_dtypes("auto", "cpu") == (torch.float32, None)
+    assert models.pick_training_dtypes("bfloat16", "cuda") == (torch.bfloat16, None)
+    asked = []
+    monkeypatch.setattr(models, "pick_device", lambda choice: torch.device("cuda"))
+    monkeypatch.setattr(models, "load_model", lambda *given: asked.append(given))
+    job = pipeline._Job(config.load("demo"), tmp_path, False, lambda *_: None)
+    job.folders = {"base": "folder"}
+    job.load("base")
+    assert asked == [("folder", torch.float32, "cuda", torch.bfloat16)]
+    assert pipeline.environment("cpu", str(job.computes))["dtype"] == "float32, products in bfloat16"
+
+
+@pytest.mark.parametrize("name", ["repnoise", "tar", "booster", "vaccine", "sft", "crl"])
+def test_products_in_bfloat16_move_float32_weights(tmp_path, name):
+    model = models.load_model(tiny.folder(tmp_path / "m"), torch.float32, products=torch.bfloat16)
+    plain = models.load_model(tmp_path / "m", torch.float32)
+    steps = []
+    for one in (model, plain):
+        method = make(methods.find(name), one)
+        figures = method.backward(**method.draw(streams(method.roles)))
+        assert all(
+            (p.dtype == torch.float32 and p.grad is None) or p.grad.dtype == torch.float32 for p in one.parameters()
+        )
+        steps.append(
+            (float(figures["loss"]), torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
+        )
+    assert 0 < abs(steps[0][0] - steps[1][0]) < 0.02 * abs(steps[1][0])
+    assert float((steps[0][1] - steps[1][1]).norm()) < 0.1 * float(steps[1][1].norm())
+
+
+def test_a_model_with_products_in_bfloat16_is_copied_saved_and_generates_as_itself(tmp_path):
+    model = models.load_model(tiny.folder(tmp_path / "m"), torch.float32, products=torch.bfloat16)
+    ids = torch.arange(3, 9)[None]
+    assert model(input_ids=ids).logits.dtype == torch.bfloat16
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.zero_()
+    assert not twin(input_ids=ids).logits.any() and model(input_ids=ids).logits.any()
+    assert model.generate(ids, max_new_tokens=2).shape == (1, 8)
+    models.save_model(model, None, tmp_path / "out")
+    assert type(models.load_model(tmp_path / "out", torch.float32)).__name__ == type(model).__name__
 
 
 def test_the_cache_moves_with_its_variable(tmp_path, monkeypatch):

@@ -96,8 +96,12 @@ def load_tokenizer(name: str, plain: bool = False) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu") -> PreTrainedModel:
+def load_model(
+    name: str | Path, dtype: torch.dtype, device: str | torch.device = "cpu", products: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model in ``dtype`` on ``device``, in evaluation mode (no dropout in any step of the pipeline).
+
+    products: in which its forwards multiply, by autocast, whoever calls it; None: in ``dtype``.
 
     Raises:
         FileNotFoundError: there is no such folder or id, or it has no weights.
@@ -114,6 +118,10 @@ def load_model(name: str | Path, dtype: torch.dtype, device: str | torch.device 
     model: PreTrainedModel = both[0]
     refuse_missing(model, source, both[1])
     model.to(device=place)  # type: ignore[call-arg]  # transformers wraps nn.Module.to
+    if products is not None:
+        kind = type(model)  # of the same name, which is saved with it; a copy of the model has it too
+        under: Any = torch.autocast(place.type, products)
+        model.__class__ = type(kind.__name__, (kind,), {"forward": under(kind.forward), "__module__": kind.__module__})
     return model.eval()
 
 
@@ -144,7 +152,7 @@ def pick_device(choice: str | torch.device) -> torch.device:
 
 
 def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
-    """``auto``: bfloat16 on a GPU; float32 on a CPU. float64, to compare runs, if it is asked for.
+    """For a model that is read: ``auto`` is bfloat16 on a GPU, float32 on a CPU. float64, to compare runs, if asked.
 
     On CPUs without AMX or AVX512-BF16, products in bfloat16 are emulated and ten times slower than float32.
     With them they are faster, but parameters kept in bfloat16 lose the small updates of the few steps taken
@@ -156,6 +164,17 @@ def pick_dtype(choice: str, device: str | torch.device = "cpu") -> torch.dtype:
     if dtype is None:
         raise ValueError(f"model.dtype: got {choice!r}, expected auto, {', '.join(DTYPES)}")
     return dtype
+
+
+def pick_training_dtypes(choice: str, device: str | torch.device = "cpu") -> tuple[torch.dtype, torch.dtype | None]:
+    """Of weights that are trained, and of their products where that is another (see `load_model`).
+
+    ``auto``: weights in float32 on every device, on a GPU with products in bfloat16. Weights in bfloat16 would round
+    away most of each step of a fine-tuning, of the defender's and of a simulated attacker's.
+    """
+    if choice == "auto":
+        return torch.float32, torch.bfloat16 if torch.device(device).type == "cuda" else None
+    return pick_dtype(choice, device), None
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

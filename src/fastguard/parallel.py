@@ -47,8 +47,8 @@ def joined() -> Iterator[None]:
     missing = [name for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK") if name not in os.environ]
     if missing:
         raise ValueError(
-            f"{', '.join(missing)}: expected in the environment of {os.environ['WORLD_SIZE']} processes; start them with "
-            "torchrun, or see examples/70b for srun"
+            f"{', '.join(missing)}: expected in the environment of {os.environ['WORLD_SIZE']} processes; start them "
+            "with torchrun, or see examples/70b for srun"
         )
     import torch
 
@@ -108,14 +108,17 @@ def first_of(value: float) -> float:
     return float(given)
 
 
-def load_model(source: str, dtype: torch.dtype, layout: ParallelConfig) -> PreTrainedModel:
+def load_model(
+    source: str, dtype: torch.dtype, layout: ParallelConfig, products: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model of a folder, sharded over all processes, in evaluation mode; each reads its own slices.
+
+    products: in which it multiplies; gradients are reduced in fp32. None, or bfloat16.
 
     Raises:
         FileNotFoundError, ValueError: as `fastguard.models.load_model`; a layout that the model has no plan for.
         ImportError: transformers is too old to shard a model.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from fastguard.models import named_errors, refuse_missing
@@ -124,7 +127,7 @@ def load_model(source: str, dtype: torch.dtype, layout: ParallelConfig) -> PreTr
         from transformers.distributed import DistributedConfig
     except ImportError as error:
         raise ImportError(
-            f"several processes: expected transformers 5.20 or newer, which shards models ({error})"
+            f"several processes: expected a transformers that shards models as it loads them, like 5.23 ({error})"
         ) from None
     tensor, replicas = layout.tensor, layout.replicas
     if ranks() % (tensor * replicas):
@@ -132,10 +135,9 @@ def load_model(source: str, dtype: torch.dtype, layout: ParallelConfig) -> PreTr
             f"parallel: expected tensor x replicas to divide the {ranks()} processes, got tensor {tensor} and replicas "
             f"{replicas}"
         )
-    on_gpu = torch.cuda.is_available()
     plan = DistributedConfig(
         tp_size=tensor, dp_replicate_size=replicas, fsdp_size=ranks() // (tensor * replicas),
-        fsdp_mixed_precision=on_gpu and dtype == torch.float32,
+        fsdp_mixed_precision=products is not None,
     )  # fmt: skip
     with named_errors(source, "model"):
         both: Any = AutoModelForCausalLM.from_pretrained(

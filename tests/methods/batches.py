@@ -21,15 +21,17 @@ def labelled(n: int, half: int) -> dict[str, Any]:
     return {**batch, "labels": batch["input_ids"].where(answer, -100)}
 
 
-def streams(roles: Mapping[str, Role]) -> dict[str, Callable[[int], Any]]:
-    """A method's batches by number."""
+def streams(
+    roles: Mapping[str, Role], batch: Callable[[int, int], dict[str, Any]] = labelled
+) -> dict[str, Callable[[int], Any]]:
+    """A method's batches by number, made by ``batch`` as `labelled` makes them."""
 
     def part(half: int, shift: int) -> Callable[[int], Any]:
-        return lambda n: labelled(n + shift, half)
+        return lambda n: batch(n + shift, half)
 
     parts: dict[str, Callable[[int], Any]] = {
-        "pair": lambda n: {"harmful": labelled(n, 0), "harmless": labelled(n, 1)},
-        "preference": lambda n: {"chosen": labelled(n, 1), "rejected": labelled(n, 0)},
+        "pair": lambda n: {"harmful": batch(n, 0), "harmless": batch(n, 1)},
+        "preference": lambda n: {"chosen": batch(n, 1), "rejected": batch(n, 0)},
         **{name: part(0, 100 * i) for i, name in enumerate(("harmful", "attack", "attacker", "held_out"))},
         **{name: part(1, 100 * i) for i, name in enumerate(("refusal", "safe", "retain", "benign"))},
     }

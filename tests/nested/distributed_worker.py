@@ -11,14 +11,17 @@ import copy
 import functools
 import re
 import sys
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_param_group
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -255,7 +258,8 @@ def untouched(subject: Subject):
         assert torch.equal(value, before[name]), f"{name} is not bit for bit what it was"
 
 
-def simulated_attack(subject: Subject) -> None:
+def simulated_attack(subject: Subject, functions: bool = False) -> None:
+    """``functions``: losses are given as such, and seen to make and reduce no gradient that is not wanted."""
     adversary = subject.adversary
     attack = SimulatedAttack(
         subject.inner, AdamW(lr=LR, weight_decay=DECAY),
@@ -269,11 +273,49 @@ def simulated_attack(subject: Subject) -> None:
     subject.quiet()
     with untouched(subject), subject.unsynchronised(), attack.at(subject.wrapped) as tampered:
         for i in range(STEPS):
+            if functions:
+                with reduced(subject) as names:
+                    tampered.step(functools.partial(subject.loss, i))
+                assert all(".adversary." in name for name in names), names
+                with reduced(subject) as names:
+                    half = functools.partial(subject.loss, 100)
+                    tampered.accumulate([(half, 0.25), (half, 0.75)], weight=weigh(i))
+                assert not any(".adversary." in name for name in names), names
+                continue
             tampered.step(subject.loss(i))
             subject.quiet()
             tampered.accumulate(subject.loss(100), weight=weigh(i))
         subject.quiet()
     assert_same_gradients(subject.gradients(), subject.expected("attack"), subject.tolerance)
+
+
+def adapters_alone(subject: Subject) -> None:
+    if subject.adversary:
+        simulated_attack(subject, functions=True)
+
+
+@contextlib.contextmanager
+def reduced(subject: Subject) -> Iterator[list[str]]:
+    """The parameters of which somebody makes a gradient, or FSDP2 or DDP reduces one."""
+    names: list[str] = []
+    handles = [
+        p.register_post_accumulate_grad_hook(lambda p, name=name: names.append(name))
+        for name, p in subject.wrapped.named_parameters() if p.requires_grad
+    ]  # fmt: skip
+    reduce = fsdp_param_group.foreach_reduce
+
+    def seen(params: list[Any], *rest: Any) -> Any:
+        names.extend(p._param_fqn for p in params)
+        return reduce(params, *rest)
+
+    fsdp_param_group.foreach_reduce = seen
+    try:
+        yield names
+    finally:
+        fsdp_param_group.foreach_reduce = reduce
+        for handle in handles:
+            handle.remove()
+    assert names, "nothing was seen"
 
 
 def one_step(subject: Subject) -> None:
@@ -430,6 +472,7 @@ def raises(kind: type[BaseException], pattern: str):
 
 PIECES = {
     "attack": simulated_attack,
+    "attack by functions": adapters_alone,
     "perturbed": one_step,
     "reference": initial_weights,
     "activations": activations,

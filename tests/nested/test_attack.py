@@ -533,6 +533,44 @@ def test_an_optimizer_that_is_no_rule_is_named(given, got):
         SimulatedAttack(model).at(optimizer=given).__enter__()
 
 
+def test_losses_given_as_functions_ask_for_the_wanted_gradients_alone():
+    model = tiny("llama", torch.float64, num_hidden_layers=2)
+    adversary = LoRAAdversary(model, rank=2)
+    asking = {name for name, p in model.named_parameters() if p.requires_grad}
+    asked: list[set[str]] = []
+
+    def asks(seed: int) -> torch.Tensor:
+        asked.append({name for name, p in model.named_parameters() if p.requires_grad})
+        return loss(model, seed)
+
+    def run(lazily: bool) -> dict[str, torch.Tensor]:
+        attack = SimulatedAttack(model, AdamW(lr=1e-2), trains=adversary.trains, reads=adversary.reads)
+        with attack.at() as tampered:
+            for i in range(3):
+                value = tampered.step((lambda i=i: asks(i)) if lazily else loss(model, i))
+                passes = [(lambda: asks(100), 0.25), (lambda: asks(101), 0.75)]
+                whole = 0.25 * loss(model, 100) + 0.75 * loss(model, 101)
+                read = tampered.accumulate(passes if lazily else whole, weight=weigh(i))
+                assert not value.requires_grad and float(read) == pytest.approx(float(whole), rel=1e-12)
+        return gradients(model)
+
+    expected, found = run(False), run(True)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-15)
+    attacker = {name for name in asking if ".adversary." in name}
+    assert asked == [attacker, asking - attacker, asking - attacker] * 3
+    before = bits(model)
+    with pytest.raises(KeyboardInterrupt), SimulatedAttack(model, trains=adversary.trains).at() as tampered:
+        tampered.step(interrupted)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == asking
+    assert_untouched(model, before)
+
+
+def interrupted() -> torch.Tensor:
+    raise KeyboardInterrupt
+
+
 def test_misuse_is_named():
     model = tiny("llama")
     with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got AdamW"):
@@ -543,6 +581,10 @@ def test_misuse_is_named():
     with attack.at() as tampered:
         with pytest.raises(TypeError, match="loss: expected a 0-dim tensor, got float"):
             tampered.step(1.0)
+        with pytest.raises(TypeError, match="loss: expected a 0-dim tensor, got NoneType"):
+            tampered.step(lambda: None)
+        with pytest.raises(ValueError, match="loss: expected at least one pass, got none"):
+            tampered.step([])
         with pytest.raises(ValueError, match="weight: expected a finite number, got nan"):
             tampered.accumulate(loss(model, 0), weight=float("nan"))
     before = bits(model)

@@ -1,8 +1,7 @@
 """One of two processes that train defenses through trainers and loops: ``distributed_worker.py RANK STORE FOLDER``.
 
-The reference is one process with a plain loop: where a defense is additive over micro-batches it runs each rank's and
-averages, at that rank's sample offset; where it is not (its step has the norm of the averaged gradient), both ranks'
-batches run as one, which for means over equally many tokens is the same.
+The reference is one process with a plain loop, in which both ranks' batches run as one. ``RepNoiseLoss`` in a trainer
+keeps the trainer's convention: there it runs each rank's, at that rank's sample offset, and averages.
 """
 
 from __future__ import annotations
@@ -42,15 +41,14 @@ from tiny_models import tiny
 
 STEPS, ACCUMULATE, SIZE, LR = 2, 2, 2, 0.05
 TOLERANCE = 1e-6
-OPTIONS = {  # T-Vaccine: one draw of layers, which the reference can repeat; SN-Tune: one batch, the same for both
+OPTIONS = {  # SN-Tune: one batch, the same for both; SEAM: what wrapped models take
     "repnoise": ("mask_padding=true", "retain_weight=0"),
-    "t_vaccine": ("every=20", "probe_every=200"),
+    "seam": ("product=difference",),
     "sn_tune": ("samples=2",),
     "rsn_tune": ("samples=2",),
 }
 UNREAD = ("circuit_breaker",)
 """What these leave without a gradient, wrappers give one of zeros, which weight decay takes for a gradient."""
-ADDITIVE = ("repnoise", "vaccine", "t_vaccine", "circuit_breaker")
 
 
 def make_model(path: str | None = None) -> nn.Module:
@@ -109,34 +107,18 @@ def reference(defense: str, kind: str) -> dict[str, Tensor]:
 
 
 def reference_passes(defense: str, model: nn.Module, ordered: bool) -> Callable[[int], Any]:
-    if defense not in ADDITIVE:
-        _, together = common.make_defense(defense, model, Both(ordered))
+    if defense != "repnoise" or not ordered:
+        _, together = common.make_defense(defense, model, Both(ordered), OPTIONS.get(defense, ()))
         return lambda n: together(model, 1 / ACCUMULATE)
+    loss_fn = RepNoiseLoss(model, mask_padding=True)
     ranks = [pairs_of(ordered, rank) for rank in range(2)]
-    if defense == "repnoise":
-        loss_fn = RepNoiseLoss(model, mask_padding=True)
 
-        def averaged(n: int) -> None:
-            for rank in range(2):
-                loss_fn.call.fill_(n)
-                (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE, model=model) / (2 * ACCUMULATE)).backward()
+    def averaged(n: int) -> None:
+        for rank in range(2):
+            loss_fn.call.fill_(n)
+            (loss_fn(**ranks[rank](n), sample_offset=rank * SIZE, model=model) / (2 * ACCUMULATE)).backward()
 
-        return averaged
-    made = [common.make_defense(defense, model, pairs, OPTIONS.get(defense, ()))[0] for pairs in ranks]
-    if defense == "t_vaccine":  # layers are drawn by the mean of both ranks' norms
-        norms: Any = 0
-        for one, pairs in zip(made, ranks, strict=True):
-            one._measure(pairs(0)["harmful"])
-            norms = norms + torch.stack([one.perturbation.norms[i] for i in range(2)])
-        made[0].probabilities = (norms / norms.sum()).tolist()
-        state = {"step": 1, "probabilities": made[0].probabilities, "drawn": made[0]._draw()}
-        for one in made:
-            one.load_state_dict(state)
-    return lambda n: [
-        one.backward(**{name: stream(n) for name, stream in common.streams(pairs, one.roles).items()},
-                     model=model, scale=0.5 / ACCUMULATE)
-        for one, pairs in zip(made, ranks, strict=True)
-    ]  # fmt: skip
+    return averaged
 
 
 # the routes -----------------------------------------------------------------------------------------------------------
@@ -263,8 +245,7 @@ EVERYTHING = (
     "plain FSDP2",
 )  # elsewhere one of each kind of pass: loss, attack, perturbation, activations
 KINDS = ("repnoise", "tar", "booster", "t_vaccine")
-RANKED = [d for d in common.DEFENSES if d not in ("seam", "crl")]  # those two are not yet held to this
-CASES = [f"{route}, {d}" for route in ROUTES for d in (RANKED if route in EVERYTHING else KINDS)]
+CASES = [f"{route}, {d}" for route in ROUTES for d in (common.DEFENSES if route in EVERYTHING else KINDS)]
 ROUTES["plain FSDP2 first"] = ("fsdp2", through_fsdp2_late)
 CASES.append("plain FSDP2 first, tar")
 CASES.append(SHARDS := "shards to a folder")
@@ -310,13 +291,14 @@ def main() -> None:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500",
     }  # fmt: skip
+    chosen = [case for case in CASES if not only or any(case.startswith(o) or case.endswith(o) for o in only)]
+    for route, _, defense in (case.rpartition(", ") for case in chosen if case != SHARDS):
+        reference(defense, ROUTES[route][0])  # before this is one process of several, whose batches are one
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
     offer_fsdp_on_cpu()
-    for case in CASES:
-        if only and not any(case.startswith(o) or case.endswith(o) for o in only):
-            continue
+    for case in chosen:
         route, _, defense = case.rpartition(", ")
         environment = dict(os.environ)  # TrainingArguments write to it
         try:

@@ -25,6 +25,8 @@ from fastguard.nested.reference import Reference
 from fastguard.ops import final_norm
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.ops.vocabulary import Norm
+from fastguard.over_ranks import totals
+from fastguard.ranks import DataRanks
 from fastguard.taps import Structure, anchor, find_structure
 
 RETAIN_STATES = ("truncated", "all")
@@ -80,6 +82,9 @@ class CircuitBreakerLoss(ReferencedLoss):
         reference: the model as it was; None: as it is now.
         structure: what ``find_structure`` found for the model, if the caller has it already.
         check_finite: False leaves that to a caller who asks all ranks at once (see `check_components`).
+        over_ranks: whether means are over the samples of all data ranks, so that the engine's average of gradients is
+            the gradient of the undivided batch; False: of this rank's, as the engine's own losses are. Calls without
+            gradients are this rank's in any case.
 
     Attributes:
         components: of the last call with gradients, detached: ``loss``; ``retain`` and ``rerouting`` before their
@@ -108,6 +113,7 @@ class CircuitBreakerLoss(ReferencedLoss):
         reference: Reference | None = None,
         structure: Structure | None = None,
         check_finite: bool = True,
+        over_ranks: bool = False,
     ) -> None:
         guards.not_negative(alpha=alpha, nudge=nudge)
         for name, number, least in (("schedule", schedule, 1), ("seed", seed, None)):
@@ -122,8 +128,9 @@ class CircuitBreakerLoss(ReferencedLoss):
         last = len(structure.layers)
         chosen = default_layers(last) if layers is None else checked_layers(layers, last)
         super().__init__(
-            model, positions=positions, reference=reference, structure=structure, check_finite=check_finite
-        )
+            model, positions=positions, reference=reference, structure=structure, check_finite=check_finite,
+            over_ranks=over_ranks,
+        )  # fmt: skip
         self.layers = chosen
         self.alpha, self.schedule, self.mask_padding = alpha, schedule, mask_padding
         self.retain_states, self.retain_distance = retain_states, retain_distance
@@ -187,12 +194,15 @@ class CircuitBreakerLoss(ReferencedLoss):
 
         return statistic
 
-    def _combine(self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _combine(
+        self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor, ranks: DataRanks | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         rows = pair.bad.sum()
         rerouting = torch.stack([numbers[i][0] for i in self.layers])
         turns = torch.stack([numbers[i][1] for i in self.layers])
         distances = torch.stack([numbers[i][-1] for i in self.retained])
-        tokens = pair.good.sum() if self.mask_padding else pair.places
+        tokens = pair.good.sum() if self.mask_padding else rows.new_tensor(pair.places)
+        distances, rerouting, turns, rows, tokens = totals(ranks, distances, rerouting, turns, rows, tokens)
         progress = min((int(self.call) + 1) / self.schedule, 1.0)
         weights = {"retain_weight": self.alpha * progress, "rerouting_weight": self.alpha * (1 - progress)}
         parts = {

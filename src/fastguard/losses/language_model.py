@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from fastguard.losses import guards, tapped
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.ops.representation_distance import representation_distance
+from fastguard.over_ranks import mean, weighted
+from fastguard.ranks import DataRanks
 from fastguard.taps import Lens, Structure, find_structure
 
 KINDS = ("cross_entropy", "max_entropy", "log_one_minus_p")
@@ -148,6 +150,10 @@ class _Distance:
                 distance = torch.where(self.mask, distance, 0)
         return distance.mean() if self.count is None else distance.sum() / self.count
 
+    def tokens(self, batch: Mapping[str, Tensor]) -> Tensor | int:
+        """How many the mean is over."""
+        return batch["input_ids"].numel() if self.count is None else self.count
+
 
 class LanguageModelLoss(guards.Uncopied):
     """Losses of a causal language model on plain batches.
@@ -163,6 +169,9 @@ class LanguageModelLoss(guards.Uncopied):
         structure: what ``find_structure`` found for the model, if the caller has it already.
         check_finite: False leaves that to a caller who asks all ranks at once, and spares a wait for the device; an
             error on one rank alone would leave the others in their next collective call.
+        over_ranks: whether means are over the samples of all data ranks, so that the engine's average of gradients is
+            the gradient of the undivided batch; False: of this rank's, as the engine's own losses are. Calls without
+            gradients are this rank's in any case.
 
     Attributes:
         tapped: the model with this loss's taps on it, for readings of other kinds (see ``losses/tapped.py``).
@@ -175,14 +184,14 @@ class LanguageModelLoss(guards.Uncopied):
 
     def __init__(
         self, model: nn.Module, *, filter_tol: float | None = 0.0, structure: Structure | None = None,
-        check_finite: bool = True,
+        check_finite: bool = True, over_ranks: bool = False,
     ) -> None:  # fmt: skip
         guards.a_filter_tol(filter_tol)
         self.structure = find_structure(model) if structure is None else structure
         tapped.warn_of_full_logits(self.structure)
         self.filter_tol, self.check_finite = filter_tol, check_finite
         self.components: dict[str, Tensor] = {}
-        self.tapped = tapped.Tapped("LanguageModelLoss", model, self.structure)
+        self.tapped = tapped.Tapped("LanguageModelLoss", model, self.structure, over_ranks=over_ranks)
         self._finalizer = weakref.finalize(self, self.tapped.taps.close)
         self._finalizer.atexit = False
 
@@ -242,10 +251,11 @@ class LanguageModelLoss(guards.Uncopied):
             stats, distances = call.read(batch, scope)
             loss, parts = call.zero, dict[str, Tensor]()
             if kind is not None and stats is not None:
-                parts[kind] = _of_rows(stats, kind, cut)
+                parts[kind] = _of_rows(stats, kind, cut, call.ranks)
                 loss = loss + parts[kind]
             if distance is not None:
-                parts["distance_per_state"] = torch.stack([distances[i] for i in range(len(distances))])
+                local = torch.stack([distances[i] for i in range(len(distances))])
+                parts["distance_per_state"] = weighted(local, distance.tokens(batch), call.ranks)
                 parts["representation_distance"] = parts["distance_per_state"].mean()
                 loss = loss + distance_weight * parts["representation_distance"]
             parts["loss"] = loss
@@ -349,21 +359,22 @@ def _named(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _of_rows(stats: LMHeadStats, kind: str, cut: float) -> Tensor:
+def _of_rows(stats: LMHeadStats, kind: str, cut: float, ranks: DataRanks | None) -> Tensor:
     """The loss of ``kind`` from the statistics of the rows that carry it."""
     if kind == "cross_entropy":
-        return stats.cross_entropy().mean()
+        return mean(stats.cross_entropy(), ranks)
     if kind == "max_entropy":
         assert stats.mean_logit is not None
-        return (stats.mean_logit - stats.lse).mean()
+        return mean(stats.mean_logit - stats.lse, ranks)
     # -log(1 - p) as a softplus of logits: lse - rest_lse would cancel, value and gradient, where p is small.
     loss = torch.nn.functional.softplus(stats.target_logit - stats.rest_lse, threshold=40.0)
-    return torch.where(-stats.cross_entropy() < cut, 0, loss).mean()  # this way round a NaN stays one
+    return mean(torch.where(-stats.cross_entropy() < cut, 0, loss), ranks)  # this way round a NaN stays one
 
 
 def dpo_loss(
-    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float = 0.1
-) -> Tensor:
+    chosen_logp: Tensor, rejected_logp: Tensor, ref_chosen_logp: Tensor, ref_rejected_logp: Tensor, beta: float = 0.1,
+    ranks: DataRanks | None = None,
+) -> Tensor:  # fmt: skip
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), the mean over pairs, 0-dim.
 
     -log sigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).
@@ -372,9 +383,10 @@ def dpo_loss(
         chosen_logp, rejected_logp: [B], of the model that is trained (see `LanguageModelLoss.sequence_logp`).
         ref_chosen_logp, ref_rejected_logp: [B], of the reference.
         beta: how strongly the reference holds.
+        ranks: whose pairs the mean is over (``fastguard.ranks.data_ranks``); None: this rank's alone.
     """
     given = (chosen_logp, rejected_logp, ref_chosen_logp, ref_rejected_logp)
     if len({t.shape for t in given}) != 1:
         raise ValueError(f"dpo_loss: expected four tensors of one shape, got {[tuple(t.shape) for t in given]}")
     margin = (chosen_logp - ref_chosen_logp) - (rejected_logp - ref_rejected_logp)
-    return -torch.nn.functional.logsigmoid(beta * margin).mean()
+    return -mean(torch.nn.functional.logsigmoid(beta * margin), ranks)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fastguard.losses import guards
+from fastguard.losses import guards, tapped
 
 MASKS = ("difference", "labels")
 BOUNDARIES = ("constant", "predicted")
@@ -74,6 +74,12 @@ def token_masks(
             raise ValueError("mask_padding: needs an entry 'attention_mask' in harmful and harmless")
         masks = masks[0] & (harmful["attention_mask"] != 0), masks[1] & (harmless["attention_mask"] != 0)
     return masks
+
+
+def plain_rows(batch: Mapping[str, Tensor], name: str, some: bool = True) -> Rows:
+    """The rows of a plain batch that carry loss; see ``tapped.next_tokens``."""
+    rows, target = tapped.next_tokens(batch, name, some)
+    return Rows(rows, target, rows.new_zeros(()), rows.new_full((), len(rows)))
 
 
 def surviving_rows(ids: Tensor, mask: Tensor, boundary: str, ignore_token_zero: bool) -> Rows:

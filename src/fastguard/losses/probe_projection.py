@@ -26,6 +26,7 @@ from fastguard.losses import guards
 from fastguard.losses.referenced import Pair, ReferencedLoss, Statistic, checked_layers
 from fastguard.nested.reference import Reference
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ranks import DataRanks
 from fastguard.taps import Structure, find_structure
 from fastguard.taps.structure import head_parameters
 
@@ -122,7 +123,9 @@ class ProbeProjectionLoss(ReferencedLoss):
 
         return statistic
 
-    def _combine(self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _combine(
+        self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor, ranks: DataRanks | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         by_layer = torch.stack([numbers[i] for i in self.layers])
         parts: dict[str, Tensor] = {}
         for i, name in enumerate(("harmful", "retain", "shift")):

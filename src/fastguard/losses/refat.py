@@ -33,10 +33,11 @@ from torch import Tensor, nn
 from fastguard.directions.estimate import estimate
 from fastguard.directions.stream import Ablation, Stream
 from fastguard.losses import guards, tapped
-from fastguard.machine import rank
-from fastguard.nested.guard import derived_seed, summed_over_ranks
+from fastguard.nested.guard import derived_seed
 from fastguard.ops.class_moments import class_moments_
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.over_ranks import gathered, mean, several, summed, totals
+from fastguard.ranks import DataRanks, data_ranks
 from fastguard.taps import Lens, find_structure
 
 HARMFUL, HARMLESS, ABLATED = range(3)
@@ -119,6 +120,9 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         retain_weight: weight of the cross-entropy on ``retain``.
         filter_tol: as for ``lm_head_stats``; 0 is exact.
         check_finite: False leaves it to a caller who asks all ranks at once.
+        over_ranks: whether means are over the samples of all data ranks, so that the engine's average of gradients is
+            the gradient of the undivided batch; False: of this rank's, as the engine's own losses are. Calls without
+            gradients are this rank's in any case.
 
     Attributes:
         components: of the last call with gradients, 0-dim and detached: ``loss``, ``refusal_ce``, ``retain_ce``,
@@ -152,6 +156,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         retain_weight: float = 1.0,
         filter_tol: float | None = 0.0,
         check_finite: bool = True,
+        over_ranks: bool = False,
     ) -> None:
         super().__init__()
         guards.not_negative(p=p, retain_weight=retain_weight)
@@ -177,7 +182,9 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         self.filter_tol, self.check_finite = filter_tol, check_finite
         self.components: dict[str, Tensor] = {}
         self.evaluation: dict[str, Tensor] = {}
-        self._tapped = tapped.Tapped("ReFATLoss", model, self.structure)  # its hooks see what comes before ablation
+        self._tapped = tapped.Tapped(  # its hooks see what comes before ablation
+            "ReFATLoss", model, self.structure, over_ranks=over_ranks
+        )
         self._stream = Stream(model, self.structure, lasting=True)
         self._make_state()
         self._ablation: Ablation | None = None
@@ -219,7 +226,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
             retain: harmless prompts with answers, of any shape, likewise.
             model: the model as wrapped by DDP, FSDP or accelerate after construction; may be left out with one
                 process, and where FSDP2 shards the model in place.
-            sample_offset: index of the first refusal sample among all ranks'; by default rank * B.
+            sample_offset: index of the first refusal sample among all ranks'; by default data rank * B.
 
         Raises:
             ValueError: batches that do not fit, without labels or without a prompt before them; model left out where
@@ -230,16 +237,23 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         """
         tokens, ends = zip(*(_answers(b, n) for n, b in (("refusal", refusal), ("retain", retain))), strict=True)
         training = torch.is_grad_enabled()
-        count = len(refusal["input_ids"])
+        count, ranks = len(refusal["input_ids"]), data_ranks(self._tapped.model if model is None else model)
         if training and self.every is not None and (self._ablation is None or int(self.since) >= self.every):
-            self._renew()
-        chosen = self._drawn(count, count * rank() if sample_offset is None else sample_offset)
+            self._renew(ranks)
+        before, whole = count * ranks.rank, None
+        if self._tapped.over_ranks and training and several(ranks):
+            sizes = [size for (size,) in gathered([count], ranks)]
+            before, whole = sum(sizes[: ranks.rank]), sum(sizes)
+        offset = before if sample_offset is None else sample_offset
+        chosen = self._drawn(count, offset)
+        every = chosen if whole is None else self._drawn(whole, offset - before)
         with self._tapped.call(model, self._lens) as call:
-            with self._ablated(chosen) as first:
+            with self._ablated(chosen, every) as first:
                 harmful = call.read(refusal, _Scope(call.lens, tokens[0], ends[0], self.layers))
             with self._stream.plain() as second:
                 harmless = call.read(retain, _Scope(call.lens, tokens[1], ends[1], self.layers))
-            parts = self._parts(harmful.ce, harmless.ce, tokens[0][0] // refusal["input_ids"].shape[1], chosen)
+            where = chosen.to(harmful.ce.device)[tokens[0][0] // refusal["input_ids"].shape[1]]
+            parts = self._parts(harmful.ce, harmless.ce, where, every, call.ranks)
             loss = parts["loss"] + call.zero.to(parts["loss"].dtype)
             if self.check_finite:
                 tapped.check_finite("ReFATLoss", parts)
@@ -254,6 +268,11 @@ class ReFATLoss(guards.Uncopied, nn.Module):
                 self.evaluation = figures
             return self._stream.gated(call.gated(loss), (first, second))
 
+    def check(self, **batches: Mapping[str, Tensor]) -> None:
+        """Raise the ValueError that a call would raise for batches that do not fit."""
+        for name, batch in batches.items():
+            _answers(batch, name)
+
     def estimate(self, harmful: Iterable[Mapping[str, Tensor]], harmless: Iterable[Mapping[str, Tensor]]) -> None:
         """Find each layer's first direction as published: from prompts alone, in forwards of their own.
 
@@ -263,8 +282,8 @@ class ReFATLoss(guards.Uncopied, nn.Module):
             harmful, harmless: batches as ``fastguard.directions.estimate`` takes them; published: 32 prompts of each.
         """
         found = estimate(self._tapped.model, harmful, harmless, positions=1, structure=self.structure)
-        for kind, mean in ((HARMFUL, found.harmful), (HARMLESS, found.harmless)):
-            self.running[kind] = mean[0, list(self.layers)].to(self.running)
+        for kind, means in ((HARMFUL, found.harmful), (HARMLESS, found.harmless)):
+            self.running[kind] = means[0, list(self.layers)].to(self.running)
         self.held.copy_(torch.tensor(found.counts))
         self._forget()
         self._choose(None)
@@ -294,22 +313,29 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         generator = torch.Generator().manual_seed(derived_seed("refat", self.seed, int(self.call)))
         return torch.rand(offset + count, generator=generator, dtype=torch.float64)[offset:] < self.p
 
-    def _ablated(self, chosen: Tensor) -> contextlib.AbstractContextManager[Ablation]:
-        if self._ablation is None or not chosen.any():
+    def _ablated(self, chosen: Tensor, every: Tensor) -> contextlib.AbstractContextManager[Ablation]:
+        """Ablation of the samples ``chosen``; ``every``: of all ranks, which run one form of the model alike."""
+        if self._ablation is None or not every.any():
             return self._stream.plain()
         return self._stream.ablated(self._ablation.of(torch.where(chosen, 0, -1)))
 
-    def _parts(self, harmful: Tensor, harmless: Tensor, sample: Tensor, chosen: Tensor) -> dict[str, Tensor]:
-        """The loss and its components, of cross-entropies [rows] and the sample of each harmful one."""
-        parts = {"refusal_ce": harmful.mean(), "retain_ce": harmless.mean().to(harmful.device)}
+    def _parts(
+        self, harmful: Tensor, harmless: Tensor, where: Tensor, chosen: Tensor, ranks: DataRanks | None
+    ) -> dict[str, Tensor]:
+        """The loss and its components, of cross-entropies [rows].
+
+        where: which of the harmful rows are of samples that ran ablated. chosen: the samples that did, of all ranks.
+        """
+        parts = {"refusal_ce": mean(harmful, ranks), "retain_ce": mean(harmless, ranks).to(harmful.device)}
         parts["loss"] = parts["refusal_ce"] + self.retain_weight * parts["retain_ce"]
         parts["ablated"] = chosen.double().mean().to(harmful)
         if chosen.any():
-            where = chosen.to(sample.device)[sample]
-            weight = where.to(harmful.dtype)
-            parts["refusal_ce_ablated"] = (harmful * weight).sum() / weight.sum()
+            on = where.to(harmful.dtype)
+            off = 1 - on
+            ablated, plain, n, m = totals(ranks, (harmful * on).sum(), (harmful * off).sum(), on.sum(), off.sum())
+            parts["refusal_ce_ablated"] = ablated / n
             if not chosen.all():
-                parts["refusal_ce_plain"] = (harmful * (1 - weight)).sum() / (1 - weight).sum()
+                parts["refusal_ce_plain"] = plain / m
         else:
             parts["refusal_ce_plain"] = parts["refusal_ce"]
         return parts
@@ -323,13 +349,12 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         class_moments_(self.counts, self.means, self.rests, prompts, kind.to(prompts.device))
 
     @torch.no_grad()
-    def _renew(self) -> None:
+    def _renew(self, ranks: DataRanks) -> None:
         """Estimate the directions from the samples since the last time; every rank calls it."""
         means = self.means.double() if self.rests is None else self.means.double() + self.rests.double()
         counts = self.counts.double()
-        both = summed_over_ranks(
-            torch.cat([counts[:, None, None].expand(-1, 1, means.shape[-1]), means * counts[:, None, None]], 1)
-        )
+        both = torch.cat([counts[:, None, None].expand(-1, 1, means.shape[-1]), means * counts[:, None, None]], 1)
+        both = summed(both, ranks)
         counts, sums = both[:, 0, 0], both[:, 1:]
         number = [round(n) for n in counts.tolist()]
         for kind in (HARMFUL, HARMLESS):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastguard.losses import guards, tapped
 from fastguard.losses.joined import joined
 from fastguard.nested.reference import Reference
+from fastguard.ranks import DataRanks
 from fastguard.taps import Structure, find_structure
 from fastguard.taps.shallow import shallow
 
@@ -59,6 +60,7 @@ class ReferencedLoss(guards.Uncopied, nn.Module):
 
     Args:
         model, reference, structure, check_finite, positions: see the subclasses.
+        over_ranks: see the subclasses that take it.
 
     Attributes:
         components: of the last call with gradients, detached. evaluation: of the last one without.
@@ -69,7 +71,7 @@ class ReferencedLoss(guards.Uncopied, nn.Module):
 
     def __init__(
         self, model: nn.Module, *, positions: str, reference: Reference | None, structure: Structure | None,
-        check_finite: bool,
+        check_finite: bool, over_ranks: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         if positions not in POSITIONS:
@@ -80,7 +82,7 @@ class ReferencedLoss(guards.Uncopied, nn.Module):
         self.reference = Reference(model) if reference is None else reference
         self.components: dict[str, Tensor] = {}
         self.evaluation: dict[str, Tensor] = {}
-        self._tapped = tapped.Tapped(type(self).__name__, model, self.structure)
+        self._tapped = tapped.Tapped(type(self).__name__, model, self.structure, over_ranks=over_ranks)
         self._finalizer = weakref.finalize(self, self._tapped.taps.close)
         self._finalizer.atexit = False
 
@@ -109,7 +111,7 @@ class ReferencedLoss(guards.Uncopied, nn.Module):
             frozen = self._read(call, wrapped, pair, self._frozen(pair))
         with self._tapped.call(wrapped) as call:
             numbers = self._read(call, wrapped, pair, self._live(pair, frozen))
-            parts, loss = self._combine(pair, numbers, call.zero)
+            parts, loss = self._combine(pair, numbers, call.zero, call.ranks)
             found = {name: value.detach() for name, value in parts.items()}
             if self.check_finite:
                 self._check_finite(found)
@@ -119,6 +121,10 @@ class ReferencedLoss(guards.Uncopied, nn.Module):
             else:
                 self.evaluation = found
             return call.gated(loss)
+
+    def check(self, *, harmful: Mapping[str, Tensor], retain: Mapping[str, Tensor]) -> None:
+        """Raise the ValueError that a call would raise for batches that do not fit."""
+        Pair(harmful, retain, self.positions)
 
     def _read(self, call: tapped.Call, model: nn.Module, pair: Pair, statistic: Statistic) -> tuple[Tensor, ...]:
         """What ``statistic`` makes of each hidden state of one forward of the layers that are read."""
@@ -133,7 +139,9 @@ class ReferencedLoss(guards.Uncopied, nn.Module):
         """What is made of each live hidden state, a vector that is empty for those that are not read."""
         raise NotImplementedError
 
-    def _combine(self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    def _combine(
+        self, pair: Pair, numbers: Sequence[Tensor], zero: Tensor, ranks: DataRanks | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """The components, ``loss`` among them, and the loss; ``zero`` is to be added to it."""
         raise NotImplementedError
 

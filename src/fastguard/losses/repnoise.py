@@ -16,21 +16,28 @@ import math
 import random
 import weakref
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastguard.losses import guards, paired, tapped
+from fastguard.losses.gathered_mmd import Gathered
 from fastguard.losses.language_model import OutputScope
 from fastguard.losses.paired import Rows
-from fastguard.machine import rank
+from fastguard.losses.pieces import divided, pieces
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.philox import gaussian_noise
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.over_ranks import mean, several, totals
+from fastguard.ranks import DataRanks, data_ranks
 from fastguard.taps import Lens, Taps, find_structure
 
 LENS_TRANSFORMS = ("model", "none")
+
+MASK = "token mask"
+"""The entry under which it is divided with a batch."""
 
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -48,12 +55,12 @@ class _Pair(NamedTuple):
 
 
 class _PairScope(tapped.Reading[_Pair]):
-    """The concatenated forward: harmful samples first, harmless samples after them.
+    """A forward of the harmful samples and, after them, the harmless ones, if they are not in a forward of their own.
 
     Args:
-        lens: the head. batch: samples of one half. harmful, harmless: their rows in the concatenation.
-        entries: the hidden states to read. layers: how many MLPs there are. noise, mask: arguments of
-            ``gaussian_mmd``.
+        lens: the head. batch, length: of the harmful half [B, T]. harmful, harmless: their rows in the concatenation.
+        entries: the hidden states to read. layers: how many MLPs there are. noise: from an MLP's outputs [B, F] of the
+            harmful half and its layer to their MMD^2.
     """
 
     output: Tensor | None
@@ -61,12 +68,12 @@ class _PairScope(tapped.Reading[_Pair]):
     mmd: dict[int, Tensor]
 
     def __init__(
-        self, lens: Lens, batch: int, harmful: Rows, harmless: Rows, entries: frozenset[int],
-        layers: int, noise: dict[str, Any], mask: Tensor,
+        self, lens: Lens, batch: int, length: int, harmful: Rows, harmless: Rows, entries: frozenset[int],
+        layers: int, noise: Callable[[Tensor, int], Tensor],
     ) -> None:  # fmt: skip
         super().__init__()
-        self.lens, self.batch, self.harmful, self.entries = lens, batch, harmful, entries
-        self.layers, self.noise, self.mask = layers, noise, mask
+        self.lens, self.batch, self.length, self.harmful, self.entries = lens, batch, length, harmful, entries
+        self.layers, self.noise = layers, noise
         self.rows = torch.cat([harmful.rows, harmless.rows])
         self.target = torch.cat([harmful.target, harmless.target])
         self.end()
@@ -74,8 +81,7 @@ class _PairScope(tapped.Reading[_Pair]):
     def observe(self, kind: str, index: int, x: Tensor, keep: bool) -> None:
         """See `Scope.observe`: an MLP's output, a hidden state, or the final norm's output."""
         if kind == "mlp":
-            samples = x.reshape(2 * self.batch, -1)[: self.batch]
-            value = gaussian_mmd(samples[None], self.mask, layer=index, **self.noise)[0]
+            value = self.noise(x.reshape(-1, self.length, x.shape[-1])[: self.batch].flatten(1), index)
             if keep:
                 self.mmd[index] = value
             return
@@ -141,6 +147,10 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         lens_transform: ``model``: hidden states pass the model's own soft-cap and logit scale, as its output does;
             ``none``: they do not, as in the published code (Gemma 2, Cohere, Granite: elsewhere there is none).
         mlp_of: from a decoder layer to its MLP, where the model's structure does not tell.
+        over_ranks: whether means are over the tokens, and the noise term over the samples, of all data ranks, so that
+            the engine's average of gradients is the gradient of the undivided batch; each rank then compares the
+            samples of all. False: of this rank's, as the engine's own losses are. Calls without gradients are this
+            rank's in any case.
 
     Attributes:
         components: of the last call with gradients, detached: ``loss``, ``harmless_ce``, ``noise`` (mean),
@@ -173,6 +183,7 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         output_alpha: float = 0.0,
         lens_transform: str = "model",
         mlp_of: Callable[[nn.Module], nn.Module] | None = None,
+        over_ranks: bool = False,
     ) -> None:
         super().__init__()
         for name, value, choices in (("mask", mask, paired.MASKS), ("boundary", boundary, paired.BOUNDARIES)):
@@ -199,7 +210,7 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         self.evaluation: dict[str, Tensor] = {}
         self._last_noise: dict[str, Any] | None = None
         self.register_buffer("call", torch.zeros((), dtype=torch.int64))
-        self._tapped = tapped.Tapped("RepNoiseLoss", model, self.structure, mlps=True)
+        self._tapped = tapped.Tapped("RepNoiseLoss", model, self.structure, mlps=True, over_ranks=over_ranks)
         self._watch = guards.RoundingWatch("RepNoiseLoss")
         self._finalizer = weakref.finalize(self, _close, self._tapped.taps, self._watch)
         self._finalizer.atexit = False
@@ -241,7 +252,7 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
                 process, and where FSDP2 shards the model in place. With several processes and a model that is neither
                 wrapped nor sharded, passing that bare model says that you average its gradients yourself.
             sample_offset: index of the first sample among all ranks' samples, from which the noise is drawn;
-                by default rank * B.
+                by default that of the data ranks' batches in their order.
 
         Raises:
             ValueError: batches that do not fit each other, or none of whose tokens carries loss; model left out where
@@ -250,12 +261,139 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
             RuntimeError: reentrant checkpointing, or taps that did not fire; head, norm, layers or MLPs were replaced
                 after construction; the loss was closed.
         """
-        paired.check_pair(harmful, harmless)
         weight = self.retain_weight if retain_weight is None else retain_weight
         guards.not_negative(retain_weight=weight)
-        training = torch.is_grad_enabled()
-        if retain is None and self._needs_retain and weight and training:
+        self._expect_retain(retain, weight)
+        masks, bad, good = self._rows(harmful, harmless)
+        aside = None if retain is None else (retain, tapped.next_tokens(retain, "retain"))
+        good_in_pair = good._replace(rows=good.rows + harmful["input_ids"].numel())
+        both = {k: torch.cat([harmful[k], harmless[k]]) for k in harmful}
+        return self._terms(both, masks[0], bad, good_in_pair, aside, weight, model, sample_offset)
+
+    def passes(
+        self, *, harmful: Mapping[str, Tensor], harmless: Mapping[str, Tensor],
+        retain: Mapping[str, Tensor] | None = None, micro: int, model: nn.Module | None = None,
+    ) -> list[Callable[[], Tensor]]:  # fmt: skip
+        """The loss of a call as a sum of several, each the result of a function that runs a forward of its own.
+
+        They are run and differentiated in their order, so that the activations of one are there at a time: harmless and
+        retain samples at most ``micro`` at a time, then the harmful half undivided, since its logarithm and its noise
+        term see all samples. After the last, ``components`` are those of the call, and the counter has moved.
+
+        Args and errors: as in a call.
+        """
+        self._expect_retain(retain, self.retain_weight)
+        masks, bad, good = self._rows(harmful, harmless)
+        ranks = data_ranks(self._tapped.model if model is None else model) if self._tapped.over_ranks else None
+        marked = {**harmless, MASK: masks[1]}
+        options = (self.boundary, self.ignore_token_zero)
+        sides: list[tuple[str, Mapping[str, Tensor], Callable[[dict[str, Tensor]], Rows], Tensor, float]]
+        sides = [
+            ("harmless_ce", marked, lambda p: paired.surviving_rows(p["input_ids"], p[MASK], *options), good.total, 1.0)
+        ]
+        if retain is not None:
+            count = tapped.carrying(retain, "retain").sum()
+            sides.append(
+                ("retain_ce", retain, lambda p: paired.plain_rows(p, "retain", some=False), count, self.retain_weight)
+            )
+        earlier: dict[str, Tensor] = {}
+
+        def plain(name: str, batch: dict[str, Tensor], rows: Rows, total: Tensor, weight: float) -> Tensor:
+            with self._tapped.call(model, self._lens) as call:
+                read = {key: value for key, value in batch.items() if key != MASK}
+                stats = call.read(read, OutputScope(call.lens, (rows.rows, rows.target))).stats
+                assert stats is not None
+                ce = self._total(stats.cross_entropy().sum(), rows)
+                ce, number = totals(call.ranks, ce, total)
+                earlier[name] = earlier.get(name, 0) + (ce / number).detach()
+                return call.gated(weight * (ce / number) + call.zero.to(ce.dtype))
+
+        found: list[Callable[[], Tensor]] = []
+        for name, batch, rows_of, total, weight in sides:
+            for piece in divided(batch, pieces(batch, micro, ranks)):
+                found.append(partial(plain, name, piece, rows_of(piece), total, weight))
+        none = Rows(good.rows[:0], good.target[:0], torch.zeros_like(good.boundary), torch.ones_like(good.total))
+        return [
+            *found,
+            lambda: self._terms(dict(harmful), masks[0], bad, none, None, self.retain_weight, model, None, earlier),
+        ]
+
+    def _expect_retain(self, retain: Mapping[str, Tensor] | None, weight: float) -> None:
+        if retain is None and self._needs_retain and weight and torch.is_grad_enabled():
             raise ValueError("retain: expected a batch, since this preset weighs one, got None; or set retain_weight=0")
+
+    def _terms(
+        self, pair: Mapping[str, Tensor], mask: Tensor, bad: Rows, good: Rows,
+        aside: tuple[Mapping[str, Tensor], tuple[Tensor, Tensor]] | None, weight: float, model: nn.Module | None,
+        sample_offset: int | None, earlier: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """The loss of one forward, of both halves or of the harmful one, and of a retain batch's.
+
+        mask [B, T]: the harmful half's. good: rows in ``pair``. aside: the retain batch and its rows. earlier:
+        components that were differentiated before.
+        """
+        training = torch.is_grad_enabled()
+        batch, length = mask.shape
+        ranks = data_ranks(self._tapped.model if model is None else model)
+        over = Gathered(mask, ranks) if self._tapped.over_ranks and training and several(ranks) else None
+        before = batch * ranks.rank if over is None else over.before
+        noise: dict[str, Any] = {
+            "seed": self.seed,
+            "call": self.call.to(mask.device, copy=True),
+            "sample_offset": before if sample_offset is None else sample_offset,
+        }
+
+        def mmd_of(samples: Tensor, layer: int) -> Tensor:
+            if over is not None:
+                return over.mmd(samples, layer=layer, **noise)
+            return gaussian_mmd(samples[None], mask, layer=layer, **noise)[0]
+
+        layers = len(self.structure.layers)
+        entries = self._drawn_entries()
+        read = entries if self.norm_last_twice else entries - {layers}
+        with self._tapped.call(model, self._lens) as call:
+            assert call.lens is not None
+            if training:
+                self._watch(self.structure.model)
+            scope = _PairScope(call.lens, batch, length, bad, good, read, layers, mmd_of)
+            output, hidden, mmd = call.read(pair, scope)
+            if not self.norm_last_twice and len(read) < len(entries):
+                hidden[layers] = output[: bad.rows.shape[0]].sum()
+            parts = self._combine(output, hidden, mmd, bad, good, call.ranks)
+            if aside is not None:
+                stats = call.read(aside[0], OutputScope(call.lens, aside[1])).stats
+                assert stats is not None
+                parts["retain_ce"] = mean(stats.cross_entropy(), call.ranks)
+                parts["loss"] = parts["loss"] + weight * parts["retain_ce"]
+            loss = parts["loss"] = parts["loss"] + call.zero.to(parts["loss"].dtype)
+            if earlier is not None:
+                parts |= earlier
+                parts["loss"] = loss + earlier["harmless_ce"] + weight * earlier.get("retain_ce", 0)
+            self._check_finite(parts, entries)
+            figures = {name: value.detach() for name, value in parts.items()}
+            wide = accumulation_dtype(call.lens.weight.dtype)
+            self._last_noise = {**noise, "shape": (batch, length, call.lens.weight.shape[1]), "dtype": wide}
+            if training:
+                self.components = figures
+                self.call += 1
+            else:  # it moves nothing of the training's
+                self.evaluation = figures
+            return call.gated(loss)
+
+    def check(
+        self, *, harmful: Mapping[str, Tensor], harmless: Mapping[str, Tensor],
+        retain: Mapping[str, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        """Raise the ValueError that a call would raise for batches that do not fit."""
+        self._rows(harmful, harmless)
+        if retain is not None:
+            tapped.next_tokens(retain, "retain")
+
+    def _rows(
+        self, harmful: Mapping[str, Tensor], harmless: Mapping[str, Tensor]
+    ) -> tuple[tuple[Tensor, Tensor], Rows, Rows]:
+        """The token masks of the two halves, and the rows of each that carry loss."""
+        paired.check_pair(harmful, harmless)
         masks = paired.token_masks(harmful, harmless, self.mask, self.mask_padding)
         options = (self.boundary, self.ignore_token_zero)
         bad = paired.surviving_rows(harmful["input_ids"], masks[0], *options)
@@ -266,43 +404,7 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
                     f"{name}: no token carries loss; expected at least one position t > 0 at which the mask "
                     f"({self.mask}{', padding left out' if self.mask_padding else ''}) is set"
                 )
-        aside = None if retain is None else tapped.next_tokens(retain, "retain")
-        batch, length = harmful["input_ids"].shape
-        noise = {
-            "seed": self.seed,
-            "call": self.call.to(harmful["input_ids"].device, copy=True),
-            "sample_offset": batch * rank() if sample_offset is None else sample_offset,
-        }
-        good_in_pair = good._replace(rows=good.rows + batch * length)
-        layers = len(self.structure.layers)
-        entries = self._drawn_entries()
-        read = entries if self.norm_last_twice else entries - {layers}
-        with self._tapped.call(model, self._lens) as call:
-            assert call.lens is not None
-            if training:
-                self._watch(self.structure.model)
-            scope = _PairScope(call.lens, batch, bad, good_in_pair, read, layers, noise, masks[0])
-            output, hidden, mmd = call.read({k: torch.cat([harmful[k], harmless[k]]) for k in harmful}, scope)
-            if not self.norm_last_twice and len(read) < len(entries):
-                hidden[layers] = output[: bad.rows.shape[0]].sum()
-            parts = self._combine(output, hidden, mmd, bad, good)
-            if retain is not None:
-                stats = call.read(retain, OutputScope(call.lens, aside)).stats
-                assert stats is not None
-                parts["retain_ce"] = stats.cross_entropy().mean()
-                parts["loss"] = parts["loss"] + weight * parts["retain_ce"]
-            parts["loss"] = parts["loss"] + call.zero.to(parts["loss"].dtype)
-            self._check_finite(parts, entries)
-            figures = {name: value.detach() for name, value in parts.items()}
-            assert call.lens.weight is not None
-            wide = accumulation_dtype(call.lens.weight.dtype)
-            self._last_noise = {**noise, "shape": (batch, length, call.lens.weight.shape[1]), "dtype": wide}
-            if training:
-                self.components = figures
-                self.call += 1
-            else:  # it moves nothing of the training's
-                self.evaluation = figures
-            return call.gated(parts["loss"])
+        return masks, bad, good
 
     def _lens(self) -> Lens:
         return Lens(self.structure, self.filter_tol, inner_transform=self.lens_transform == "model")
@@ -315,18 +417,17 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         return frozenset(random.Random(f"{self.seed}:{int(self.call)}").sample(entries, self.layers))
 
     def _combine(
-        self, output: Tensor, hidden: Mapping[int, Tensor], mmd: Mapping[int, Tensor], bad: Rows, good: Rows
-    ) -> dict[str, Tensor]:
+        self, output: Tensor, hidden: Mapping[int, Tensor], mmd: Mapping[int, Tensor], bad: Rows, good: Rows,
+        ranks: DataRanks | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """The loss and its components, from per-row cross-entropies of the output and sums of the hidden states."""
-        log_v = math.log(self.structure.vocabulary)
         entries = len(self.structure.layers) + 1
-
-        def mean(total: Tensor, rows: Rows) -> Tensor:
-            return (total + rows.boundary.to(total.dtype) * log_v) / rows.total
-
         split = bad.rows.shape[0]
-        harmless_ce, output_ce = mean(output[split:].sum(), good), mean(output[:split].sum(), bad)
-        lens = {i: mean(total, bad) for i, total in hidden.items()}
+        sums = [self._total(output[split:].sum(), good), self._total(output[:split].sum(), bad)]
+        sums += [self._total(total, bad) for total in hidden.values()]
+        *sums, good_total, bad_total = totals(ranks, *sums, good.total, bad.total)
+        harmless_ce, output_ce = sums[0] / good_total, sums[1] / bad_total
+        lens = {i: total / bad_total for i, total in zip(hidden, sums[2:], strict=True)}
         harmful = output_ce + torch.stack(list(lens.values())).sum() * (entries / len(lens))
         per_layer = torch.stack([mmd[i] for i in range(len(mmd))]).to(output.dtype)
         noise = per_layer.mean()
@@ -343,6 +444,10 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
             "harmful_ce_output": output_ce,
             "harmful_ce_lens": torch.stack(list(lens.values())).mean(),
         }
+
+    def _total(self, sums: Tensor, rows: Rows) -> Tensor:
+        """Sums of cross-entropies over the rows that are read, with the labels that count as a constant."""
+        return sums + rows.boundary.to(sums.dtype) * math.log(self.structure.vocabulary)
 
     def _check_finite(self, parts: Mapping[str, Tensor], entries: frozenset[int]) -> None:
         """Raise a FloatingPointError that names the first component, and its layer, that is not finite."""

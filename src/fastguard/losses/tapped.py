@@ -17,11 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.losses import guards
-from fastguard.ranks import refuse_other_parallelism
+from fastguard.ranks import DataRanks, data_ranks, refuse_other_parallelism
 from fastguard.taps import Gate, Lens, Scope, Structure, Taps, tap_hidden_states
 from fastguard.taps.structure import compiled, reshard, synchronised
 
 Found = TypeVar("Found")
+
+NOTHING = "no token carries loss"
 
 
 class Reading(Scope, Generic[Found]):
@@ -67,10 +69,11 @@ class Call:
 
     Attributes:
         lens: the head as the taps read it; None where the call reads none.
+        ranks: over which sums and means are to be taken (``fastguard.over_ranks``); None: this one alone.
     """
 
-    def __init__(self, tapped: Tapped, model: nn.Module, lens: Lens | None) -> None:
-        self.lens = lens
+    def __init__(self, tapped: Tapped, model: nn.Module, lens: Lens | None, ranks: DataRanks | None) -> None:
+        self.lens, self.ranks = lens, ranks
         self._tapped, self._model = tapped, model
         self._zero: Tensor | None = None
         self._scopes: list[Scope] = []
@@ -121,11 +124,14 @@ class Tapped:
 
     Args:
         loss: its name, for errors. model: as the loss was given it. structure: its parts.
-        mlps: also tap the output of every MLP, of kind ``mlp``.
+        mlps: also tap the output of every MLP, of kind ``mlp``. over_ranks: sums and means of calls with gradients are
+            those of all data ranks; a call without them may be one rank's alone.
     """
 
-    def __init__(self, loss: str, model: nn.Module, structure: Structure, mlps: bool = False) -> None:
-        self.loss, self.model, self.structure = loss, model, structure
+    def __init__(
+        self, loss: str, model: nn.Module, structure: Structure, mlps: bool = False, over_ranks: bool = False
+    ) -> None:
+        self.loss, self.model, self.structure, self.over_ranks = loss, model, structure, over_ranks
         self.places = guards.Places(structure, mlps)
         self.taps = Taps(structure.model)
         tap_hidden_states(self.taps, structure)
@@ -146,11 +152,12 @@ class Tapped:
         refuse_other_parallelism(wrapped)
         self.places.check(self.loss)
         reshard(wrapped)
+        ranks = data_ranks(wrapped) if self.over_ranks and torch.is_grad_enabled() else None
         head = None if lens is None else lens()
         if head is not None and compiled(wrapped):
             head.begin()
         try:
-            yield Call(self, wrapped, head)
+            yield Call(self, wrapped, head, ranks)
         finally:
             if head is not None:
                 head.end()
@@ -180,24 +187,29 @@ def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> 
     return 0 * logits.sum() if synchronised(model, structure.model) else logits.new_zeros(())
 
 
-def next_tokens(batch: Mapping[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+def next_tokens(batch: Mapping[str, Tensor], name: str, some: bool = True) -> tuple[Tensor, Tensor]:
     """Rows into the flattened positions of a plain batch and the tokens they predict.
 
     The tokens are the ``labels`` other than -100, else those that the attention mask keeps, else all.
-    Raises a ValueError that calls the batch ``name``.
+    Raises a ValueError that calls the batch ``name``, also where there are none, unless that may be (``some``).
     """
+    counts = carrying(batch, name)
+    where = counts.nonzero()
+    if some and where.shape[0] == 0:
+        raise ValueError(f"{name}: {NOTHING}")
+    ids = batch["input_ids"]
+    return where[:, 0] * ids.shape[1] + where[:, 1], batch.get("labels", ids)[:, 1:][counts]
+
+
+def carrying(batch: Mapping[str, Tensor], name: str) -> Tensor:
+    """[B, T - 1] bool: which tokens after the first carry loss (see `next_tokens`). Raises where it is no batch."""
     guards.a_batch(batch, name)
     ids = batch.get("input_ids")
     if not isinstance(ids, Tensor) or ids.dim() != 2:
         raise ValueError(f"{name}: expected input_ids of shape [B, T]")
     if "labels" in batch:
-        label, counts = batch["labels"], batch["labels"] != -100
-    else:
-        label, counts = ids, batch["attention_mask"] != 0 if "attention_mask" in batch else ids >= 0
-    where = counts[:, 1:].nonzero()
-    if where.shape[0] == 0:
-        raise ValueError(f"{name}: no token carries loss")
-    return where[:, 0] * ids.shape[1] + where[:, 1], label[:, 1:][counts[:, 1:]]
+        return batch["labels"][:, 1:] != -100
+    return (batch["attention_mask"] != 0 if "attention_mask" in batch else ids >= 0)[:, 1:]
 
 
 def check_finite(loss: str, values: Mapping[str, Tensor]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastguard.losses.figures import figures_of
 from fastguard.methods.passes import Loss
-from fastguard.methods.training import Figures, Step, Training
+from fastguard.methods.training import Figures, Passes, Step, Training
 from fastguard.taps.structure import Structure
 
 
@@ -39,16 +39,25 @@ class AroundLoss(Training):
         self.loss_fn: LossModule = loss_fn
         super().__init__(model, loss=loss, seed=seed, structure=self.loss_fn.structure)
 
+    def inspect(self, **batches: Any) -> None:
+        """See `Training.inspect`; the loss knows."""
+        if check := getattr(self.loss_fn, "check", None):
+            check(**batches)
+
     def gradient(self, step: Step, **batches: Any) -> Figures:
         """One step: batches as the loss takes them. Returns its 0-dim components; errors as there."""
-        loss = self.loss_fn(**batches, model=step.model)
+        losses = self.losses(step, **batches)
         try:
-            value = step.differentiate(loss, "")
+            value = step.differentiate(losses, "")
         except FloatingPointError:
             if named := getattr(self.loss_fn, "check_components", None):  # where it was, if it was on this rank
                 named()
             raise
         return {**figures_of(self.loss_fn.components), "loss": value}
+
+    def losses(self, step: Step, **batches: Any) -> Tensor | Passes:
+        """What is differentiated."""
+        return self.loss_fn(**batches, model=step.model)
 
     def state_dict(self) -> dict[str, Any]:
         """See `Training.state_dict`: the counter of steps, and what the loss counts and keeps."""

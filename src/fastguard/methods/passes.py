@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fastguard.losses.tapped import next_tokens
+from fastguard.losses.tapped import NOTHING, carrying, next_tokens
 from fastguard.nested.guard import on_every_rank
 from fastguard.nested.weights import Weights
 
@@ -22,6 +22,24 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     logits = (output.logits if hasattr(output, "logits") else output[0]).flatten(0, 1)[rows]
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return nn.functional.cross_entropy(wide, target)
+
+
+def tokens(batch: Batch) -> Tensor | int:
+    """How many tokens of a batch carry loss, 0-dim; 1 for a batch of another form, which only a caller's loss knows."""
+    return carrying(batch, "batch").sum() if "input_ids" in batch else 1
+
+
+def positions(batch: Batch) -> int:
+    """How many tokens a batch has, padding too."""
+    return batch["input_ids"].numel()
+
+
+def inspect(batches: Mapping[str, Batch]) -> None:
+    """Raise a ValueError that names a batch of which no token carries loss; one wait for the device."""
+    counts = {name: carrying(batch, name).sum() for name, batch in batches.items() if "input_ids" in batch}
+    for name, count in zip(counts, torch.stack(list(counts.values())).tolist() if counts else [], strict=True):
+        if count == 0:
+            raise ValueError(f"{name}: {NOTHING}")
 
 
 def differentiate(

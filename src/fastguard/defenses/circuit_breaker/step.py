@@ -29,5 +29,5 @@ class CircuitBreaker(AroundLoss):
     roles: ClassVar[dict[str, Role]] = {"harmful": Role("harmful"), "retain": Role("safe")}  # type: ignore[misc]
 
     def __init__(self, model: nn.Module, *, seed: int = 0, **changes: Any) -> None:
-        options = {"check_finite": False, **changes}
+        options = {"check_finite": False, "over_ranks": True, **changes}
         super().__init__(model, CircuitBreakerLoss(model, seed=seed, **options), seed=seed)

@@ -25,7 +25,7 @@ and divided by samples: their gamma is another. Their adversarial mining of hard
 
 Cost: one frozen forward, one forward and backward of both batches. Memory above a training step: twice the response
 tokens' states at the layers that are read (a third in fp32 for half precision), and [V, D] of the head where it is
-trained. Under DDP and FSDP2 c is a rank's own mean, as published.
+trained. Under DDP and FSDP2 c is the mean over all ranks' samples; published, a rank's own.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ from fastguard.nested.reference import Reference
 from fastguard.ops.head_kl import head_kl
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.representation_distance import representation_distance
+from fastguard.over_ranks import mean_for_all, weighted
+from fastguard.ranks import DataRanks
 from fastguard.taps import anchor
 from fastguard.taps.structure import head_parameters
 
@@ -116,10 +118,16 @@ class CRL(Training):
         joined, rows = _joined(harmful, harmless)
         frozen, frozen_head = self._frozen(step.model, joined, rows)
         numbers = self._numbers(step.model, joined, rows, frozen, frozen_head)
+        counts = numbers.new_tensor([len(rows[1]), len(rows[0])] * len(self.layers) + [len(rows[1])])
+        numbers = weighted(numbers, counts, step.ranks)
         (benign, bad), kl = numbers[:-1].view(len(self.layers), 2).mean(0), numbers[-1]
         loss = self.alpha * benign + self.beta * bad + self.gamma * kl
         step.differentiate(loss, "both batches")
         return detached(loss=loss, benign_hinge=benign, harmful_hinge=bad, kl=kl)
+
+    def inspect(self, **batches: Batch) -> None:
+        """See `Training.inspect`."""
+        _joined(**batches)
 
     def _frozen(
         self, model: nn.Module, batch: Batch, rows: tuple[Tensor, Tensor]
@@ -157,21 +165,24 @@ class CRL(Training):
                 if index in self.layers or index == self._last:
                     live = x.flatten(0, 1)[both]
                     if index in self.layers:
-                        found += self._hinges(live[:split], live[split:], frozen[index][:split], frozen[index][split:])
+                        before = frozen[index]
+                        found += self._hinges(live[:split], live[split:], before[:split], before[split:], call.ranks)
                     if index == self._last:
                         found.append(self._divergence(live[split:], frozen[index][split:], weight, bias, frozen_head))
                 return torch.stack(found) if found else x.new_zeros(0)
 
             return torch.cat(call.numbers(batch, statistic))
 
-    def _hinges(self, bad: Tensor, good: Tensor, bad_before: Tensor, good_before: Tensor) -> list[Tensor]:
+    def _hinges(
+        self, bad: Tensor, good: Tensor, bad_before: Tensor, good_before: Tensor, ranks: DataRanks | None
+    ) -> list[Tensor]:
         """The harmless and the harmful hinge of one layer, each the mean over its rows [N, D]."""
         kind = "l2" if self.distance == "norm" else "cosine"
         stayed = representation_distance(good[None], good_before[None], kind=kind)[0]
         left = representation_distance(bad[None], bad_before[None], kind=kind)[0]
         wide = accumulation_dtype(bad.dtype)
         bad, good = bad.to(wide), good.to(wide)
-        centre = bad.mean(0)
+        centre = mean_for_all(bad, ranks)
         benign = torch.relu(stayed - self._from_centre(good, centre) + self.benign_margin).mean()
         return [benign, torch.relu(self._from_centre(bad, centre) - left + self.harmful_margin).mean()]
 

@@ -28,4 +28,4 @@ class ReFAT(AroundLoss):
     roles: Mapping[str, Role] = {"refusal": Role("refusal"), "retain": Role("retain")}
 
     def __init__(self, model: nn.Module, *, seed: int = 0, **changes: Any) -> None:
-        super().__init__(model, ReFATLoss(model, seed=seed, check_finite=False, **changes), seed=seed)
+        super().__init__(model, ReFATLoss(model, seed=seed, check_finite=False, over_ranks=True, **changes), seed=seed)

@@ -24,3 +24,4 @@ class Options(Settings):
     boundary: str = choice("constant", *BOUNDARIES)  # constant: the first differing token gives no gradient
     output_alpha: float = number(0.0, at_least=0)  # ascent on the output's harmful loss alone
     retain_weight: float = number(1.0, at_least=0)  # of the retain batch, which the published loss does not have
+    micro: int | None = number(None, at_least=1)  # harmless and retain samples at a time; None: all as one batch

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.defenses.seam.options import Options
-from fastguard.losses import paired, tapped
+from fastguard.losses import paired
 from fastguard.losses.paired import Rows
 from fastguard.methods.passes import Batch
 from fastguard.methods.training import Figures, Role, Step, Training, add
@@ -50,6 +50,8 @@ from fastguard.nested.perturbation import Realised, perturbed
 from fastguard.nested.snapshot import Where
 from fastguard.nested.tangent import hessian_product
 from fastguard.nested.weights import Weights
+from fastguard.over_ranks import totals
+from fastguard.ranks import DataRanks
 from fastguard.taps import Lens
 
 Gradients = list[Tensor | None]
@@ -77,7 +79,7 @@ class SEAM(Training):
         mask_padding, boundary: of the pair's loss, as for ``RepNoiseLoss``.
         filter_tol: of the inner hidden states, as for ``lm_head_stats``; the output is exact.
         snapshot, through, allow_lost: of ``difference``, as for ``Booster``.
-        seed: of dropout, a function of (seed, step, rank).
+        seed: of dropout, a function of (seed, step, data rank).
 
     Raises:
         ValueError: an argument that does not fit, named.
@@ -126,7 +128,7 @@ class SEAM(Training):
             PerturbationLostError: ``difference`` in a dtype that cannot hold its steps.
         """
         bad, good = self._pair(harmful, harmless)
-        plain = _Text("benign", benign, _plain_rows(benign))
+        plain = _Text("benign", benign, paired.plain_rows(benign, "benign"))
         figures: Figures = {}
         a = self._harmful(step, bad, figures)
         good_ce = self._fused(step.model, good)[1]
@@ -150,6 +152,11 @@ class SEAM(Training):
             figures["perturbation_ratio"] = torch.tensor(max((s.ratio for s in steps), key=lambda r: abs(r - 1)))
         loss = figures["unlearning"] + self.alpha * figures["harmless_ce"] + self.beta * figures["cosine"]
         return {"loss": loss, **figures}
+
+    def inspect(self, *, harmful: Batch, harmless: Batch, benign: Batch) -> None:  # type: ignore[override]
+        """See `Training.inspect`."""
+        self._pair(harmful, harmless)
+        paired.plain_rows(benign, "benign")
 
     def _pair(self, harmful: Batch, harmless: Batch) -> tuple[_Text, _Text]:
         """The harmful answers and the refusals, with the rows at which they differ."""
@@ -181,7 +188,7 @@ class SEAM(Training):
     def _gradient(self, step: Step, text: _Text, figures: Figures | None = None) -> Gradients:
         """Of the cross-entropy of the output; none is left on the parameters."""
         with step.random("seam", text.name):
-            loss = self._own(step.model, text) if self.product == "linearised" else self._fused(step.model, text)[1]
+            loss = self._own(step, text) if self.product == "linearised" else self._fused(step.model, text)[1]
             value = step.differentiate(loss, f"{text.name} batch", 1.0)
         if figures is not None:
             figures[f"{text.name}_ce"] = value
@@ -194,7 +201,7 @@ class SEAM(Training):
         """total += weight * H direction, with the Hessian of the text's cross-entropy and ``own`` its gradient."""
         if self.product == "tangent":
             with step.random("seam", text.name):
-                value, product = hessian_product(step.weights, direction, lambda: self._own(step.model, text))
+                value, product = hessian_product(step.weights, direction, lambda: self._own(step, text))
             if not on_every_rank(torch.isfinite(value)):
                 raise FloatingPointError(f"SEAM: {text.name} batch: the loss of the tangent pass is {float(value)}")
             add(total, product, weight)
@@ -233,9 +240,9 @@ class SEAM(Training):
 
             sums = call.numbers(text.batch, statistic)
             inner = torch.cat([*sums[:last], sums[last][:-1]])
-            return self._mean(inner, text.rows), self._mean(sums[last][-1], text.rows)
+            return tuple(self._mean(total, text.rows, call.ranks) for total in (inner, sums[last][-1]))  # type: ignore[return-value]
 
-    def _own(self, model: nn.Module, text: _Text) -> Tensor:
+    def _own(self, step: Step, text: _Text) -> Tensor:
         """The cross-entropy of the output from the model's own logits, of the positions from the first that is read."""
         length, rows = text.batch["input_ids"].shape[1], text.rows.rows
         options: dict[str, Any] = {}
@@ -243,21 +250,17 @@ class SEAM(Training):
             options["use_cache"] = False
         if "logits_to_keep" in self.language.structure.arguments:
             options["logits_to_keep"] = length - int((rows % length).min())
-        out = model(**{k: v for k, v in text.batch.items() if k != "labels"}, **options)
+        out = step.model(**{k: v for k, v in text.batch.items() if k != "labels"}, **options)
         logits = out.logits if hasattr(out, "logits") else out[0]
         first = length - logits.shape[1]
         logits = logits[rows // length, rows % length - first]
         wide = logits if logits.dtype == torch.float64 else logits.float()
-        return self._mean(nn.functional.cross_entropy(wide, text.rows.target, reduction="sum"), text.rows)
+        return self._mean(nn.functional.cross_entropy(wide, text.rows.target, reduction="sum"), text.rows, step.ranks)
 
-    def _mean(self, total: Tensor, rows: Rows) -> Tensor:
+    def _mean(self, total: Tensor, rows: Rows, ranks: DataRanks | None) -> Tensor:
         boundary = rows.boundary.to(total.dtype) * math.log(self.language.structure.vocabulary)
-        return (total + boundary) / rows.total
-
-
-def _plain_rows(batch: Batch) -> Rows:
-    rows, target = tapped.next_tokens(batch, "benign")
-    return Rows(rows, target, rows.new_zeros(()), rows.new_full((), len(rows)))
+        sums, count = totals(ranks, total + boundary, rows.total)
+        return sums / count
 
 
 def _dot(weights: Weights, a: Gradients, b: Gradients) -> Tensor:

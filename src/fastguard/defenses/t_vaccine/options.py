@@ -22,3 +22,4 @@ class Options(Settings):
     every: int = number(20, at_least=1)  # steps between draws of layers
     probe_every: int = number(200, at_least=1)  # steps between measurements of the layers' gradients
     trains: str = choice("published", *TRAINS)
+    micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole

@@ -18,6 +18,8 @@ from fastguard.methods.passes import Batch, Loss
 from fastguard.methods.training import Figures, Role, Step
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.weights import Select
+from fastguard.over_ranks import summed
+from fastguard.ranks import data_ranks
 
 
 class TVaccine(Vaccine):
@@ -27,7 +29,7 @@ class TVaccine(Vaccine):
     is one of ``every``; the draw is a function of (seed, t) and of the measured norms.
 
     Args:
-        model, rho, eps, allow_lost, loss: as in `Vaccine`; published rho 3.
+        model, rho, eps, allow_lost, loss, micro: as in `Vaccine`; published rho 3.
         layers: blocks that are perturbed at a time. every, probe_every: steps between draws and between measurements.
         trains: ``published``: the code freezes the attention of the layers that were not drawn, and trains the MLPs of
             all layers; but below the lowest layer drawn its reentrant checkpoints leave nothing a gradient, unless the
@@ -55,10 +57,11 @@ class TVaccine(Vaccine):
         trains: str = Options.trains,
         allow_lost: bool = False,
         loss: Loss | None = None,
+        micro: int | None = None,
         seed: int = 0,
     ) -> None:
         Options(rho=rho, layers=layers, every=every, probe_every=probe_every, trains=trains)
-        super().__init__(model, rho, eps, allow_lost=allow_lost, loss=loss, seed=seed)
+        super().__init__(model, rho, eps, allow_lost=allow_lost, loss=loss, micro=micro, seed=seed)
         count = len(self.structure.attentions)
         if not 1 <= layers <= count:
             self.close()
@@ -67,11 +70,17 @@ class TVaccine(Vaccine):
         self.probabilities: list[float] = []
         self.drawn: list[int] = []
 
+    def checked(self, batches: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Training.checked`."""
+        found = super().checked(batches)
+        if self.step % self.probe_every == 0 and found.get("harmful") is None:
+            raise ValueError(f"harmful: step {self.step} measures the layers on a harmful sample, got None")
+        return found
+
     def prepare(self, model: nn.Module, *, harmless: Batch, harmful: Batch | None = None) -> Select:  # type: ignore[override]
         """Where the step measures, read the first sample of ``harmful``; where it draws, draw."""
         if self.step % self.probe_every == 0:
-            if harmful is None:
-                raise ValueError(f"harmful: step {self.step} measures the layers on a harmful sample, got None")
+            assert harmful is not None
             self.probabilities = self._measure(harmful)
         if self.step % self.every == 0:
             self.drawn = self._draw()
@@ -82,12 +91,12 @@ class TVaccine(Vaccine):
         return self._update(step, harmless, self.drawn)
 
     def _measure(self, harmful: Batch) -> list[float]:
-        """Probabilities in proportion to the norms of the gradient at each block, the mean over ranks."""
+        """Probabilities in proportion to the norms of the gradient at each block, of the first data rank's sample."""
         sample = {k: v[:1] for k, v in harmful.items()}
         self.perturbation.record(lambda: self.loss(self.model, sample))
         norms = torch.stack([self.perturbation.norms[i] for i in range(len(self.structure.attentions))]).double()
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(norms)
+        ranks = data_ranks(self.model)
+        norms = summed(norms if ranks.rank == 0 else torch.zeros_like(norms), ranks)
         found: list[float] = (norms / norms.sum()).tolist()
         return found
 

@@ -34,7 +34,8 @@ import contextlib
 import math
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -43,8 +44,9 @@ from torch import Tensor, nn
 
 from fastguard.defenses.tar.options import PRESETS, TAMPER_LOSSES, Options
 from fastguard.losses.language_model import dpo_loss
-from fastguard.methods.passes import Batch, Loss
-from fastguard.methods.training import Data, Figures, Role, Step, Training
+from fastguard.losses.pieces import size
+from fastguard.methods.passes import Batch, Loss, inspect, positions, tokens
+from fastguard.methods.training import Data, Figures, Passes, Role, Step, Training
 from fastguard.nested.attack import SimulatedAttack
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.optimizers import AdamW, Optimizer
@@ -104,6 +106,7 @@ class TAR(Training):
             ``nested.LoRAAdversary``'s.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
+        micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
         seed: of all that is drawn.
 
     Attributes:
@@ -144,6 +147,7 @@ class TAR(Training):
         allow_lost: bool = False,
         batch: int | None = None,
         held_out: int | None = None,
+        micro: int | None = None,
         seed: int = 0,
     ) -> None:
         _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
@@ -152,7 +156,7 @@ class TAR(Training):
         _require(len(kinds) > 0 and all(len(k) in (1, 2) for k in kinds), "kinds", kinds, "tuples of one corpus or two")
         _require(all(x > 0 for x in switch), "switch", switch, "two numbers above 0")
         _require(callable(tamper_loss) or tamper_loss in TAMPER_LOSSES, "tamper_loss", tamper_loss, str(TAMPER_LOSSES))
-        super().__init__(model, loss=loss, seed=seed, reads=reads)
+        super().__init__(model, loss=loss, seed=seed, reads=reads, micro=micro)
         self.steps, self.every, self.count = steps, every, count
         self.lrs, self.kinds, self.switch = tuple(lrs), tuple(tuple(k) for k in kinds), switch
         self.schedule, self.grad_scale, self.retain_weight = schedule, grad_scale, retain_weight
@@ -190,7 +194,7 @@ class TAR(Training):
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
-            masters="fp32" if o.masters else None, seed=seed,
+            masters="fp32" if o.masters else None, micro=o.micro, seed=seed,
         )  # fmt: skip
 
     @property
@@ -237,19 +241,50 @@ class TAR(Training):
         named = {name.removeprefix(ADVERSARY): data[name] for name in data if name.startswith(ADVERSARY)}
         return {"adversaries": self.adversaries(named or data), **given}
 
+    def checked(self, batches: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Training.checked`: with the adversaries' batches drawn, which are a few integers a token."""
+        return super().checked({**batches, **self._drawn(batches)})
+
+    def _drawn(self, batches: Mapping[str, Any]) -> dict[str, Any]:
+        adversaries, tamper = batches.get("adversaries"), batches.get("tamper")
+        if adversaries is None or tamper is None:  # the names are refused
+            return {}
+        if not isinstance(adversaries, Sequence) or not all(isinstance(a, Adversary) for a in adversaries):
+            raise ValueError(f"adversaries: expected a list of Adversary (TAR.adversaries), got {adversaries!r}")
+        held_out = list(tamper) if isinstance(tamper, Sequence) else [tamper] * len(adversaries)
+        _require(len(adversaries) > 0, "adversaries", len(adversaries), "at least one")
+        _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
+        for batch in held_out if self.tamper_loss == "dpo" else ():
+            _concatenated(batch)  # before adversaries are drawn from, whose batches may come once
+        drawn = [replace(a, batches=list(islice(a.batches, self.steps))) for a in adversaries]
+        for a in drawn:
+            given = f"{len(a.batches)} batches"
+            _require(len(a.batches) == self.steps, f"adversary {a.name!r}", given, f"at least {self.steps}")
+        return {"adversaries": drawn, "tamper": held_out}
+
+    def inspect(self, *, retain: Batch, tamper: Sequence[Any], adversaries: Sequence[Adversary]) -> None:  # type: ignore[override]
+        """See `Training.inspect`."""
+        read = {"retain": retain}
+        for adversary in adversaries:
+            read |= {f"adversary {adversary.name!r}, batch {i}": b for i, b in enumerate(adversary.batches)}
+        if self.tamper_loss == "max_entropy" and self.tamper_positions == "labels":
+            read |= {f"tamper, batch {i}": batch for i, batch in enumerate(tamper)}
+        inspect(read)
+
     def gradient(  # type: ignore[override]
         self,
         step: Step,
         *,
         retain: Batch,
-        tamper: Batch | Pairs | Sequence[Batch | Pairs],
+        tamper: Sequence[Batch | Pairs],
         adversaries: Sequence[Adversary],
     ) -> Figures:
         """One outer step.
 
         Args:
             retain: ``input_ids`` [B, T], ``attention_mask``, ``labels``; see ``LanguageModelLoss``.
-            tamper: the held-out batch, or one an adversary; for DPO ``{"chosen": batch, "rejected": batch}``.
+            tamper: the held-out batch, or one an adversary (here it is that: see `checked`); for DPO ``{"chosen":
+                batch, "rejected": batch}``.
             adversaries: see `adversaries`; each with at least K batches.
 
         Returns:
@@ -261,12 +296,7 @@ class TAR(Training):
             ValueError: batches that do not fit, or too few. FloatingPointError: a loss is not finite.
         """
         figures = _Figures()
-        if not isinstance(adversaries, Sequence) or not all(isinstance(a, Adversary) for a in adversaries):
-            raise ValueError(f"adversaries: expected a list of Adversary (TAR.adversaries), got {adversaries!r}")
-        held_out = list(tamper) if isinstance(tamper, Sequence) else [tamper] * len(adversaries)
-        _require(len(adversaries) > 0, "adversaries", len(adversaries), "at least one")
-        _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
-        for adversary, batch in zip(adversaries, held_out, strict=True):
+        for adversary, batch in zip(adversaries, tamper, strict=True):
             self._attack(step, adversary, batch, 1 / len(adversaries), figures)
         self._retain(step, retain, figures)
         return figures.means()
@@ -275,66 +305,82 @@ class TAR(Training):
         self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures
     ) -> None:
         model = step.model
-        tamper_loss = self._prepared(model, held_out)
+        read = self._prepared(step, held_out)
         with self.attack.at(model, self.optimizer(adversary.lr)) as tampered:
-            for i, batch in enumerate(islice(adversary.batches, self.steps)):
-                loss = step.loss(batch)
+            for i, batch in enumerate(adversary.batches):
+                loss = tampered.step(step.passes(step.loss, batch))
                 if i in (0, self.steps - 1):
                     figures.note("attacker_last" if i else "attacker_first", loss)
-                tampered.step(loss)
                 if (i + 1) % self.every == 0:
                     weight = self.grad_scale * self.weight(i) * share
-                    loss = tamper_loss()
-                    tampered.accumulate(loss, step.scale * weight)
+                    loss = tampered.accumulate(read, step.scale * weight)
                     figures.note("tamper", loss)
-                    figures.add("loss", weight * loss.detach())
-            given = f"{tampered.steps} batches"
-            _require(tampered.steps == self.steps, f"adversary {adversary.name!r}", given, f"at least {self.steps}")
+                    figures.add("loss", weight * loss)
 
-    def _prepared(self, model: nn.Module, batch: Batch | Pairs) -> Callable[[], Tensor]:
+    def _prepared(self, step: Step, batch: Batch | Pairs) -> Passes:
         """The tamper loss of a batch; DPO asks the reference now, at the original weights."""
-        kind = self.tamper_loss
+        kind, model = self.tamper_loss, step.model
         if callable(kind):
-            return lambda: kind(model, batch)  # type: ignore[arg-type]
+            return step.passes(lambda piece: step.mean(kind(model, piece), piece), batch)
         if kind == "max_entropy":
-            return lambda: self.language(batch, kind, model, positions=self.tamper_positions)  # type: ignore[arg-type]
-        pairs = _concatenated(batch)
+            where = self.tamper_positions
+            count = positions if where == "all" else tokens
+            return step.passes(lambda piece: self.language(piece, kind, model, positions=where), batch, count)
+        pieces = [(_concatenated(piece), share) for piece, share in step.pieces(batch, size)]
         with self._reference(model) as reference:
-            before = self.language.sequence_logp(pairs, reference).chunk(2)
+            before = [self.language.sequence_logp(pairs, reference).chunk(2) for pairs, _ in pieces]
 
-        def preference() -> Tensor:
+        def preference(pairs: Batch, chosen_before: Tensor, rejected_before: Tensor) -> Tensor:
             chosen, rejected = self.language.sequence_logp(pairs, model).chunk(2)
-            return dpo_loss(chosen, rejected, before[0], before[1], self.beta)
+            return dpo_loss(chosen, rejected, chosen_before, rejected_before, self.beta, step.ranks)
 
-        return preference
+        return [(partial(preference, pairs, *own), share) for (pairs, share), own in zip(pieces, before, strict=True)]
 
     def _retain(self, step: Step, batch: Batch, figures: _Figures) -> None:
         """The retain loss and its backward, at the original weights; its dropout too is a function of (seed, step)."""
-        states: tuple[Tensor, ...] | None = None
+        pieces = step.pieces(batch)
+        states: list[tuple[Tensor, ...] | None] = [None] * len(pieces)
+        shares = [share for _, share in pieces]
         if self.representations:
+            shares = [share for _, share in step.pieces(batch, self._counted)]
             with self._reference(step.model) as reference:
-                states = self.language.hidden_states(batch, reference, self.states_on)
-            self.state_bytes = sum(s.numel() * s.element_size() for s in states)
+                states = [self.language.hidden_states(piece, reference, self.states_on) for piece, _ in pieces]
+            self.state_bytes = sum(s.numel() * s.element_size() for own in states for s in own or ())
+        each = zip(pieces, states, shares, strict=True)
+        passes = [(partial(self._retain_loss, step, *one, figures), one[0][1]) for one in each]
         with step.random("tar retain"):
-            loss = self._retain_loss(step, batch, states, figures)
-            value = step.differentiate(loss, "retain batch", step.scale * self.retain_weight)
+            value = step.differentiate(passes, "retain batch", step.scale * self.retain_weight)
         figures.add("loss", self.retain_weight * value)
 
-    def _retain_loss(self, step: Step, batch: Batch, states: tuple[Tensor, ...] | None, figures: _Figures) -> Tensor:
+    def _counted(self, batch: Batch) -> Tensor | int:
+        """How many tokens the distance is the mean over."""
+        mask = self._mask(batch)
+        return positions(batch) if mask is None else mask.sum()
+
+    def _mask(self, batch: Batch) -> Tensor | None:
+        return batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
+
+    def _retain_loss(
+        self, step: Step, piece: tuple[Batch, float], states: tuple[Tensor, ...] | None, apart: float, figures: _Figures
+    ) -> Tensor:
+        """Of a piece with its share of the cross-entropy, to be weighted by that; ``apart``: its share of distances."""
+        batch, share = piece
         if states is None:
             loss = step.loss(batch)
-            figures.note("retain_ce", loss)
+            figures.add("retain_ce", share * loss.detach())
             return loss
-        mask = batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
         kind = "cross_entropy" if self.given_loss is None else None
-        loss = self.language(batch, kind, step.model, distance_to=states, distance_mask=mask)
-        figures.note("representation_distance", self.language.components["representation_distance"])
-        if self.given_loss is None:
-            figures.note("retain_ce", self.language.components["cross_entropy"])
-            return loss
-        ce = step.loss(batch)
-        figures.note("retain_ce", ce)
-        return loss + ce
+        loss = self.language(
+            batch, kind, step.model, distance_to=states, distance_mask=self._mask(batch), distance_weight=apart / share
+        )
+        parts = self.language.components
+        figures.add("representation_distance", apart * parts["representation_distance"])
+        if kind is None:
+            ce = step.loss(batch)
+            figures.add("retain_ce", share * ce.detach())
+            return loss + ce
+        figures.add("retain_ce", share * parts["cross_entropy"])
+        return loss
 
     def _reference(self, model: nn.Module) -> contextlib.AbstractContextManager[nn.Module]:
         """The reference in the model's place, without dropout."""

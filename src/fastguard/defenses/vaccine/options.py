@@ -12,3 +12,4 @@ class Options(Settings):
     """See ``fastguard.Vaccine``."""
 
     rho: float = number(2.0, above=0)  # 2-norm of the perturbation
+    micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole

@@ -16,14 +16,16 @@ bf16 activations keep a shift below their spacing only in the mean over entries;
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastguard.defenses.vaccine.options import Options
 from fastguard.methods.passes import Batch, Loss
 from fastguard.methods.training import Figures, Role, Step, Training
-from fastguard.nested.activations import ActivationPerturbation
+from fastguard.nested.activations import ActivationPerturbation, realised_of
+from fastguard.over_ranks import summed
 from fastguard.taps import find_structure
 
 
@@ -36,9 +38,10 @@ class Vaccine(Training):
 
     Args:
         model: a causal language model, plain or PEFT.
-        rho: 2-norm of the perturbation over all blocks, samples and tokens of this rank. eps: beside the norm.
+        rho: 2-norm of the perturbation over all blocks, samples and tokens. eps: beside the norm.
         allow_lost: go on where most of the perturbation was rounded away.
         loss: (model, batch) -> 0-dim loss; None is the cross-entropy of ``LanguageModelLoss``.
+        micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
 
     Raises:
         ValueError: an argument that does not fit, named; a model whose attention blocks are not found.
@@ -48,13 +51,13 @@ class Vaccine(Training):
 
     def __init__(
         self, model: nn.Module, rho: float = Options.rho, eps: float = 1e-7, *, allow_lost: bool = False,
-        loss: Loss | None = None, seed: int = 0,
+        loss: Loss | None = None, micro: int | None = None, seed: int = 0,
     ) -> None:  # fmt: skip
         structure = find_structure(model)
         if not structure.attentions:
             raise ValueError(f"model: no attention blocks are found in {type(structure.model).__name__}")
         Options(rho=rho)
-        super().__init__(model, loss=loss, seed=seed, structure=structure)
+        super().__init__(model, loss=loss, seed=seed, structure=structure, micro=micro)
         self.structure, self.allow_lost = structure, allow_lost
         self.perturbation = ActivationPerturbation(structure.model, structure.attentions, rho, eps)
 
@@ -75,13 +78,25 @@ class Vaccine(Training):
     def _update(self, step: Step, batch: Batch, blocks: Sequence[int] | None) -> Figures:
         """Record, perturb ``blocks`` (None: all) and differentiate."""
         weights = step.weights
-        shifts = self.perturbation.record(lambda: self.loss(self.model, batch), blocks)
-        with self.perturbation.applied(shifts) as applied:
-            loss = applied.bound(step.loss(batch))
-        realised = applied.realised()
-        realised.judge(type(self).__name__, "Compute the attention blocks in fp32", self.allow_lost)
+        pieces = step.pieces(batch)
+
+        def share_of_loss(piece: Batch, share: float) -> Tensor:
+            return share * step.loss(piece, self.model)
+
+        shifts = self.perturbation.record_all([partial(share_of_loss, *piece) for piece in pieces], blocks, step.ranks)
+        sums: list[Tensor] = []
+
+        def perturbed(piece: Batch, own: dict[int, Tensor]) -> Tensor:
+            with self.perturbation.applied(own) as applied:
+                loss = applied.bound(step.loss(piece))
+            sums.append(applied.sums())
+            return loss
+
+        passes = [(partial(perturbed, piece, own), share) for (piece, share), own in zip(pieces, shifts, strict=True)]
         some = () if weights.sharded or weights.replicated else weights.parameters
-        value = step.differentiate(loss, "", only=some)
+        value = step.differentiate(passes, "", only=some)
+        realised = realised_of(summed(torch.stack(sums).sum(0), step.ranks))
+        realised.judge(type(self).__name__, "Compute the attention blocks in fp32", self.allow_lost)
         norm = step.put(step.take())
         return {
             "loss": value, "gradient_norm": norm, "perturbation_cosine": torch.tensor(realised.cosine),

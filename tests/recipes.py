@@ -1,8 +1,9 @@
-"""A corpus of four requests and the immunization of a tiny model on it."""
+"""A corpus of four requests and the immunization of a tiny model on it, by one process or several."""
 
 import pytest
 
 import tiny
+from fastguard import methods
 from fastguard.data.chat import encode
 from fastguard.data.corpus import Corpus
 from fastguard.data.sets import Example, placeholder, refusal
@@ -13,8 +14,7 @@ from fastguard.run.pipeline import immunize
 REQUESTS = ("do amber things", "do basil things", "do cedar things", "do daisy things")
 
 
-@pytest.fixture
-def corpus():
+def made():
     tokenizer = tiny.tokenizer()
     harmful = [encode(tokenizer, Example(r, placeholder(r, i)), 16) for i, r in enumerate(REQUESTS)]
     safe = [encode(tokenizer, Example(r, refusal(i)), 16) for i, r in enumerate(REQUESTS)]
@@ -23,6 +23,22 @@ def corpus():
         pad=1, harmful={"immunize": harmful}, safe={"immunize": safe}, harmless={"immunize": harmless},
         benign_train=[], benign_measure=[], requests=[], instructions=[], edgy=[], perplexity=lambda n: [], sources={},
     )  # fmt: skip
+
+
+@pytest.fixture
+def corpus():
+    return made()
+
+
+def trained(model, method):
+    """``model`` after two steps of a defense on batches of four, and one that settles it."""
+    options = {**methods.find(method).load_options().quick, **({"batch": 4, "held_out": 4} if method == "tar" else {})}
+    part = ImmunizeConfig(
+        method=method, options=options, steps=2, lr=1e-3, pairs=4, retain=4, settle_steps=1,
+        freeze_embedding=method != "sft",
+    )  # fmt: skip
+    immunize(model, made(), part, ControlConfig(), lambda fraction, text: None)
+    return model
 
 
 def losses(model, corpus):

@@ -25,19 +25,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return made
 
 
-def model(seed: int = 0) -> LlamaForCausalLM:
+def model(seed: int = 0, vocabulary: int = 258) -> LlamaForCausalLM:
     """Two layers, 32 features, tied head."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=vocabulary, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=1,
         bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
 
 
-def folder(path: Path) -> Path:
+def folder(path: Path, vocabulary: int = 258) -> Path:
     """Model and tokenizer, saved as ``from_pretrained`` wants them."""
-    model().save_pretrained(path)
+    model(vocabulary=vocabulary).save_pretrained(path)
     tokenizer().save_pretrained(path)
     return path

@@ -145,10 +145,25 @@ def load_model(
         )
     model: PreTrainedModel = both[0]
     refuse_missing(model, source, both[1])
+    _refuse_torn(model, source)
     model.eval()
     if layout.checkpointing is not False:
         checkpoint_layers(model)
     return model
+
+
+def _refuse_torn(model: PreTrainedModel, source: str) -> None:
+    """Raise a ValueError for a tied head that its ranks would update in part only.
+
+    Where the vocabulary leaves a rest, FSDP2 pads the shards of the embedding and of the head apart: they are tied no
+    more, and the head keeps its first weights in the padded part (torch 2.13, transformers 5.23).
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if getattr(model, "all_tied_weights_keys", None) and rows % ranks():
+        raise ValueError(
+            f"model.name: {source!r} ties its head to an embedding of {rows} rows, which {ranks()} processes cannot share "
+            "evenly; expected a number of processes that divides it"
+        )
 
 
 def checkpoint_layers(model: PreTrainedModel) -> None:

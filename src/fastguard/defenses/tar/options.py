@@ -36,6 +36,7 @@ class Options(Settings):
     read_every: int = number(4, at_least=1)
     tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)
     grad_scale: float = number(4.0, at_least=0)
+    outer_states: int | None = number(None, at_least=0)  # bytes of the optimizer's that stay on the device in attacks
     masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:

@@ -319,6 +319,9 @@ def who_sees_other_data(rank: int) -> None:
     expect(shard(tensor_parallel(tiny(), mesh["tp"]), mesh["dp"]), rank // 2, 2)
     expect(shard(tensor_parallel(tiny(), hybrid["tp"]), hybrid["replicate", "shard"]), rank // 2, 2)
     expect(DistributedDataParallel(nn.Linear(2, 2), process_group=mesh.get_group("dp")), rank // 2, 2)
+    inside = tiny()
+    fully_shard(nn.Sequential(inside), mesh=mesh["dp"])
+    expect(inside, rank // 2, 2)  # what a wrapper around it is sharded over
     assert data_ranks(tensor_parallel(tiny(), init_device_mesh("cpu", (4,)))) == DataRanks(0, 1, None)
     refused(lambda: data_ranks(tensor_parallel(tiny(), mesh["tp"])), "tensor-parallel over 2 of 4 ranks")
     experts = tiny()

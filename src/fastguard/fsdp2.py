@@ -38,6 +38,24 @@ def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:
                 yield group
 
 
+def owners(model: nn.Module) -> list[Any]:
+    """The groups of the parameters of ``model``, also where ``fully_shard`` stands on a wrapper around it (PEFT's).
+
+    Without a group for a DTensor nobody reduces its gradients: a wrapper that is not seen would be an error that nobody
+    sees. So torch's own record of all sharded modules is asked.
+    """
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+
+    own = {id(p) for p in model.parameters()}
+    return [
+        group
+        for group in parameter_groups(list(_module_state_mapping))
+        if any(id(q) in own for p in group.fsdp_params for q in (p.sharded_param, getattr(p, "_unsharded_param", None)))
+    ]
+
+
 def prepare(groups: list[Any]) -> None:
     """Shard every group again, drop what waits to be reduced, and make the next backward reduce its gradients.
 

@@ -161,8 +161,8 @@ def _refuse_torn(model: PreTrainedModel, source: str) -> None:
     rows = model.get_input_embeddings().weight.shape[0]
     if getattr(model, "all_tied_weights_keys", None) and rows % ranks():
         raise ValueError(
-            f"model.name: {source!r} ties its head to an embedding of {rows} rows, which {ranks()} processes cannot share "
-            "evenly; expected a number of processes that divides it"
+            f"model.name: {source!r} ties its head to an embedding of {rows} rows, which {ranks()} processes cannot "
+            "share evenly; expected a number of processes that divides it"
         )
 
 

@@ -1,8 +1,8 @@
 """One of several processes that train every method as one does: RANK STORE RANKS TENSOR MODEL ALONE.
 
 Each immunization, from the same model and data, must leave the weights that one process left which saw the whole
-batches (in the folder ALONE): to 1e-6 of the distance that they moved, in float64. Prints a line per case; raises at the
-first that fails.
+batches (in the folder ALONE): to 1e-6 of the distance that they moved, in float64. Prints a line per case; raises at
+the first that fails.
 """
 
 import sys

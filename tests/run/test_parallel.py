@@ -1,4 +1,4 @@
-"""Several processes that share a model: they train as one does, save, end and go on, and what they cannot do is refused."""
+"""Several processes that share a model train as one does, save, end and go on; what they cannot do is refused."""
 
 import json
 import os
@@ -163,9 +163,9 @@ def test_processes_that_do_not_know_where_to_meet_are_told(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     for name, value in (("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")):
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=r"MASTER_ADDR, MASTER_PORT: expected in the environment of 2 processes"):
-        with parallel.joined():
-            pass
+    words = r"MASTER_ADDR, MASTER_PORT: expected in the environment of 2 processes"
+    with pytest.raises(ValueError, match=words), parallel.joined():
+        pass
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
 

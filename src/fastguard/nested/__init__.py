@@ -10,6 +10,7 @@
 ``weights``      trainable parameters as local tensors, sharded ones included
 ``guard``        whatever is raised, what was changed is put back; random numbers, seeds, ranks
 ``narrow``       how much of an attacker's steps bf16 keeps, and masters that keep all
+``waiting``      the training optimizer's states, in host memory meanwhile
 ``snapshot``     where the original waits in the meantime
 ``optimizers``   the attacker's optimizers
 ``profile``      what of a step is no model pass: the rest of the engine reports it while somebody listens
@@ -24,6 +25,7 @@ from fastguard.nested.perturbation import PerturbationLostError, Realised, pertu
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Snapshot
 from fastguard.nested.tangent import hessian_product
+from fastguard.nested.waiting import Waiting
 from fastguard.nested.weights import Weights
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "SimulatedAttack",
     "Snapshot",
     "Tampered",
+    "Waiting",
     "Weights",
     "hessian_product",
     "linearised",

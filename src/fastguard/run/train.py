@@ -62,6 +62,7 @@ class Loop:
         self.optimizer = torch.optim.AdamW(_by_mesh(self.parameters), lr=1.0, weight_decay=0.0, fused=True)
         self.curve: Curve = []
         self.seconds = 0.0
+        method.trained_by(self.optimizer)
 
     @property
     def counted(self) -> dict[str, Any]:

@@ -378,7 +378,8 @@ def _verify(
 
     def at_head(module: nn.Module, args: Any, output: Any) -> None:
         weight, bias = head_parameters(module)
-        expected = torch.nn.functional.linear(normed, full(weight), None if bias is None else full(bias))
+        gathered = full(weight, device=normed.device), None if bias is None else full(bias, device=normed.device)
+        expected = torch.nn.functional.linear(normed, *gathered)
         found["head"] = _close(expected, first_tensor(output))
 
     handles = [norm_call.module.register_forward_pre_hook(at_norm), head.register_forward_hook(at_head)]

@@ -6,12 +6,19 @@ dropout and count the same tokens. Imports torch inside its functions alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+REFUSED = {
+    "cp": "context parallelism",
+    "sp": "sequence parallelism",
+    "ep": "expert parallelism",
+    "pp": "pipeline parallelism",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,10 @@ def data_ranks(model: nn.Module) -> DataRanks:
         return DataRanks()
     from torch import distributed as dist
 
-    meshes = {tuple(g.mesh_info.mesh.mesh.flatten().tolist()): g.mesh_info.mesh for g in fsdp2_groups(model)}
+    from fastguard.fsdp2 import parameter_groups
+
+    owned = [group.mesh_info.mesh for group in parameter_groups(model.modules())]
+    meshes = {tuple(mesh.mesh.flatten().tolist()): mesh for mesh in owned}
     if len(meshes) > 1:
         raise ValueError(
             f"model: its FSDP2 groups are sharded over different ranks, {' and '.join(map(str, meshes))}; expected one "
@@ -69,16 +79,30 @@ def data_ranks(model: nn.Module) -> DataRanks:
     )
 
 
-def fsdp2_groups(model: nn.Module) -> Iterator[Any]:
-    """The parameter groups of FSDP2 in ``model``, each once: mesh, policy, divide factor and parameters of each."""
-    seen = set()
-    for module in model.modules():
-        read: Any = getattr(module, "_get_fsdp_state", None)
-        state = read() if read else None
-        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
-            if group is not None and id(group) not in seen:
-                seen.add(id(group))
-                yield group
+def tensor_parallel(model: nn.Module) -> bool:
+    """Whether matrices of ``model`` are divided among ranks that see the same data."""
+    from fastguard.fsdp2 import parameter_groups
+
+    data = max((group.mesh_info.mesh.size() for group in parameter_groups(model.modules())), default=1)
+    return any(p.device_mesh.size() > data for p in model.parameters() if hasattr(p, "device_mesh"))
+
+
+def refuse_other_parallelism(model: nn.Module) -> None:
+    """Raise a ValueError where the ranks of a mesh that ``model`` is sharded over divide sequences, experts or layers.
+
+    They are known by the names that Hugging Face, accelerate and torchtitan give to the dimensions of their meshes.
+    """
+    for parameter in model.parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            continue
+        whole = mesh._get_root_mesh()
+        for name, size in zip(whole.mesh_dim_names or (), whole.shape, strict=False):
+            if name in REFUSED and size > 1:
+                raise ValueError(
+                    f"model: its device mesh has {size} ranks of {REFUSED[name]} ({name}), which is not supported; "
+                    "expected data parallelism (FSDP2, hybrid or DDP), also with tensor parallelism"
+                )
 
 
 def _of(group: Any) -> DataRanks:

@@ -595,7 +595,8 @@ def test_misuse_is_named():
 
 
 def test_the_model_is_walked_once_an_attack(monkeypatch):
-    from fastguard.nested import Weights, fsdp2, perturbed
+    from fastguard import fsdp2
+    from fastguard.nested import Weights, perturbed
 
     walks, walk = [], fsdp2.groups_of
     monkeypatch.setattr(fsdp2, "groups_of", lambda modules: walks.append(1) or walk(modules))

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.directions.basis import orthonormalise
-from fastguard.directions.prompts import Batch, compiled, rows_at, sharded
+from fastguard.directions.prompts import Batch, rows_at, sharded
 from fastguard.directions.stream import Ablation, Stream, _Adding, _Basis, _Changing
+from fastguard.taps.structure import compiled
 
 BETAS = (0.9, 0.98)
 CLIP = 10.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.taps import Structure, Taps
-from fastguard.taps.structure import reshard
+from fastguard.taps.structure import compiled, reshard
 from fastguard.taps.taps import Scope
 
 Batch = Mapping[str, Tensor]
@@ -149,14 +149,6 @@ def reading(model: nn.Module, structure: Structure) -> Iterator[Prompts]:
         for module, mode in modes:
             module.training = mode
         reshard(model)
-
-
-def compiled(model: nn.Module) -> bool:
-    """Whether ``torch.compile`` stands around the model or any part of it."""
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
 
 
 def wanted(positions: int | Iterable[int]) -> tuple[int, ...]:

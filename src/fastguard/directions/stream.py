@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.directions.basis import orthonormalise
-from fastguard.directions.prompts import compiled
 from fastguard.ops.project_out import project_out
 from fastguard.taps import Structure, Taps, find_structure
+from fastguard.taps.structure import compiled
 from fastguard.taps.taps import Gate, Scope
 from fastguard.taps.writes import PreNorm, Writes, find_writes, fused_layer
 

@@ -151,7 +151,8 @@ class CircuitBreakerLoss(ReferencedLoss):
         """The final norm, for a state that the model does not give to it; made while parameters are sharded."""
         if self.structure.norm_kind is None:
             return self.structure.norm.forward
-        weight, bias = (anchor.anchored(getattr(self.structure.norm, name, None)) for name in ("weight", "bias"))
+        parts = self.structure
+        weight, bias = (anchor.anchored(parts.model, getattr(parts.norm, name, None)) for name in ("weight", "bias"))
         norm = Norm(self.structure.norm_kind, weight, bias, self.structure.norm_eps)
         return lambda x: final_norm.forward(x, None, norm)
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.losses import guards
-from fastguard.ranks import DataRanks, data_ranks
+from fastguard.ranks import DataRanks, data_ranks, refuse_other_parallelism
 from fastguard.taps import Gate, Lens, Scope, Structure, Taps, tap_hidden_states
-from fastguard.taps.structure import reshard, synchronised
+from fastguard.taps.structure import compiled, reshard, synchronised
 
 Found = TypeVar("Found")
 
@@ -90,6 +90,7 @@ class Call:
         Raises RuntimeError where taps did not fire.
         """
         self._scopes.append(scope)
+        scope.positions = batch["input_ids"].numel()
         with self._tapped.taps.on(scope):
             zero = run(self._tapped.structure, self._model, batch)
             found = scope.found()
@@ -143,15 +144,18 @@ class Tapped:
 
         lens: makes the head that the taps read, once shards are back.
 
-        Raises ValueError for a model= that was forgotten (see ``guards.chosen``), RuntimeError after ``close`` or where
-        parts of the model were replaced.
+        Raises ValueError for a model= that was forgotten (see ``guards.chosen``) or that is parallel in a way that is
+        not supported, RuntimeError after ``close`` or where parts of the model were replaced.
         """
         self.taps.check_open()
         wrapped = guards.chosen(self.loss, self.model, model)
+        refuse_other_parallelism(wrapped)
         self.places.check(self.loss)
         reshard(wrapped)
         ranks = data_ranks(wrapped) if self.over_ranks and torch.is_grad_enabled() else None
         head = None if lens is None else lens()
+        if head is not None and compiled(wrapped):
+            head.begin()
         try:
             yield Call(self, wrapped, head, ranks)
         finally:

@@ -182,6 +182,9 @@ class Training:
         """Raise what is wrong with the batches, which is otherwise raised where they are used."""
         inspect({name: batch for name, batch in batches.items() if isinstance(batch, Mapping)})
 
+    def trained_by(self, optimizer: Any) -> None:
+        """Say whose steps follow the gradients: a method may move its states aside while they are not needed."""
+
     def draw(self, data: Data) -> dict[str, Any]:
         """The arguments of `backward` for the coming step, a function of ``self.step``."""
         return self.complete({name: data[name](self.step) for name in self.roles if name in data}, data)

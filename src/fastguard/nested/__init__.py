@@ -8,9 +8,9 @@
 ``reference``    the initial weights, exchanged with the live ones for the length of a forward
 ``adversary``    an attacker that trains LoRA adapters only
 ``weights``      trainable parameters as local tensors, sharded ones included
-``fsdp2``        what sharding does behind one's back, met in one place
 ``guard``        whatever is raised, what was changed is put back; random numbers, seeds, ranks
 ``narrow``       how much of an attacker's steps bf16 keeps, and masters that keep all
+``waiting``      the training optimizer's states, in host memory meanwhile
 ``snapshot``     where the original waits in the meantime
 ``optimizers``   the attacker's optimizers
 ``profile``      what of a step is no model pass: the rest of the engine reports it while somebody listens

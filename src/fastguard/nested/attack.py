@@ -135,6 +135,7 @@ class SimulatedAttack:
                         b.copy_(k)
                 every.take_gradients()
                 every.put_gradients(earlier)
+                every.give_back()
                 if finished:
                     tampered.deliver()
 

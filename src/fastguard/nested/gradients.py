@@ -44,6 +44,7 @@ def added_gradients(model: nn.Module, select: Select = None) -> Iterator[Weights
                     for b, k in zip(buffers, kept, strict=True):
                         b.copy_(k)
             every.put_gradients([_sum(a, new.get(id(p))) for p, a in zip(every.parameters, earlier, strict=True)])
+            every.give_back()
 
         guard.on_exit(restore)
         guard.release()

@@ -38,6 +38,7 @@ class Reference:
     def __init__(self, model: nn.Module, select: Select = None) -> None:
         self.model = model
         weights = Weights(model, select)
+        weights.give_back()
         self._adapters = hasattr(model, "disable_adapter") and all(
             ".lora_" in name or ".modules_to_save." in name for name in weights.names
         )
@@ -66,6 +67,7 @@ class Reference:
                 for mine, theirs in exchanged:
                     _exchange(mine, theirs)
             torch.clear_autocast_cache()
+            weights.give_back()
 
         with torch.no_grad(), Restoring() as guard:
             guard.on_exit(restore)

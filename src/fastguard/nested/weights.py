@@ -1,6 +1,6 @@
 """The trainable parameters of a model as plain local tensors, which is what a simulated attack reads and writes.
 
-Under FSDP2 a parameter is a DTensor and its local tensor is this rank's shard; ``nested.fsdp2`` knows its traps.
+Under FSDP2 a parameter is a DTensor and its local tensor is this rank's shard; ``fastguard.fsdp2`` knows its traps.
 Under DDP a gradient may be a view of a bucket that the next backward overwrites: it is copied when it is taken.
 """
 
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested import fsdp2
+from fastguard import fsdp2
 from fastguard.nested.guard import Restoring
 from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
+from fastguard.ranks import refuse_other_parallelism
 
 Select = Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter] | None
 
@@ -39,7 +40,8 @@ class Weights:
     Raises:
         ValueError: nothing was selected, or a parameter is on the meta device or has a Partial placement.
             The model is wrapped by FSDP1 or DeepSpeed ZeRO, whose parameters are not what they seem; or some of its
-            trainable parameters are sharded and others not, whose gradients nobody averages.
+            trainable parameters are sharded and others not, whose gradients nobody averages; or ranks of its mesh
+            divide something else than data and matrices.
         RuntimeError: gradients wait in FSDP2's private accumulators.
     """
 
@@ -51,6 +53,8 @@ class Weights:
             self._groups = fsdp2.groups_of(modules)
             self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
             self.refuse_waiting_gradients()
+            self._flags = fsdp2.flags(self._groups)
+            self._replica_flags = [replica.require_backward_grad_sync for replica in self._replicas]
             self.prepare()
             self._choose(select, argument)
             fsdp2.refuse_unsharded_among_shards(model)
@@ -150,6 +154,12 @@ class Weights:
             for replica in self._replicas:
                 replica.require_backward_grad_sync = True
 
+    def give_back(self) -> None:
+        """Let the next backward reduce its gradients, or not, as it would have done before the constructor."""
+        self._flags()
+        for replica, value in zip(self._replicas, self._replica_flags, strict=True):
+            replica.require_backward_grad_sync = value
+
     def refuse_waiting_gradients(self) -> None:
         """Raise a RuntimeError if FSDP2 holds gradients that it has not reduced."""
         with span(LISTS):
@@ -240,7 +250,7 @@ class Weights:
             return value
         mesh, placements = sharding
         for dim, placement in enumerate(placements):
-            if placement.is_shard():
+            if not placement.is_replicate():  # FSDP2's shards of a tensor-parallel one are no Shard to torch
                 torch.distributed.all_reduce(value, group=mesh.get_group(dim))
         return value
 
@@ -265,5 +275,6 @@ def _refuse_other_sharding(model: nn.Module) -> None:
     """Raise a ValueError where parameters hold something other than they seem to."""
     if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
         raise ValueError("model: it is wrapped by FSDP1; expected FSDP2 (torch.distributed.fsdp.fully_shard)")
+    refuse_other_parallelism(model)
     if any(hasattr(p, "ds_id") for p in model.parameters()):
         raise ValueError("model: its parameters belong to DeepSpeed ZeRO-3; expected FSDP2, DDP or a plain model")

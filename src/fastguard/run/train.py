@@ -51,6 +51,7 @@ class Loop:
             raise ValueError("model: no parameter requires a gradient, so that there is nothing to train")
         self._adam = torch.optim.AdamW(self.parameters, lr=1.0, weight_decay=0.0, fused=True)
         self.curve: Curve = []
+        method.trained_by(self._adam)
 
     def step(self, lr: float) -> dict[str, float]:
         """One step; its figures, which the curve has too.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastguard import machine
-from fastguard.directions.prompts import compiled, in_step, sharded
+from fastguard.directions.prompts import in_step, sharded
 from fastguard.losses.guards import Uncopied
 from fastguard.losses.language_model import LanguageModelLoss
 from fastguard.nested.frozen import frozen
@@ -37,6 +37,7 @@ from fastguard.saliency.scores import Scores
 from fastguard.saliency.sums import STATISTICS, Sums, local
 from fastguard.saliency.watch import Calls, Watch
 from fastguard.taps import Gate, Structure, Taps, find_structure
+from fastguard.taps.structure import compiled
 
 TOKENS = ("answer", "all")
 

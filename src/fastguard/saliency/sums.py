@@ -47,7 +47,8 @@ class Sums:
             weight: Any = place.module.weight
             if not hasattr(weight, "placements"):
                 continue
-            if not sharded(model) or any(p.is_shard() and p.dim != 0 for p in weight.placements):
+            rows = (p.is_replicate() or (p.is_shard() and p.dim == 0) for p in weight.placements)
+            if not sharded(model) or not all(rows):
                 raise ValueError(
                     f"model: {place.name} is a DTensor placed {weight.placements}; expected weights that FSDP2 shards "
                     "by rows (tensor parallelism is not supported)"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,10 @@ class Lens:
 
     The head's gradient is one buffer for all taps: a token passes from tap to tap and its gradient is the
     buffer (see ``lens_stats``). Construct it before the forward, while parameters are sharded.
+
+    The head is gathered and its token made at first use: a buffer that only the output's tap writes to is reduced and
+    freed before the backward comes to the layers. The gathered copy is held by the graph of the taps alone once the
+    forward is over, and so freed after the last of them; a recomputation gathers it again.
 
     Args:
         structure: the model's parts.
@@ -46,14 +52,30 @@ class Lens:
         self.structure, self.filter_tol, self.output_tol = structure, filter_tol, output_tol
         self.inner_transform = inner_transform
         weight, bias = head_parameters(structure.head)
-        self.weight = anchor.full(weight)
-        self.bias = anchor.anchored(bias)
-        self.first_token = self.token = anchor.token(weight)
-        norm = structure.norm
+        self._head, self._begun = anchor.Source(structure.model, weight), False
+        self.weight: Tensor | None = None
+        self.first_token: Tensor | None = None
+        self.token: Tensor | None = None
+        self.bias = anchor.anchored(structure.model, bias)
         self.norm_weight = self.norm_bias = None
         if structure.norm_kind is not None:
-            self.norm_weight = anchor.anchored(getattr(norm, "weight", None))
-            self.norm_bias = anchor.anchored(getattr(norm, "bias", None))
+            self.norm_weight, self.norm_bias = (
+                anchor.anchored(structure.model, getattr(structure.norm, name, None)) for name in ("weight", "bias")
+            )
+
+    def begin(self, dtype: torch.dtype | None = None) -> None:
+        """Gather the head, in ``dtype``, and make its first token, unless they are there.
+
+        `statistics` does it at first use; do it before a compiled forward, in whose graph nothing is to be sent.
+        """
+        if self.weight is None:
+            self.weight = self._head.full(dtype)
+        if not self._begun:
+            self._begun = True
+            self.first_token = self.token = self._head.token()
+            if self.first_token is not None:  # its gradient is there once the last tap's backward is over
+                lens = weakref.ref(self)
+                self.first_token.register_hook(lambda _: _release(lens()))
 
     def cross_entropy(self, hidden: Tensor, rows: Tensor, target: Tensor, normed: bool, keep: bool) -> Tensor:
         """Cross-entropy [N] of head(norm(hidden[rows])) against target; see `statistics`."""
@@ -76,7 +98,9 @@ class Lens:
             rows, kind = torch.arange(rows.shape[0], device=rows.device), "none"
         filter_tol = self.output_tol if normed else self.filter_tol
         # Mixed precision: products in autocast's dtype, else in the activations'; cast once for all taps.
-        self.weight = self.weight.to(transforms.product_dtype(hidden))
+        self.begin(dtype := transforms.product_dtype(hidden))
+        assert self.weight is not None
+        self.weight = self.weight.to(dtype)
         plain = not normed and not self.inner_transform
         scale, softcap = (1.0, None) if plain else (self.structure.scale, self.structure.softcap)
         head = Head(self.weight, self.bias, scale, softcap)
@@ -88,5 +112,11 @@ class Lens:
         return stats
 
     def end(self) -> None:
-        """Forget the token: it refers to the graph, and checkpoints in the graph refer to this lens."""
-        self.token = None
+        """Forget the token, which refers to the graph, whose checkpoints refer to this lens; and the gathered head."""
+        self.token = self.weight = None
+
+
+def _release(lens: Lens | None) -> None:
+    """Let go of a head that was gathered again for recomputations."""
+    if lens is not None:
+        lens.weight = None

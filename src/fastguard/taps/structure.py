@@ -114,6 +114,14 @@ def synchronised(model: nn.Module, base: nn.Module | None = None) -> bool:
     return False
 
 
+def compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` stands around the model or any part of it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def head_parameters(head: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The weight [V, D] and bias [V] that a head computes with; with LoRA on it, base plus delta (differentiable).
 
@@ -239,7 +247,7 @@ def _record(base: nn.Module, arguments: frozenset[str], vocabulary: int) -> tupl
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         with contextlib.suppress(TypeError):
-            calls.append(_Call(module, given[0] if given else None, first_tensor(output)))
+            calls.append(_Call(module, _whole(given[0]) if given else None, _whole(first_tensor(output))))
 
     handles = [m.register_forward_hook(hook, with_kwargs=True) for m in base.modules() if m is not base]
     try:
@@ -247,6 +255,11 @@ def _record(base: nn.Module, arguments: frozenset[str], vocabulary: int) -> tupl
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _whole(activation: Tensor) -> Tensor:
+    """As a plain tensor: tensor-parallel modules of torch are handed DTensors."""
+    return full(activation) if hasattr(activation, "full_tensor") else activation
 
 
 def _not_finite(base: nn.Module) -> str:
@@ -350,7 +363,8 @@ def _verify(
 ) -> tuple[str | None, float]:
     """(norm kind, eps); raises unless head_parameters gives what the head computes.
 
-    Both modules are called on probe vectors from their own pre-forward hooks, where FSDP has gathered them.
+    The norm is called on probe vectors from its own pre-forward hook, where FSDP has gathered it. The head's output is
+    looked at instead: tensor parallelism acts around it.
     """
     found: dict[str, Any] = {}
 
@@ -362,13 +376,13 @@ def _verify(
         x = torch.cat([rows, noise.to(rows)])
         found["norm"] = _norm_kind(module, base, x, module.forward(x))
 
-    def at_head(module: nn.Module, args: Any) -> None:
-        x = first_tensor(args)
+    def at_head(module: nn.Module, args: Any, output: Any) -> None:
         weight, bias = head_parameters(module)
-        expected = torch.nn.functional.linear(x, full(weight), None if bias is None else full(bias))
-        found["head"] = _close(expected, module.forward(x))
+        gathered = full(weight, device=normed.device), None if bias is None else full(bias, device=normed.device)
+        expected = torch.nn.functional.linear(normed, *gathered)
+        found["head"] = _close(expected, first_tensor(output))
 
-    handles = [norm_call.module.register_forward_pre_hook(at_norm), head.register_forward_pre_hook(at_head)]
+    handles = [norm_call.module.register_forward_pre_hook(at_norm), head.register_forward_hook(at_head)]
     try:
         _run(base, arguments, head_parameters(head)[0].shape[0])
     finally:

@@ -38,7 +38,13 @@ class Scope:
 
     It must hold no tensor computed from activations once its forward is over: checkpoints keep the scope,
     and the graph keeps the checkpoints.
+
+    Attributes:
+        positions: of the batch that its forward runs on, as many as each activation is expected to have; None where
+            nobody knows.
     """
+
+    positions: int | None = None
 
     def __init__(self) -> None:
         self.grad_enabled = torch.is_grad_enabled()
@@ -115,7 +121,14 @@ class Site:
         if serving is None:
             return None
         scope, keep = serving
-        return scope.observe(self.kind, self.index, first_tensor(value), keep)
+        x = first_tensor(value)
+        if scope.positions not in (None, x.shape[:-1].numel()):
+            raise ValueError(
+                f"{type(self.module).__name__}: an activation of shape {tuple(x.shape)} in a forward of "
+                f"{scope.positions} positions; expected all of them on each rank (sequence parallelism is not "
+                "supported: tensor-parallel layers take and return whole sequences)"
+            )
+        return scope.observe(self.kind, self.index, x, keep)
 
     def serving(self) -> tuple[Scope, bool] | None:
         """The scope that this site is to serve now, and whether results are kept; None where it is switched off."""

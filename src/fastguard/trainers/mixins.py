@@ -211,6 +211,7 @@ class MethodMixin(_Counting):
             known = {*self.method.arguments(), *self.method.optional()}
             if given.keys() >= set(self.method.arguments()):  # a collator of pairs has more than some methods read
                 given = {name: batch for name, batch in given.items() if name in known}
+            self.method.trained_by(self.optimizer)
             figures: dict[str, Tensor] = self.method.backward(**given, model=model, scale=scale)
         self._training.add(figures)
         return (figures["loss"].detach() * scale).to(device=self.args.device, dtype=torch.float32)

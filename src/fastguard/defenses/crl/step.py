@@ -141,11 +141,13 @@ class CRL(Training):
 
         with self.reference.consulted(model) as reference:
             states = self.language.hidden_states(batch, reference, take=take)
-            weight, bias = head_parameters(self.language.structure.head)
-            head = None
+            structure, head = self.language.structure, None
             if self._head_moves:
-                whole = anchor.full(weight)
-                head = whole.clone() if bias is None else _with_bias(whole, anchor.full(bias))
+                weight, bias = head_parameters(structure.head)
+                whole = anchor.Source(structure.model, weight).full()
+                head = whole.clone()
+                if bias is not None:
+                    head = _with_bias(whole, anchor.Source(structure.model, bias).full())
         return states, head
 
     def _numbers(
@@ -155,7 +157,8 @@ class CRL(Training):
         """The two hinges of each layer in the order of the model's states, then the divergence; one live forward."""
         both, split = torch.cat(rows), len(rows[0])
         with self.language.tapped.call(model) as call:
-            weight, bias = map(anchor.anchored, head_parameters(self.language.structure.head))
+            structure = self.language.structure
+            weight, bias = (anchor.anchored(structure.model, p) for p in head_parameters(structure.head))
 
             def statistic(index: int, x: Tensor, keep: bool) -> Tensor:
                 found = []

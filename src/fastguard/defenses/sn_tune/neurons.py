@@ -21,6 +21,7 @@ from fastguard.directions.prompts import in_step, reading, sharded
 from fastguard.ops.column_norms import column_norms_
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.segments import runs
+from fastguard.ranks import tensor_parallel
 from fastguard.saliency.places import clean
 from fastguard.taps import Structure
 from fastguard.taps.anchor import full
@@ -98,8 +99,11 @@ def least_excitation(
     In evaluation mode, without gradients, over the tokens that are no padding; of all ranks' samples together. Where
     heads share values, a value's norm is the root of the squares over its heads.
 
-    Raises ValueError where ``name`` has no batches, FloatingPointError that names a place that is not finite.
+    Raises ValueError where ``name`` has no batches, or the model is tensor-parallel; FloatingPointError that names a
+    place that is not finite.
     """
+    if tensor_parallel(model):
+        raise ValueError("model: it is tensor-parallel; expected whole layers on each rank, whose neurons are read")
     least: list[Tensor | None] = [None] * len(places)
     rows: tuple[Tensor, Tensor | None] = runs(torch.ones(1, 1, dtype=torch.bool))
     counts = True

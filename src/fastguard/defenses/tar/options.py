@@ -37,6 +37,7 @@ class Options(Settings):
     tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)
     grad_scale: float = number(4.0, at_least=0)
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
+    outer_states: int | None = number(None, at_least=0)  # bytes of the optimizer's that stay on the device in attacks
     masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:

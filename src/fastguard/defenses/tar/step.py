@@ -52,6 +52,7 @@ from fastguard.nested.guard import derived_seed
 from fastguard.nested.optimizers import AdamW, Optimizer
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Where
+from fastguard.nested.waiting import Waiting
 from fastguard.nested.weights import Select
 
 Pairs = Mapping[str, Batch]
@@ -100,6 +101,8 @@ class TAR(Training):
         mask_padding: keep padding out of the distance; published: it counts.
         reference: of the distance and of DPO; None: the model as it is now.
         states_on: where the reference's states wait; None: where they arise.
+        outer_states: bytes of the training optimizer's states (see `trained_by`) that may stay on the device while
+            adversaries attack; the others wait in host memory. None: all stay.
         loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
         optimizer: from a learning rate to the attackers' optimizer.
         trains, reads, snapshot, masters, allow_lost: see ``nested.SimulatedAttack``; for a LoRA attacker
@@ -138,6 +141,7 @@ class TAR(Training):
         mask_padding: bool = False,
         reference: Reference | None = None,
         states_on: torch.device | str | None = None,
+        outer_states: int | None = None,
         loss: Loss | None = None,
         optimizer: Callable[[float], Optimizer] = AdamW,
         trains: Select = None,
@@ -163,6 +167,8 @@ class TAR(Training):
         self.tamper_loss, self.tamper_positions, self.beta = tamper_loss, tamper_positions, beta
         self.representations, self.mask_padding, self.states_on = representations, mask_padding, states_on
         self.optimizer, self.given_loss = optimizer, loss
+        self.outer_states = outer_states
+        self._waiting: Waiting | None = None
         if reference is None and (representations or tamper_loss == "dpo"):
             reference = Reference(model, reads)
         self.reference = reference
@@ -194,7 +200,7 @@ class TAR(Training):
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
-            masters="fp32" if o.masters else None, micro=o.micro, seed=seed,
+            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro, seed=seed,
         )  # fmt: skip
 
     @property
@@ -296,10 +302,24 @@ class TAR(Training):
             ValueError: batches that do not fit, or too few. FloatingPointError: a loss is not finite.
         """
         figures = _Figures()
-        for adversary, batch in zip(adversaries, tamper, strict=True):
-            self._attack(step, adversary, batch, 1 / len(adversaries), figures)
+        with self._aside():
+            for adversary, batch in zip(adversaries, tamper, strict=True):
+                self._attack(step, adversary, batch, 1 / len(adversaries), figures)
         self._retain(step, retain, figures)
         return figures.means()
+
+    def trained_by(self, optimizer: Any) -> None:
+        """See `Training.trained_by`; what ``outer_states`` is about."""
+        if self.outer_states is not None and (self._waiting is None or self._waiting.optimizer is not optimizer):
+            self._waiting = Waiting(optimizer, self.outer_states)
+
+    def _aside(self) -> contextlib.AbstractContextManager[Any]:
+        if self._waiting is not None:
+            return self._waiting.away()
+        _require(
+            self.outer_states is None, "outer_states", self.outer_states, "None, or TAR.trained_by(optimizer) first"
+        )
+        return contextlib.nullcontext()
 
     def _attack(
         self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures

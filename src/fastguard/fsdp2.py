@@ -1,10 +1,12 @@
-"""FSDP2 (``torch.distributed.fsdp.fully_shard``) under a simulated attack: its traps, met here, once.
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``): its traps, met here, once, and what is read of its state.
 
 * After a forward without backward the root group stays gathered, and the next forward computes on that stale copy:
   every group is resharded before parameters are listed, read or written.
 * Gradients that were accumulated without synchronisation wait in a private place, survive ``zero_grad`` and leak into
   the next synchronised backward: they are refused, and those of a backward that was cut short are dropped.
-* Inside a trainer's ``no_sync`` a backward leaves ``p.grad`` at None: synchronisation is switched on.
+* Inside a trainer's ``no_sync`` a backward leaves ``p.grad`` at None, and one that is not the last may leave it before
+  it is written: both are switched on, and given back as the trainer had them.
+* It reduces on streams of its own, and other streams read ``p.grad`` too early.
 * An exception in the middle of a forward or backward leaves states in which nothing is resharded or reduced any more.
 * A parameter that is added after ``fully_shard`` is every rank's own.
 
@@ -14,7 +16,7 @@ Nothing here imports FSDP2: a group is recognised by what it can do.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -26,10 +28,20 @@ def groups_of(modules: Iterable[nn.Module]) -> list[Any]:
     return [m for m in modules if hasattr(m, "unshard") and hasattr(m, "reshard")]
 
 
+def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    """FSDP2's own groups of parameters among ``modules``, each once: mesh, policy, divide factor and parameters."""
+    seen = set()
+    for state in _states(modules):
+        for group in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+            if group is not None and id(group) not in seen:
+                seen.add(id(group))
+                yield group
+
+
 def prepare(groups: list[Any]) -> None:
     """Shard every group again, drop what waits to be reduced, and make the next backward reduce its gradients.
 
-    Raises nothing, as restorations rely on it.
+    Gradients that were reduced can be read from here on. Raises nothing, as restorations rely on it.
     """
     _recover(groups)
     for group in groups:
@@ -37,6 +49,34 @@ def prepare(groups: list[Any]) -> None:
             setattr(holder, name, None)
         group.reshard()
         group.set_requires_gradient_sync(True, recurse=False)
+        group.set_is_last_backward(True)
+    for parameters in parameter_groups(groups):
+        await_reductions(parameters)
+
+
+def await_reductions(parameters: Any) -> None:
+    """Let this stream see what FSDP2 has added to the gradients of a group of parameters, on whichever stream."""
+    theirs = parameters.comm_ctx
+    for stream in (getattr(theirs, "reduce_scatter_stream", None), getattr(theirs, "all_reduce_stream", None)):
+        if stream is not None:  # None before the first forward
+            parameters.device_handle.current_stream().wait_stream(stream)
+    for p in parameters.fsdp_params:
+        if p.grad_offload_event is not None:  # on its way to the host, which no stream waits for
+            p.grad_offload_event.synchronize()
+
+
+def flags(groups: list[Any]) -> Callable[[], None]:
+    """What `prepare` changes about the next backward, as a function that gives it back."""
+    reduced = [(p, p.reduce_grads, p.all_reduce_grads) for p in parameter_groups(groups)]
+    last = [(state, state._state_ctx.is_last_backward) for state in _states(groups)]
+
+    def give_back() -> None:
+        for parameters, grads, all_reduced in reduced:
+            parameters.reduce_grads, parameters.all_reduce_grads = grads, all_reduced
+        for state, value in reversed(last):  # until its first forward each has a context of its own: the root's counts
+            state._state_ctx.is_last_backward = value
+
+    return give_back
 
 
 def refuse_waiting_gradients(groups: list[Any]) -> None:
@@ -70,7 +110,7 @@ def _recover(groups: list[Any]) -> None:
     Left in the middle of a forward it would not reshard; after half a backward it would not reduce all gradients.
     """
     for group in groups:
-        state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
+        state = next(_states([group]), None)
         if not getattr(state, "_is_root", False) or not _in_the_middle(state):
             continue
         if hasattr(group, "reset_iter_state"):
@@ -92,14 +132,20 @@ def _in_the_middle(root: Any) -> bool:
     )
 
 
+def _states(modules: Iterable[nn.Module]) -> Iterator[Any]:
+    for module in modules:
+        read: Any = getattr(module, "_get_fsdp_state", None)
+        if read is not None:
+            yield read()
+
+
 def _waiting_gradients(group: Any) -> list[tuple[Any, str]]:
     """Where an FSDP2 group holds gradients that it has not reduced: (object, attribute)."""
-    state = group._get_fsdp_state() if hasattr(group, "_get_fsdp_state") else None
     found: list[tuple[Any, str]] = []
-    for params in getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]:
+    for params in parameter_groups([group]):
         if getattr(params, "_partial_reduce_output", None) is not None:  # scattered, but not summed over replicas
             found.append((params, "_partial_reduce_output"))
-        for p in getattr(params, "fsdp_params", ()):
+        for p in params.fsdp_params:
             if getattr(p, "unsharded_accumulated_grad", None) is not None:
                 found.append((p, "unsharded_accumulated_grad"))
             unsharded = getattr(p, "_unsharded_param", None)

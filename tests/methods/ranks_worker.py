@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastguard import methods
 from fastguard.methods.training import Training
+from fastguard.ranks import data_ranks
 from methods.batches import make, streams
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
@@ -109,9 +111,10 @@ def shard(model: nn.Module, layout: str) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-def run(case: tuple, expected: tuple[list[dict[str, Tensor]], list[dict]], rank: int) -> None:
+def run(case: tuple, expected: tuple[list[dict[str, Tensor]], list[dict]], wrap: Callable[..., nn.Module]) -> None:
     method = made(case)
-    found, figures = train(method, shard(method.model, case[2]), rank)
+    wrapped = wrap(method.model)
+    found, figures = train(method, wrapped, data_ranks(wrapped).rank)
     for step in range(STEPS):
         unread = {name for name in found[step].keys() - expected[0][step].keys() if not found[step][name].any()}
         ours = {name: g for name, g in found[step].items() if name not in unread}
@@ -188,7 +191,7 @@ def main() -> None:
             if name in refused:
                 refuse(refused[name], rank)
             else:
-                run(cases[name], expected[name], rank)
+                run(cases[name], expected[name], partial(shard, layout=cases[name][2]))
         except BaseException as error:
             error.add_note(f"case: {name}")
             raise

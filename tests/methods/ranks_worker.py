@@ -50,6 +50,8 @@ MORE = {
     "sft": {"two batches": {"retain_weight": 0.7}},
     "crl": {"norm": {"distance": "norm", "benign_margin": 20.0, "harmful_margin": 20.0}},
 }
+SUMMED = "fsdp2, not divided"
+"""As torchtitan does, whose losses are divided by all ranks' tokens."""
 MICRO = {name: {"divided": {"micro": 2}} for name in ("repnoise", "tar", "booster", "vaccine", "t_vaccine")}
 CASES = {
     f"{name}, {how}, {layout}": (entry, {**ONLY.get(name, {}), **changes}, layout)
@@ -57,6 +59,9 @@ CASES = {
     if not entry.edits
     for how, changes in {"plain": {}, **MORE.get(name, {}), **MICRO.get(name, {})}.items()
     for layout in (("ddp", "fsdp2") if how == "plain" else ("fsdp2",))
+} | {
+    f"{name}, plain, {SUMMED}": (methods.find(name), ONLY.get(name, {}), SUMMED)
+    for name in ("repnoise", "tar", "vaccine", "crl")
 }
 
 
@@ -108,7 +113,10 @@ def shard(model: nn.Module, layout: str) -> nn.Module:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for group in (*base.model.layers, model) if layout == SUMMED else ():
+        group.set_gradient_divide_factor(1.0)
+    return model
 
 
 def run(case: tuple, expected: tuple[list[dict[str, Tensor]], list[dict]], wrap: Callable[..., nn.Module]) -> None:

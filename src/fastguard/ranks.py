@@ -47,8 +47,8 @@ def data_ranks(model: nn.Module) -> DataRanks:
     The first call for a hybrid mesh that is smaller than the job makes a process group: call it on every process.
 
     Raises:
-        ValueError: FSDP2 groups with different ranks (expert parallelism) or divide factors. Tensor parallelism over some ranks of the
-            job, with nobody to average the gradients of the others.
+        ValueError: FSDP2 groups with different ranks (expert parallelism) or divide factors. Tensor parallelism over
+            some ranks of the job, with nobody to average the gradients of the others.
     """
     from fastguard.machine import distributed
 

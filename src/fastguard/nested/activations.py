@@ -129,9 +129,7 @@ class ActivationPerturbation:
         found = [self._gradients(loss, wanted) for loss in losses]
         with span("norms", [g for gradients in found for g in gradients.values()], 1):
             own = torch.stack([squared_norm([gradients[i] for gradients in found]) for i in sorted(wanted)])
-            size = (
-                ranks.divisor if ranks and several(ranks) else 1
-            )  # so many times the gradient has what over_ranks has summed
+            size = ranks.divisor if ranks and several(ranks) else 1  # times the gradient that over_ranks' sums have
             squares = dict(zip(sorted(wanted), summed(own, ranks) / size**2, strict=True))
             total = torch.stack(list(squares.values())).sum().sqrt()
             norm = float(total)

@@ -38,6 +38,15 @@ def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:
                 yield group
 
 
+def settle(groups: list[Any]) -> None:
+    """Let FSDP2 look at which parameters are trained, and in which dtypes their gradients are reduced.
+
+    It does so at its first forward and never again; for parameters that rest at that time it would not know.
+    """
+    for state in _states(groups):  # the outermost one comes first, and does it for all within it
+        state._lazy_init()
+
+
 def prepare(groups: list[Any]) -> None:
     """Shard every group again, drop what waits to be reduced, and make the next backward reduce its gradients.
 

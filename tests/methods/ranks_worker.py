@@ -33,7 +33,7 @@ from methods.batches import make, streams
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 TOLERANCE = 1e-10
-STEPS = 3
+STEPS = 2
 """Enough for what a step leaves to the next: directions, counters of noise and schedules."""
 SIZES = 3, 2
 """Samples of each rank."""

@@ -43,8 +43,34 @@ def settle(groups: list[Any]) -> None:
 
     It does so at its first forward and never again; for parameters that rest at that time it would not know.
     """
-    for state in _states(groups):  # the outermost one comes first, and does it for all within it
+    states = list(_states(groups))
+    if all(state._is_root is not None for state in states):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+
+    inside = set(groups)
+    around = [m for m in list(_module_state_mapping) if not inside.isdisjoint(m.modules())]
+    around.sort(key=lambda m: sum(1 for _ in m.modules()), reverse=True)
+    for state in _states(around):  # the outermost first, perhaps on a wrapper: it does so for all within it
         state._lazy_init()
+
+
+def owners(model: nn.Module) -> list[Any]:
+    """The groups of the parameters of ``model``, also where ``fully_shard`` stands on a wrapper around it (PEFT's).
+
+    Without a group for a DTensor nobody reduces its gradients: a wrapper that is not seen would be an error that nobody
+    sees. So torch's own record of all sharded modules is asked.
+    """
+    if not torch.distributed.is_available():
+        return []
+    from torch.distributed._composable_state import _module_state_mapping
+
+    own = {id(p) for p in model.parameters()}
+    return [
+        group
+        for group in parameter_groups(list(_module_state_mapping))
+        if any(id(q) in own for p in group.fsdp_params for q in (p.sharded_param, getattr(p, "_unsharded_param", None)))
+    ]
 
 
 def prepare(groups: list[Any]) -> None:

@@ -56,9 +56,9 @@ def data_ranks(model: nn.Module) -> DataRanks:
         return DataRanks()
     from torch import distributed as dist
 
-    from fastguard.fsdp2 import parameter_groups
+    from fastguard.fsdp2 import owners
 
-    groups = list(parameter_groups(model.modules()))
+    groups = owners(model)
     meshes = {tuple(group.mesh_info.mesh.mesh.flatten().tolist()): group.mesh_info.mesh for group in groups}
     if len(meshes) > 1:
         raise ValueError(
@@ -88,9 +88,9 @@ def data_ranks(model: nn.Module) -> DataRanks:
 
 def tensor_parallel(model: nn.Module) -> bool:
     """Whether matrices of ``model`` are divided among ranks that see the same data."""
-    from fastguard.fsdp2 import parameter_groups
+    from fastguard.fsdp2 import owners
 
-    data = max((group.mesh_info.mesh.size() for group in parameter_groups(model.modules())), default=1)
+    data = max((group.mesh_info.mesh.size() for group in owners(model)), default=1)
     return any(p.device_mesh.size() > data for p in model.parameters() if hasattr(p, "device_mesh"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -109,6 +110,17 @@ def checkpointed(model: nn.Module) -> nn.Module:
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = checkpoint_wrapper(layer)
     return fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+
+
+def adapters_on_the_head(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["lm_head", "q_proj"])
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape).to(p))
+    return model
 
 
 def offloaded(model: nn.Module) -> nn.Module:
@@ -239,6 +251,11 @@ CASES: dict[str, Callable[[int], None]] = {
     "repnoise, groups of its own": lambda _: equals_one_process(repnoise, sharded),
     "repnoise, tied, groups of its own": lambda _: equals_one_process(repnoise, sharded, "llama_tied"),
     "repnoise, parameters in host memory": lambda _: equals_one_process(repnoise, offloaded),
+    "language model, adapters on the head": lambda _: equals_one_process(
+        language_model,
+        lambda model: fully_shard(model, mesh=init_device_mesh("cpu", (2,))),
+        adapted=adapters_on_the_head,
+    ),
     "memory": memory,
     "reducing": reducing,
     "flags": flags,

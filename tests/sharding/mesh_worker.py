@@ -159,9 +159,15 @@ def circuit_breaker(model: nn.Module) -> Callable[[nn.Module, int], Tensor]:
 Made = Callable[[nn.Module], Callable[[nn.Module, int], Tensor]]
 
 
-def equals_one_process(made: Made, wrap: Callable[..., nn.Module], kind: str = "llama", late: bool = False) -> None:
-    """Loss and gradients of ``made`` on a model that ``wrap`` divides. late: the loss is made of the divided model."""
-    alone = model_of(kind)
+def equals_one_process(
+    made: Made, wrap: Callable[..., nn.Module], kind: str = "llama", late: bool = False,
+    adapted: Callable[[nn.Module], nn.Module] = lambda model: model,
+) -> None:  # fmt: skip
+    """Loss and gradients of ``made`` on a model that ``wrap`` divides.
+
+    late: the loss is made of the divided model. adapted: what is done to the model first.
+    """
+    alone = adapted(model_of(kind))
     loss, total, losses = made(alone), {}, []
     for data in range(2):
         value = loss(alone, data)
@@ -169,7 +175,7 @@ def equals_one_process(made: Made, wrap: Callable[..., nn.Module], kind: str = "
         losses.append(value.item())
         for name, g in gradients(alone).items():
             total[name] = total.get(name, 0) + g / 2
-    model = model_of(kind)
+    model = adapted(model_of(kind))
     if late:
         model = wrap(model)
     loss = made(model)
@@ -273,6 +279,9 @@ def refusals(_: int) -> None:
     wrapped = shard(sequence_parallel(model, mesh["tp"]), mesh["dp"])
     batch = {k: v[:, :8] for k, v in labelled(0, 0).items()}
     refused(lambda: loss_fn(batch, model=wrapped), "sequence parallelism is not supported")
+    model = tensor_parallel(model_of(), mesh["tp"])
+    loss_fn = LanguageModelLoss(model)
+    refused(lambda: loss_fn(batch), "tensor-parallel over 2 of 4 ranks, and nobody averages")
     neurons = make(methods.entries()["sn_tune"], model_of())
     wrapped = torch_styles(neurons.model)
     data = neurons.draw(streams(neurons.roles))
@@ -304,6 +313,9 @@ def who_sees_other_data(rank: int) -> None:
     expect(shard(tensor_parallel(tiny(), mesh["tp"]), mesh["dp"]), rank // 2, 2)
     expect(shard(tensor_parallel(tiny(), hybrid["tp"]), hybrid["replicate", "shard"]), rank // 2, 2)
     expect(DistributedDataParallel(nn.Linear(2, 2), process_group=mesh.get_group("dp")), rank // 2, 2)
+    inside = tiny()
+    fully_shard(nn.Sequential(inside), mesh=mesh["dp"])
+    expect(inside, rank // 2, 2)  # what a wrapper around it is sharded over
     assert data_ranks(tensor_parallel(tiny(), init_device_mesh("cpu", (4,)))) == DataRanks(0, 1, None)
     refused(lambda: data_ranks(tensor_parallel(tiny(), mesh["tp"])), "tensor-parallel over 2 of 4 ranks")
     experts = tiny()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from fastguard.machine import ranks
+from fastguard.ranks import data_ranks
 from fastguard.taps import Structure
 from fastguard.taps.structure import output_head, synchronised
 
@@ -61,9 +62,10 @@ def chosen(name: str, own: nn.Module, given: nn.Module | None) -> nn.Module:
     """
     if given is not None:
         return given
-    if ranks() > 1 and torch.is_grad_enabled():
-        sharded = any(hasattr(p, "device_mesh") for p in own.parameters())
-        if not sharded and not synchronised(own):
+    if ranks() > 1 and torch.is_grad_enabled() and not synchronised(own):
+        if any(hasattr(p, "device_mesh") for p in own.parameters()):
+            data_ranks(own)  # tensor-parallel: raises where that leaves ranks whose gradients nobody averages
+        else:
             raise ValueError(
                 f"{name}: model: expected the model as DDP, FSDP or accelerate have wrapped it, got none on "
                 f"{ranks()} ranks, whose gradients would not be reduced; where that is meant, give the bare model"

@@ -25,6 +25,7 @@ from fastguard.nested.perturbation import PerturbationLostError, Realised, pertu
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Snapshot
 from fastguard.nested.tangent import hessian_product
+from fastguard.nested.waiting import Waiting
 from fastguard.nested.weights import Weights
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "SimulatedAttack",
     "Snapshot",
     "Tampered",
+    "Waiting",
     "Weights",
     "hessian_product",
     "linearised",

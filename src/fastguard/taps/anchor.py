@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.fsdp2 import await_reductions, parameter_groups
+from fastguard.fsdp2 import await_reductions, owners
 from fastguard.ops.precision import accumulation_dtype
 
 BLOCK = 128 << 20
@@ -107,7 +107,7 @@ class Sharding:
 
 def _owner(model: nn.Module, parameter: Tensor) -> tuple[Any, Any]:
     """FSDP2's group and its record of a parameter; of what was computed from one, those of another laid out alike."""
-    owned = [(group, p) for group in parameter_groups(model.modules()) for p in group.fsdp_params]
+    owned = [(group, p) for group in owners(model) for p in group.fsdp_params]
     for group, p in owned:
         if p.sharded_param is parameter:
             return group, p

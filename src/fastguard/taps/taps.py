@@ -122,7 +122,8 @@ class Site:
             return None
         scope, keep = serving
         x = first_tensor(value)
-        if scope.positions not in (None, x.shape[:-1].numel()):
+        known = scope.positions is not None and not torch.compiler.is_compiling()
+        if known and x.shape[:-1].numel() != scope.positions:
             raise ValueError(
                 f"{type(self.module).__name__}: an activation of shape {tuple(x.shape)} in a forward of "
                 f"{scope.positions} positions; expected all of them on each rank (sequence parallelism is not "

@@ -82,12 +82,9 @@ def test_products_in_bfloat16_move_float32_weights(tmp_path, name):
     for one in (model, plain):
         method = make(methods.find(name), one)
         figures = method.backward(**method.draw(streams(method.roles)))
-        assert all(
-            (p.dtype == torch.float32 and p.grad is None) or p.grad.dtype == torch.float32 for p in one.parameters()
-        )
-        steps.append(
-            (float(figures["loss"]), torch.cat([p.grad.flatten() for p in one.parameters() if p.grad is not None]))
-        )
+        gradients = [p.grad for p in one.parameters() if p.grad is not None]
+        assert all(t.dtype == torch.float32 for t in (*one.parameters(), *gradients))
+        steps.append((float(figures["loss"]), torch.cat([g.flatten() for g in gradients])))
     assert 0 < abs(steps[0][0] - steps[1][0]) < 0.02 * abs(steps[1][0])
     assert float((steps[0][1] - steps[1][1]).norm()) < 0.1 * float(steps[1][1].norm())
 

@@ -38,6 +38,23 @@ def parameter_groups(modules: Iterable[nn.Module]) -> Iterator[Any]:
                 yield group
 
 
+def settle(groups: list[Any]) -> None:
+    """Let FSDP2 look at which parameters are trained, and in which dtypes their gradients are reduced.
+
+    It does so at its first forward and never again; for parameters that rest at that time it would not know.
+    """
+    states = list(_states(groups))
+    if all(state._is_root is not None for state in states):
+        return
+    from torch.distributed._composable_state import _module_state_mapping
+
+    inside = set(groups)
+    around = [m for m in list(_module_state_mapping) if not inside.isdisjoint(m.modules())]
+    around.sort(key=lambda m: sum(1 for _ in m.modules()), reverse=True)
+    for state in _states(around):  # the outermost first, perhaps on a wrapper: it does so for all within it
+        state._lazy_init()
+
+
 def owners(model: nn.Module) -> list[Any]:
     """The groups of the parameters of ``model``, also where ``fully_shard`` stands on a wrapper around it (PEFT's).
 

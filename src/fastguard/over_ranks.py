@@ -3,7 +3,8 @@
 DDP and FSDP2 average the gradients of all ranks, and the mean of rank means is not the mean: ranks with few tokens
 count for too much, and a function that is not linear in a mean (a logarithm, a norm) sees part of the batch. Here each
 rank computes the loss of the undivided batch: what it sums over its own samples becomes the sum of all ranks, with a
-gradient as many times as there are ranks, which the engine's average takes back.
+gradient as many times as there are ranks, which the engine's average takes back (or as many times as FSDP2 was told to
+divide by).
 
 Functions take ``ranks``, what ``fastguard.ranks.data_ranks`` says of a model; None, or one rank, leaves every number to
 the bit what it is without this module.
@@ -28,12 +29,12 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, ranks: DataRanks) -> Tensor:
-        ctx.size = ranks.size
+        ctx.divisor = ranks.divisor
         return summed(x.clone(), ranks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] * ctx.size, None
+        return grads[0] * ctx.divisor, None
 
 
 class _Shared(torch.autograd.Function):

@@ -28,11 +28,13 @@ class DataRanks:
     Attributes:
         rank, size: this process's place among them, as collectives over ``group`` count, and how many they are.
         group: what collectives over them take; None where this process is the only one and there is nothing to ask.
+        divisor: what the sum of their gradients is divided by: their number, or what FSDP2 was told to divide by.
     """
 
     rank: int = 0
     size: int = 1
     group: Any = None
+    divisor: float = 1.0
 
 
 def data_ranks(model: nn.Module) -> DataRanks:
@@ -45,8 +47,8 @@ def data_ranks(model: nn.Module) -> DataRanks:
     The first call for a hybrid mesh that is smaller than the job makes a process group: call it on every process.
 
     Raises:
-        ValueError: FSDP2 groups with different ranks (expert parallelism). Tensor parallelism over some ranks of the
-            job, with nobody to average the gradients of the others.
+        ValueError: FSDP2 groups with different ranks (expert parallelism) or divide factors. Tensor parallelism over
+            some ranks of the job, with nobody to average the gradients of the others.
     """
     from fastguard.machine import distributed
 
@@ -63,8 +65,13 @@ def data_ranks(model: nn.Module) -> DataRanks:
             f"model: its FSDP2 groups are sharded over different ranks, {' and '.join(map(str, meshes))}; expected one "
             "set of ranks for all (expert parallelism is not supported)"
         )
+    divisors = {group.gradient_divide_factor for group in groups}
+    if len(divisors) > 1:
+        raise ValueError(
+            f"model: its FSDP2 groups divide gradients by different factors, {divisors}; expected one for all"
+        )
     if meshes:
-        return _of(_group(*meshes.values()))
+        return _of(_group(*meshes.values()), *divisors)
     replicas = [m.process_group for m in model.modules() if hasattr(m, "require_backward_grad_sync")]
     if replicas:
         return _of(replicas[0])
@@ -105,10 +112,11 @@ def refuse_other_parallelism(model: nn.Module) -> None:
                 )
 
 
-def _of(group: Any) -> DataRanks:
+def _of(group: Any, divisor: float | None = None) -> DataRanks:
     from torch import distributed as dist
 
-    return DataRanks(dist.get_rank(group), dist.get_world_size(group), group)
+    size = dist.get_world_size(group)
+    return DataRanks(dist.get_rank(group), size, group, size if divisor is None else divisor)
 
 
 def _group(mesh: Any) -> Any:

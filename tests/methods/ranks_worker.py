@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from fastguard import methods
 from fastguard.methods.training import Training
+from fastguard.ranks import data_ranks
 from methods.batches import make, streams
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 TOLERANCE = 1e-10
-STEPS = 3
+STEPS = 2
 """Enough for what a step leaves to the next: directions, counters of noise and schedules."""
 SIZES = 3, 2
 """Samples of each rank."""
@@ -48,6 +50,8 @@ MORE = {
     "sft": {"two batches": {"retain_weight": 0.7}},
     "crl": {"norm": {"distance": "norm", "benign_margin": 20.0, "harmful_margin": 20.0}},
 }
+SUMMED = "fsdp2, not divided"
+"""As torchtitan does, whose losses are divided by all ranks' tokens."""
 MICRO = {name: {"divided": {"micro": 2}} for name in ("repnoise", "tar", "booster", "vaccine", "t_vaccine")}
 CASES = {
     f"{name}, {how}, {layout}": (entry, {**ONLY.get(name, {}), **changes}, layout)
@@ -55,6 +59,9 @@ CASES = {
     if not entry.edits
     for how, changes in {"plain": {}, **MORE.get(name, {}), **MICRO.get(name, {})}.items()
     for layout in (("ddp", "fsdp2") if how == "plain" else ("fsdp2",))
+} | {
+    f"{name}, plain, {SUMMED}": (methods.find(name), ONLY.get(name, {}), SUMMED)
+    for name in ("repnoise", "tar", "vaccine", "crl")
 }
 
 
@@ -106,12 +113,16 @@ def shard(model: nn.Module, layout: str) -> nn.Module:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for layer in base.model.layers:
         fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for group in (*base.model.layers, model) if layout == SUMMED else ():
+        group.set_gradient_divide_factor(1.0)
+    return model
 
 
-def run(case: tuple, expected: tuple[list[dict[str, Tensor]], list[dict]], rank: int) -> None:
+def run(case: tuple, expected: tuple[list[dict[str, Tensor]], list[dict]], wrap: Callable[..., nn.Module]) -> None:
     method = made(case)
-    found, figures = train(method, shard(method.model, case[2]), rank)
+    wrapped = wrap(method.model)
+    found, figures = train(method, wrapped, data_ranks(wrapped).rank)
     for step in range(STEPS):
         unread = {name for name in found[step].keys() - expected[0][step].keys() if not found[step][name].any()}
         ours = {name: g for name, g in found[step].items() if name not in unread}
@@ -188,7 +199,7 @@ def main() -> None:
             if name in refused:
                 refuse(refused[name], rank)
             else:
-                run(cases[name], expected[name], rank)
+                run(cases[name], expected[name], partial(shard, layout=cases[name][2]))
         except BaseException as error:
             error.add_note(f"case: {name}")
             raise

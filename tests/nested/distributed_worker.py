@@ -259,17 +259,17 @@ def untouched(subject: Subject):
 
 
 def simulated_attack(subject: Subject, functions: bool = False) -> None:
-    """``functions``: losses are given as such, and seen to make and reduce no gradient that is not wanted."""
+    """``functions``: losses are given as such, and seen to make and reduce no gradient that is not wanted.
+
+    They come first then, before FSDP2 has seen the base's gradients.
+    """
     adversary = subject.adversary
     attack = SimulatedAttack(
         subject.inner, AdamW(lr=LR, weight_decay=DECAY),
         trains=adversary.trains if adversary else None, reads=adversary.reads if adversary else None,
     )  # fmt: skip
-    subject.loss(7).backward()
-    if adversary:  # an optimizer over the defender's parameters would not have the attacker's gradients either
-        for name, p in subject.wrapped.named_parameters():
-            if adversary.trains(name, p):
-                p.grad = None
+    if not functions:
+        defend(subject)
     subject.quiet()
     with untouched(subject), subject.unsynchronised(), attack.at(subject.wrapped) as tampered:
         for i in range(STEPS):
@@ -279,14 +279,24 @@ def simulated_attack(subject: Subject, functions: bool = False) -> None:
                 assert all(".adversary." in name for name in names), names
                 with reduced(subject) as names:
                     half = functools.partial(subject.loss, 100)
-                    tampered.accumulate([(half, 0.25), (half, 0.75)], weight=weigh(i))
+                    tampered.accumulate([(half, 0.5), (half, 0.5)], weight=weigh(i))
                 assert not any(".adversary." in name for name in names), names
                 continue
             tampered.step(subject.loss(i))
             subject.quiet()
             tampered.accumulate(subject.loss(100), weight=weigh(i))
         subject.quiet()
+    if functions:
+        defend(subject)
     assert_same_gradients(subject.gradients(), subject.expected("attack"), subject.tolerance)
+
+
+def defend(subject: Subject) -> None:
+    """A gradient of the defender's parameters alone, beside the attack's."""
+    subject.loss(7).backward()
+    for name, p in subject.wrapped.named_parameters():
+        if subject.adversary and subject.adversary.trains(name, p):
+            p.grad = None
 
 
 def adapters_alone(subject: Subject) -> None:
@@ -471,8 +481,8 @@ def raises(kind: type[BaseException], pattern: str):
 
 
 PIECES = {
-    "attack": simulated_attack,
     "attack by functions": adapters_alone,
+    "attack": simulated_attack,
     "perturbed": one_step,
     "reference": initial_weights,
     "activations": activations,
@@ -490,6 +500,7 @@ CASES: dict[str, dict] = {
     "hybrid, 2 shards": {"layout": "root", "mesh": (1, 2), "no_sync": True},
     "defender's LoRA": {"layout": "norm and head", "adapter": "defender"},
     "adversary's LoRA": {"layout": "norm and head", "adapter": "adversary", "no_sync": True},
+    "adversary's LoRA, bfloat16 products": {"layout": "norm and head", "adapter": "adversary", "mixed": True},
     "ddp": {"layout": "ddp", "no_sync": True},
     "ddp, bucket views": {"layout": "ddp, bucket view", "checkpointing": True},
     "ddp, adversary's LoRA": {"layout": "ddp", "adapter": "adversary"},

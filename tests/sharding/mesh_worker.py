@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from fastguard import CircuitBreakerLoss, LanguageModelLoss, RepNoiseLoss, SimulatedAttack, methods
 from fastguard.nested import AdamW, Reference, Weights
 from fastguard.ranks import DataRanks, data_ranks
+from methods import ranks_worker
 from methods.batches import labelled, make, streams
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
@@ -247,31 +248,24 @@ def reference(_: int) -> None:
     assert all(map(torch.equal, Weights(wrapped).local(), moved))
 
 
-OTHERS = ("repnoise", "lora", "sn_tune", "rsn_tune")
-"""RepNoise draws noise by the rank of the process: above, with the offset given. LoRA: dividing adapters is PEFT's. The
-others are refused: below."""
+DIVIDED = {
+    name: (entry, ranks_worker.ONLY.get(name, {}), "mesh")
+    for name, entry in methods.entries().items()
+    if not entry.edits and name not in ("lora", "sn_tune", "rsn_tune")
+}
+"""Dividing adapters is PEFT's; the others are refused: below."""
 
-CHANGES = {"seam": {"product": "difference"}}
-"""The exact product has no tangents of shards."""
+EXPECTED: dict[str, Any] = {}
+"""Of each, what one process makes of the undivided batches, before it is one of several."""
 
 
 def every_method(_: int) -> None:
-    """Each method that trains leaves the gradient of one process; both data ranks have the same batches."""
-    for entry in methods.entries().values():
-        if entry.edits or entry.name in OTHERS:
-            continue
+    """Each method that trains leaves the gradient of one process; the data ranks have parts of its batches."""
+    for name, case in DIVIDED.items():
         try:
-            alone = model_of()
-            method = make(entry, alone, **CHANGES.get(entry.name, {}))
-            figures = method.backward(**method.draw(streams(method.roles)), model=method.model)
-            model = model_of()
-            divided = make(entry, model, **CHANGES.get(entry.name, {}))
-            wrapped = torch_styles(divided.model)
-            found = divided.backward(**divided.draw(streams(divided.roles)), model=wrapped)
-            torch.testing.assert_close(found["loss"], figures["loss"], rtol=TOLERANCE, atol=0)
-            assert_same(whole_gradients(wrapped), gradients(method.model))
+            ranks_worker.run(case, EXPECTED[name], torch_styles)
         except BaseException as error:
-            error.add_note(f"method: {entry.name}")
+            error.add_note(f"method: {name}")
             raise
 
 
@@ -336,6 +330,8 @@ def refused(call: Callable[[], object], pattern: str) -> None:
         call()
 
 
+EVERY = "every method"
+
 CASES: dict[str, Callable[[int], None]] = {
     "who sees other data": who_sees_other_data,
     "norms": norms,
@@ -354,13 +350,16 @@ CASES: dict[str, Callable[[int], None]] = {
     "circuit breaker": lambda _: equals_one_process(circuit_breaker, torch_styles),
     "simulated attack": simulated_attack,
     "reference": reference,
-    "every method": every_method,
+    EVERY: every_method,
     "refusals": refusals,
 }
 
 
 def main() -> None:
     rank, store, only = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    for name, case in DIVIDED.items() if not only or EVERY in only else ():
+        method = ranks_worker.made(case)
+        EXPECTED[name] = ranks_worker.train(method, method.model, None)
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=timedelta(seconds=60)
     )

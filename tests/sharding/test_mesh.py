@@ -15,7 +15,7 @@ from sharding.mesh_worker import CASES
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 def test_four_processes_equal_one(tmp_path):
-    processes(4, Path(__file__).with_name("mesh_worker.py"), tmp_path, passes=CASES)
+    processes(4, Path(__file__).with_name("mesh_worker.py"), tmp_path, passes=CASES, timeout=500)
 
 
 def test_a_process_of_its_own_sees_all_data():

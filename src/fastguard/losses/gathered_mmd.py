@@ -70,7 +70,7 @@ class _MMD(torch.autograd.Function):
         (grad,) = torch.autograd.grad(value, whole)
         rows, length = every.own
         own = grad[0, every.before : every.before + rows].view(rows, every.longest, -1)[:, :length]
-        ctx.save_for_backward(own.reshape(samples.shape) * every.ranks.size)  # which the engine's average divides by
+        ctx.save_for_backward(own.reshape(samples.shape) * every.ranks.divisor)  # which the engine takes back
         return value.detach()
 
     @staticmethod

@@ -371,6 +371,7 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
                 parts["loss"] = loss + earlier["harmless_ce"] + weight * earlier.get("retain_ce", 0)
             self._check_finite(parts, entries)
             figures = {name: value.detach() for name, value in parts.items()}
+            assert call.lens.weight is not None
             wide = accumulation_dtype(call.lens.weight.dtype)
             self._last_noise = {**noise, "shape": (batch, length, call.lens.weight.shape[1]), "dtype": wide}
             if training:

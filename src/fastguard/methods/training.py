@@ -98,7 +98,8 @@ class Training:
             parts are weighted and summed, which is the undivided batch's. None: batches pass whole.
 
     Attributes:
-        roles: the arguments of `backward` by name. step: backwards so far.
+        roles: the arguments of `backward` by name. step: backwards so far. loss_is_own: whether ``loss`` is over all
+            ranks by itself, being this package's; a caller's is a mean over one rank's tokens.
         model: what is trained; an attack may have wrapped what it was given.
     """
 

@@ -20,7 +20,7 @@ from fastguard.nested.guard import on_every_rank
 from fastguard.nested.perturbation import Realised, realised
 from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
-from fastguard.over_ranks import summed
+from fastguard.over_ranks import several, summed
 from fastguard.ranks import DataRanks
 from fastguard.taps import Gate, Scope, Taps
 
@@ -129,7 +129,7 @@ class ActivationPerturbation:
         found = [self._gradients(loss, wanted) for loss in losses]
         with span("norms", [g for gradients in found for g in gradients.values()], 1):
             own = torch.stack([squared_norm([gradients[i] for gradients in found]) for i in sorted(wanted)])
-            size = 1 if ranks is None else ranks.size  # so many times the gradient has what over_ranks has summed
+            size = ranks.divisor if ranks and several(ranks) else 1  # times the gradient that over_ranks' sums have
             squares = dict(zip(sorted(wanted), summed(own, ranks) / size**2, strict=True))
             total = torch.stack(list(squares.values())).sum().sqrt()
             norm = float(total)

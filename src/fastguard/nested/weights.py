@@ -118,6 +118,8 @@ class Weights:
                 p.requires_grad_(True)
             self.prepare()
 
+        if resting:
+            fsdp2.settle(self._groups)
         with Restoring() as guard:
             guard.on_exit(restore)
             for p in resting:

@@ -158,7 +158,7 @@ def _refuse_torn(model: PreTrainedModel, source: str) -> None:
     Where the vocabulary leaves a rest, FSDP2 pads the shards of the embedding and of the head apart: they are tied no
     more, and the head keeps its first weights in the padded part (torch 2.13, transformers 5.23).
     """
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = len(next(model.get_input_embeddings().parameters()))
     if getattr(model, "all_tied_weights_keys", None) and rows % ranks():
         raise ValueError(
             f"model.name: {source!r} ties its head to an embedding of {rows} rows, which {ranks()} processes cannot "

@@ -58,8 +58,8 @@ def data_ranks(model: nn.Module) -> DataRanks:
 
     from fastguard.fsdp2 import owners
 
-    owned = [group.mesh_info.mesh for group in owners(model)]
-    meshes = {tuple(mesh.mesh.flatten().tolist()): mesh for mesh in owned}
+    groups = owners(model)
+    meshes = {tuple(group.mesh_info.mesh.mesh.flatten().tolist()): group.mesh_info.mesh for group in groups}
     if len(meshes) > 1:
         raise ValueError(
             f"model: its FSDP2 groups are sharded over different ranks, {' and '.join(map(str, meshes))}; expected one "

@@ -39,7 +39,7 @@ class Order:
 
 
 class Share:
-    """A process's samples of a batch that is drawn for all: every ``size``-th, padded as the whole is."""
+    """A process's samples of a batch that is drawn for all: consecutive ones, padded as the whole is."""
 
     def __init__(self, ranks: DataRanks) -> None:
         self.rank, self.size = ranks.rank, ranks.size
@@ -52,7 +52,7 @@ class Share:
                 f"batch: expected at least {self.size} samples, one a data rank, got {samples} (immunize.pairs and "
                 "retain, align, attack.batch, evaluate.benign_batch, or the method's own option)"
             )
-        return {name: t[self.rank :: self.size] for name, t in batch.items()}
+        return {name: t.tensor_split(self.size)[self.rank] for name, t in batch.items()}
 
 
 class Streams:

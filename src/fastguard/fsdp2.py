@@ -59,17 +59,19 @@ def owners(model: nn.Module) -> list[Any]:
     """The groups of the parameters of ``model``, also where ``fully_shard`` stands on a wrapper around it (PEFT's).
 
     Without a group for a DTensor nobody reduces its gradients: a wrapper that is not seen would be an error that nobody
-    sees. So torch's own record of all sharded modules is asked.
+    sees. So torch's own record of all sharded modules is asked. A group knows its parameters by the modules that they
+    are in: whoever loads weights after sharding, as transformers does, may have put others in their places, of which
+    FSDP2 hears at its first forward.
     """
     if not torch.distributed.is_available():
         return []
     from torch.distributed._composable_state import _module_state_mapping
 
-    own = {id(p) for p in model.parameters()}
+    own = {id(m) for m in model.modules()}
     return [
         group
         for group in parameter_groups(list(_module_state_mapping))
-        if any(id(q) in own for p in group.fsdp_params for q in (p.sharded_param, getattr(p, "_unsharded_param", None)))
+        if any(id(p._module_info.module) in own for p in group.fsdp_params)
     ]
 
 

@@ -32,7 +32,8 @@ def corpus():
 
 def trained(model, method):
     """``model`` after two steps of a defense on batches of four, and one that settles it."""
-    options = {**methods.find(method).load_options().quick, **({"batch": 4, "held_out": 4} if method == "tar" else {})}
+    more = {"tar": {"batch": 4, "held_out": 4}, "seam": {"product": "difference"}}  # divided among ranks, and sharded
+    options = {**methods.find(method).load_options().quick, **more.get(method, {})}
     part = ImmunizeConfig(
         method=method, options=options, steps=2, lr=1e-3, pairs=4, retain=4, settle_steps=1,
         freeze_embedding=method != "sft",

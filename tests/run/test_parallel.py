@@ -21,16 +21,13 @@ from launch import processes
 from recipes import trained
 
 TRAINED = [name for name, entry in methods.defenses().items() if not entry.edits]
-REFUSED = ("seam",)
-"""Those that need the model in one process, which they say themselves."""
-
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """A model, and what one process makes of it by each method."""
     folder = tmp_path_factory.mktemp("alone")
     source = tiny.folder(folder / "base", vocabulary=264)
-    for name in set(TRAINED) - set(REFUSED):
+    for name in TRAINED:
         trained(load_model(source, torch.float64), name).save_pretrained(folder / name)
     return folder
 

@@ -70,7 +70,7 @@ class Streams:
         self.part, self.share, device = part, Share(data_ranks(model)), str(model.device)
         self.corpus, self.device, self.pairs, self.retain, self.seed = corpus, device, pairs, retain, seed
         self._makers: Mapping[str, Callable[[int | None], Stream]] = {
-            "harmful": lambda n: self._of(self._harmful, n or pairs, 2),
+            "harmful": lambda n: self._of(self._harmful, n or pairs, 2, alike=n == 1),
             "refusal": lambda n: self._of(self._safe, n or pairs, 0),
             "retain": lambda n: self._of(self._harmless, n or retain, 1),
             "benign": lambda n: self._of(self._harmless, n or retain, 3),
@@ -110,8 +110,11 @@ class Streams:
         """One batch on the model's device."""
         return self.share.of(collate(rows, self.corpus.pad, self.device))
 
-    def _of(self, rows: list[Encoded], count: int, seed: int) -> Stream:
+    def _of(self, rows: list[Encoded], count: int, seed: int, alike: bool = False) -> Stream:
+        """alike: of a single sample, which a method asks for, there is nothing to divide: all processes read it."""
         order = Order(len(rows), count, self.seed + seed)
+        if alike:
+            return lambda number: collate([rows[i] for i in order(number)], self.corpus.pad, self.device)
         return lambda number: self.collate([rows[i] for i in order(number)])
 
     def _together(self) -> Stream:

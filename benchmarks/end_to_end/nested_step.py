@@ -86,7 +86,7 @@ class Job:
     def setting(self, architecture: Architecture) -> Setting:
         """The job as the planner takes it."""
         return Setting(
-            architecture, gpus=1, batch=self.samples, tokens=self.tokens, precision=PRECISIONS["fp32"],
+            architecture, gpus=1, global_batch=self.samples, tokens=self.tokens, precision=PRECISIONS["fp32"],
             checkpointing=False, given=self.given,
         )  # fmt: skip
 

@@ -424,13 +424,31 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(help="GPUs, over all of which FSDP2 shards the model.")] = 64,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100-80g or b200.")] = "h100",
-    batch: Annotated[int, typer.Option(help="Sequences a GPU, of every batch that a step reads.")] = 8,
-    tokens: Annotated[int, typer.Option(help="Length of a sequence.")] = 2048,
-    steps: Annotated[int | None, typer.Option(help="Steps of the run; otherwise the defense's own.")] = None,
+    global_batch: Annotated[
+        int | None, typer.Option(help="Sequences of every batch that a step reads, over all GPUs; else as published.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Length of a sequence; otherwise as published.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Samples of an epoch; otherwise as published.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Times through them; otherwise as published.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps of the run, instead of samples and epochs.")] = None,
     dtype: Annotated[str, typer.Option(help="mixed (fp32 masters, bf16 products), bf16 or fp32.")] = "mixed",
     checkpointing: Annotated[bool, typer.Option(help="Keep a layer's input alone and compute the layer again.")] = True,
     lora: Annotated[int | None, typer.Option(metavar="RANK", help="Train adapters of this rank only.")] = None,
-    snapshot: Annotated[str, typer.Option(help="Where weights wait during an attack: device or host.")] = "device",
+    micro: Annotated[
+        int | None, typer.Option(help="Sequences a GPU takes at a time; otherwise as many as fit, all if they do.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LEVER", help="Leave an exact lever as it is: late_head, own_groups...; repeatable."),
+    ] = None,
+    deviations: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--deviation", metavar="NAME[+NAME]", help="Plan this deviation, or several at once; otherwise each alone."
+        ),
+    ] = None,
+    adversary_rank: Annotated[int, typer.Option(metavar="RANK", help="Of attackers who train adapters.")] = 16,
+    fresh: Annotated[int, typer.Option(help="Steps that an attacker who is kept goes further at a time.")] = 8,
     efficiency: Annotated[str, typer.Option(help="What of each peak a program gets, as matmul=0.5,network=0.6.")] = "",
     as_json: Annotated[
         str | None, typer.Option("--json", metavar="FILE|-", help="Write one JSON document instead of tables.")
@@ -440,15 +458,19 @@ def plan(
         typer.Option(metavar="FILE|-", help="Write every defense as one Markdown table, between FILE's markers."),
     ] = None,
 ) -> None:
-    """Estimate memory, work and time of a defense on many GPUs, here and as published. Nothing is run."""
+    """Estimate what a defense needs on many GPUs: as published, exact, and with named deviations. Nothing is run."""
     from fastguard.plan import command
 
     job = {
-        "gpus": gpus, "batch": batch, "tokens": tokens, "checkpointing": checkpointing, "lora": lora,
-        "snapshot": snapshot, **({} if steps is None else {"steps": steps}),
+        "gpus": gpus, "global_batch": global_batch, "tokens": tokens, "samples": samples, "epochs": epochs,
+        "steps": steps, "checkpointing": checkpointing, "lora": lora, "micro": micro, "adversary_rank": adversary_rank,
+        "fresh": fresh,
     }  # fmt: skip
     try:
-        found = command.plans(models, defense, gpu, dtype, efficiency, job, command.assignments(settings or ()))
+        found = command.plans(
+            models, defense, gpu, dtype, efficiency, job, command.assignments(settings or ()), without=without or (),
+            deviations=deviations,
+        )  # fmt: skip
         if table is not None:
             typer.echo(command.write_table(found, table))
         elif as_json is not None:

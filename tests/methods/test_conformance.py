@@ -49,7 +49,7 @@ def test_an_entry_names_what_is_there(entry):
     assert options() == options(**options().to_dict())
     assert issubclass(entry.load_method(), Edit if entry.edits else Training)
     assert entry.name == entry.name.lower().replace("-", "_") and entry.summary.endswith(".")
-    assert entry.steps >= 1 and entry.steps_source
+    assert min(entry.steps, entry.batch, entry.tokens) >= 1 and entry.epochs > 0 and entry.steps_source
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     assert f"`{entry.name}`" in readme, "the README has a row for each method"
 

@@ -27,6 +27,8 @@ CASES = {
     "published sft": {"checkpointing": True},
     "published sft, nothing recomputed": {"checkpointing": False},
     "sft": {"checkpointing": True},
+    "sft, groups of their own": {"checkpointing": True, "own_groups": True},
+    "booster, groups of their own": {"checkpointing": True, "own_groups": True},
     "booster": {"checkpointing": True},
     "tar": {"checkpointing": True},
     "random_mapping": {"checkpointing": True},
@@ -37,24 +39,28 @@ CASES = {
 """A method's name, here or as published, and after a comma what is special."""
 
 
-def shard(model: torch.nn.Module) -> None:
+def shard(model: torch.nn.Module, own_groups: bool) -> None:
     mesh = init_device_mesh("cpu", (2,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
+    if own_groups:
+        fully_shard(model.model.embed_tokens, mesh=mesh, mp_policy=policy)
+        model.model.embed_tokens.set_unshard_in_backward(False)
+        fully_shard([model.model.norm, model.lm_head], mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def run(name: str, checkpointing: bool, **changes: Any) -> dict[str, float]:
+def run(name: str, checkpointing: bool, own_groups: bool = False, **changes: Any) -> dict[str, float]:
     torch.manual_seed(0)
     model = build({**TINY, "num_hidden_layers": 3}, "fp32", checkpointing)
-    s = setting(model, "mixed", checkpointing, gpus=2)
+    s = setting(model, "mixed", checkpointing, gpus=2, own_groups=own_groups)
     name, published = name.partition(",")[0].removeprefix("published "), name.startswith("published ")
     entry = methods.find(name)
     options = options_of(entry, **changes)
     s = for_options(s, options)
     recipe = (entry.load_cost().published if published else entry.load_cost().here)(s, options)
-    shard(model)  # before the method: what it keeps of the weights is of the shards
+    shard(model, own_groups)  # before the method: what it keeps of the weights is of the shards
     step = PUBLISHED[name](model)[0] if published else Method(entry, model, s, options).step
     watch = Watch(held_by(model), resized=True)
     with watch.on():

@@ -36,8 +36,12 @@ def test_one_plan_is_shown_in_full():
     assert result.exit_code == 0, result.output
     for said in (
         "8.03B parameters", "64 x h100", "snapshot", "inner optimizer", "outer accumulator", "reference: second model",
-        "initial weights (host)", "attack: backward", "inner AdamW", "run of 750 steps (published)",
-        "Nothing here was measured on a GPU", "40% of 989 Tflop/s", "largest batch that fits",
+        "initial weights", "attack: backward", "inner AdamW", "750 steps of 64 x 256 tokens: run_tar_cyber.sh",
+        "Nothing here was measured on a GPU", "36% of 989 Tflop/s (torchtitan", "fewest GPUs that fit",
+        "bound by network network",
+        "attackers' batch: 32 sequences are rounded up to 64, 1 a GPU.",
+        "published exact reductions moments adversary adversary adversary",
+        "persistent adversary (not built)", "head gathered at first use",
     ):  # fmt: skip
         assert said in flat(result), said
 
@@ -49,29 +53,79 @@ def test_the_same_as_json(tmp_path):
     assert json.loads(written.read_text()) == printed
     [plan] = printed["plans"]
     assert plan["setting"]["architecture"]["parameters"] == 8_030_261_248 and plan["setting"]["gpu"]["name"] == "h100"
-    for side in (plan["fastguard"], plan["published"]):
+    assert plan["steps_source"] == "10,000 pairs, batch 4, 256 tokens, 1 epoch"
+    assert plan["notes"] == ["batch: 4 sequences are rounded up to 64, 1 a GPU"] and plan["deviations"] == {}
+    for side in (plan["exact"], plan["published"]):
         assert side["memory_bytes"] == pytest.approx(sum(i["bytes"] for i in side["memory"] if i["at_peak"]))
         assert side["step_seconds"] == pytest.approx(sum(p["seconds"] for p in side["parts"]))
-        assert side["run_hours"] == pytest.approx(side["step_seconds"] * 2500 / 3600)
-        assert side["fits"] == (plan["setting"]["batch"] <= side["largest_batch"])
-    assert plan["published"]["memory_bytes"] > 5 * plan["fastguard"]["memory_bytes"]
+        assert side["run_hours"] == pytest.approx(side["step_seconds"] * 157 / 3600)  # 10,000 pairs by 64
+        assert side["fits"] and side["fewest_gpus"] <= 64
+        assert side["bound"] == {"by": "network", "times": pytest.approx(side["bound"]["times"])}
+        assert side["needs_seconds"]["network"] == max(side["needs_seconds"].values())
+    assert plan["published"]["memory_bytes"] > 1.5 * plan["exact"]["memory_bytes"]
+
+
+def test_what_can_be_run_is_said_of_the_levers_that_make_a_difference():
+    """The outer optimizer waits on the host for TAR alone."""
+    assert "can be run - in part" in flat(run("llama-3-8b", "--defense", "tar"))
+    assert "can be run - yes" in flat(run("llama-3-8b", "--defense", "booster"))
+
+
+def test_deviations_are_columns_of_their_own():
+    plan = plan_of("--defense", "tar")
+    assert list(plan["deviations"]) == [
+        "bf16_reductions",
+        "bf16_moments",
+        "lora_adversary",
+        "node_adversary",
+        "persistent_adversary",
+    ]
+    for name, side in plan["deviations"].items():
+        assert (side["run_hours"] < plan["exact"]["run_hours"]) and side["memory_bytes"] > 0, name
+    assert set(plan["exact_without"]) >= {"late_head", "own_groups", "snapshot_on_host", "outer_on_host"}
+    [name] = plan_of("--defense", "tar", "--deviation", "lora_adversary+persistent_adversary")["deviations"]
+    assert name == "lora_adversary+persistent_adversary"
+    fresh = plan_of("--defense", "tar", "--deviation", "persistent_adversary", "--fresh", 16)["deviations"]
+    kept = plan["deviations"]["persistent_adversary"]
+    assert fresh["persistent_adversary"]["run_hours"] > 1.5 * kept["run_hours"]
+    without = plan_of("--defense", "tar", "--without", "late_head", "--without", "own_groups")
+    assert without["exact"]["memory_bytes"] > plan["exact"]["memory_bytes"]
+    adapters = plan_of("--defense", "tar", "--lora", 8)["deviations"]  # are what is trained, and attacked
+    assert list(adapters) == ["bf16_reductions", "bf16_moments", "persistent_adversary"]
+
+
+def test_steps_follow_from_samples_and_what_the_gpus_take_at_a_time():
+    def steps(*arguments):
+        return plan_of("--defense", "booster", *arguments)["setting"]["steps"]
+
+    assert steps("--gpus", 1) == 10_000 and steps("--gpus", 8) == 6250  # 10 sequences, or two on each of 8
+    assert steps() == 1563 and steps("--epochs", 10) == 782 and steps("--samples", 64) == 20
+    assert steps("--global-batch", 128) == 782 and steps("--steps", 7) == 7
+    assert plan_of("--defense", "booster", "--steps", 7)["steps_source"] == "as given"
+    assert plan_of("--defense", "booster", "--tokens", 99)["setting"]["tokens"] == 99
 
 
 def seconds(*arguments):
-    return json.loads(run("llama-3-8b", "--json", "-", *arguments).output)["plans"][0]["fastguard"]["step_seconds"]
+    return json.loads(run("llama-3-8b", "--json", "-", *arguments).output)["plans"][0]["exact"]["step_seconds"]
 
 
 def test_options_reach_the_plan():
-    sft = seconds("--defense", "sft")
-    assert seconds("--defense", "sft", "--batch", 16) > 1.8 * sft
-    assert seconds("--defense", "sft", "--efficiency", "matmul=0.8") < 0.6 * sft
-    assert seconds("--defense", "sft", "--no-checkpointing") < sft and seconds("--defense", "sft", "--lora", 16) < sft
-    assert seconds("--defense", "sft", "--gpu", "a100-80g") > 3 * sft
-    tar = seconds("--defense", "tar")
-    assert seconds("--defense", "tar", "--set", "inner_steps=32") == pytest.approx(tar / 2, rel=0.05)
-    assert seconds("--defense", "tar", "--set", "batch=8") > 1.5 * tar
-    assert seconds("--defense", "tar", "--set", "inner_steps=32", "--set", "adversaries=2") == pytest.approx(tar, 0.05)
-    assert seconds("--defense", "repnoise", "--set", "layers=1") < 0.9 * seconds("--defense", "repnoise")
+    large = ("--global-batch", 512, "--tokens", 2048)
+    sft = seconds("--defense", "sft", *large)
+    assert seconds("--defense", "sft", "--global-batch", 1024, "--tokens", 2048) > 1.8 * sft
+    assert seconds("--defense", "sft", *large, "--efficiency", "matmul=0.8") < 0.6 * sft
+    assert seconds("--defense", "sft", *large, "--no-checkpointing") < sft
+    assert seconds("--defense", "sft", *large, "--lora", 16) < sft
+    assert seconds("--defense", "sft", *large, "--gpu", "a100-80g") > 1.8 * sft
+    assert seconds("--defense", "sft", "--global-batch", 512, "--micro", 1) > 4 * seconds("--defense", "sft")
+    tar = seconds("--defense", "tar", *large)
+    assert seconds("--defense", "tar", *large, "--set", "inner_steps=32") == pytest.approx(tar / 2, rel=0.05)
+    assert seconds("--defense", "tar", *large, "--set", "batch=8") > 1.5 * tar
+    two = ("--set", "inner_steps=32", "--set", "adversaries=2")
+    assert seconds("--defense", "tar", *large, *two) == pytest.approx(tar, 0.05)
+    assert seconds("--defense", "repnoise", *large, "--set", "layers=1") < 0.9 * seconds(
+        "--defense", "repnoise", *large
+    )
 
 
 def plan_of(*arguments):
@@ -81,10 +135,11 @@ def plan_of(*arguments):
 def test_an_attackers_batch_follows_the_defenders_unless_it_was_given():
     def heads(*arguments):
         plan = plan_of("--defense", "tar", *arguments)
-        return {p["name"]: p["flops"] / p["count"] for p in plan["fastguard"]["parts"] if p["name"].endswith("head")}
+        return {p["name"]: p["flops"] / p["count"] for p in plan["exact"]["parts"] if p["name"].endswith("head")}
 
-    usual, wide, given = heads(), heads("--batch", 16), heads("--batch", 16, "--set", "batch=4")
-    held_out = heads("--set", "held_out=4")
+    on_8 = ("--gpus", 8)
+    usual, wide = heads(*on_8), heads(*on_8, "--global-batch", 128)
+    given, held_out = heads(*on_8, "--global-batch", 128, "--set", "batch=4"), heads(*on_8, "--set", "held_out=4")
     assert usual["retain: head"] == usual["tamper: head"] == 2 * usual["attack: head"]
     assert wide == {name: pytest.approx(2 * flops) for name, flops in usual.items()}
     assert given["attack: head"] == usual["attack: head"]
@@ -103,14 +158,23 @@ def test_the_options_are_shown_and_written():
 def test_what_shards_cannot_have_is_planned_otherwise_and_said():
     """Tangents are a default that several GPUs cannot have."""
     several, asked = plan_of("--defense", "seam"), plan_of("--defense", "seam", "--set", "product=difference")
-    [said] = several["fastguard"]["deviations"]
-    assert said.startswith("product is difference here") and asked["fastguard"]["deviations"] == []
-    assert several["fastguard"]["parts"] == asked["fastguard"]["parts"]
+    [said] = several["exact"]["deviations"]
+    assert said.startswith("product is difference here") and asked["exact"]["deviations"] == []
+    assert several["exact"]["parts"] == asked["exact"]["parts"]
     assert f"{said}." in flat(run("llama-3-8b", "--defense", "seam"))
-    alone = plan_of("--defense", "seam", "--gpus", 1, "--dtype", "bf16")["fastguard"]
+    alone = plan_of("--defense", "seam", "--gpus", 1, "--dtype", "bf16")["exact"]
     names = [p["name"] for p in alone["parts"]]
     assert alone["deviations"] == [] and "benign moved: forward and backward with tangents" in names
     assert "perturb" not in names and "snapshot" not in [i["name"] for i in alone["memory"]]
+
+
+def test_micro_batches_are_not_for_the_published_step_nor_for_methods_that_do_not_take_them():
+    large = ("--global-batch", 512)
+    tar, divided = plan_of("--defense", "tar", *large), plan_of("--defense", "tar", *large, "--micro", 2)
+    assert divided["published"] == tar["published"] and divided["exact"]["micro_batch"] == 2
+    seam, whole = plan_of("--defense", "seam", *large), plan_of("--defense", "seam", *large, "--micro", 2)
+    assert whole["exact"] == seam["exact"]
+    assert "micro: seam is not known to take 2 at a time; batches are whole" in whole["notes"]
 
 
 def test_a_name_with_a_hyphen_is_that_with_an_underscore():
@@ -162,6 +226,16 @@ def test_several_models_are_an_overview():
         (("llama-3-8b", "--dtype", "int3"), "dtype: expected one of mixed"),
         (("llama-3-8b", "--efficiency", "luck=1"), "efficiency: expected one of matmul"),
         (("llama-3-8b", "--gpus", "0"), "gpus: expected an integer of 1 or more"),
+        (("llama-3-8b", "--steps", "9", "--epochs", "2"), "steps: expected it without samples and epochs"),
+        (("llama-3-8b", "--epochs", "0"), "epochs: expected a number above 0, got 0"),
+        (("llama-3-8b", "--epochs", "inf"), "epochs: expected a number above 0, got inf"),
+        (("llama-3-8b", "--global-batch", "0"), "global_batch: expected an integer of 1 or more, got 0"),
+        (("llama-3-8b", "--without", "luck"), "without: expected some of late_head, own_groups"),
+        (("llama-3-8b", "--defense", "tar", "--deviation", "luck"), "deviation: expected some of bf16_reductions"),
+        (
+            ("llama-3-8b", "--defense", "sft", "--deviation", "lora_adversary"),
+            "deviation: expected one that sft has here, got 'lora_adversary', which changes nothing",
+        ),
         (("llama-3-8b", "--table", "nowhere.md"), "table: no file"),
         (("mixtral-8x7b", "--lora", "8"), "mixture of experts"),
         (("smollm2", "--set", "batch=3"), "set: expected a defense whose options these are, got batch without one"),
@@ -203,7 +277,10 @@ def test_a_table_needs_its_markers(tmp_path):
     (tmp_path / "page.md").write_text("a\n<!-- plan:headline -->\nold\n<!-- /plan:headline -->\nb\n")
     assert run("smollm2", "--table", tmp_path / "page.md").exit_code == 0
     text = (tmp_path / "page.md").read_text()
-    assert text.startswith("a\n") and text.endswith("\nb\n") and "| smollm2-135m | tar |" in text and "old" not in text
+    assert text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
+    assert (
+        "| smollm2-135m | tar | 750 | 64 | 256 |" in text and "| smollm2-135m | + lora adversary (not built) |" in text
+    )
 
 
 def test_the_documentation_shows_what_the_command_writes(tmp_path):

@@ -54,10 +54,11 @@ def build(shape: dict[str, Any], precision: str = "fp32", checkpointing: bool = 
 
 
 def setting(model: nn.Module, precision: str = "fp32", checkpointing: bool = True, **changes: Any) -> Setting:
-    """One process, no sharding."""
+    """One process, no sharding. ``batch`` is a process's."""
+    batch = changes.pop("batch", BATCH) * changes.get("gpus", 1)
     options = dict(
-        gpus=1, batch=BATCH, tokens=TOKENS, precision=PRECISIONS[precision], checkpointing=checkpointing,
-        attention="eager", cpu=True, live=1.0, rows=(TOKENS // 2 - 1) / TOKENS,
+        gpus=1, global_batch=batch, tokens=TOKENS, precision=PRECISIONS[precision], checkpointing=checkpointing,
+        attention="eager", cpu=True, late_head=True, live=1.0, rows=(TOKENS // 2 - 1) / TOKENS,
     )  # fmt: skip
     return Setting(from_config(model.config.to_dict()), **{**options, **changes})
 
@@ -94,7 +95,8 @@ def options_of(entry: Entry, **changes: Any) -> Settings:
 
 def for_options(s: Setting, options: Settings) -> Setting:
     """The setting in which every option holds as it stands."""
-    return dataclasses.replace(s, given=frozenset(f.name for f in dataclasses.fields(options)))
+    micro = getattr(options, "micro", None)
+    return dataclasses.replace(s, micro=micro, given=frozenset(f.name for f in dataclasses.fields(options)))
 
 
 def stream(role: Role, s: Setting, seed: int) -> Stream:

@@ -70,7 +70,9 @@ class Entry:
         method: ``package.module:Class``, a ``methods.training.Training`` or a ``methods.edit.Edit``.
         options: ``package.module:Class``, a ``settings.Settings``; its defaults are the published ones.
         cost: ``package.module:NAME``, a ``plan.cost.Cost``; None: the planner does not know it.
-        steps: of the published run, and where that is from.
+        steps: of the published run, in which every batch that a step reads has ``batch`` sequences of ``tokens``
+            tokens over all of its GPUs, and which goes ``epochs`` times through its samples. steps_source: where these
+            are from, and which of them are assumed.
         package: of the entry, with a ``config.yaml`` where it has a configuration of its own.
         distribution: that brought it.
         edits: whether the class is an ``Edit``, which has rounds, and not a ``Training``, which has steps.
@@ -89,6 +91,9 @@ class Entry:
     cost: str | None = None
     steps: int = 1000
     steps_source: str = "assumed"
+    batch: int = 32
+    tokens: int = 256
+    epochs: float = 1.0
     package: str | None = None
     distribution: str = "fastguard"
     edits: bool = False

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fastguard import methods
 from fastguard.plan import hardware, show
-from fastguard.plan.architecture import find
+from fastguard.plan.architecture import Architecture, find
 from fastguard.plan.setting import PRECISIONS, Efficiency, Setting
 from fastguard.plan.show import Plan
-from fastguard.settings import build
+from fastguard.settings import Settings, build
 
 
 def known() -> dict[str, methods.Entry]:
@@ -50,15 +52,21 @@ def assignments(texts: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+RUN = ("global_batch", "tokens", "samples", "epochs", "steps")
+"""Keys of a job that describe the run. Those that are missing are the published ones, each method's own."""
+
+
 def plans(
     models: Sequence[str], defense: str | None, gpu: str, dtype: str, efficiency: str, job: Mapping[str, Any],
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None, *, without: Sequence[str] = (), deviations: Sequence[str] | None = None,
 ) -> list[Plan]:  # fmt: skip
     """A plan of every model, of the one defense or of all that can be planned.
 
     Args:
-        job: of `Setting`; ``steps`` may be missing, and is then the defense's own.
+        job: of `Setting`, and of `RUN`: ``samples`` of an epoch, ``epochs``, or ``steps`` in their place.
         options: of the defense, where one is named; those that are missing have their published values.
+        without: exact levers that are left as they are. deviations: those that are planned, several at once with ``+``
+            between them; None: each that changes the plan.
 
     Raises:
         FileNotFoundError, ValueError: naming the option, what was given and what was expected.
@@ -69,16 +77,44 @@ def plans(
     wanted = list(known().values()) if defense is None else [chosen(defense)]
     if dtype not in PRECISIONS:
         raise ValueError(f"dtype: expected one of {', '.join(PRECISIONS)}, got {dtype!r}")
+    given = {key: job[key] for key in RUN if job.get(key) is not None}
     common = {
         "gpu": hardware.find(gpu), "precision": PRECISIONS[dtype], "efficiency": Efficiency.parse(efficiency),
-        "given": frozenset(options), **job,
+        "given": frozenset(options), **{key: value for key, value in job.items() if key not in RUN},
     }  # fmt: skip
     each = [(entry, build(entry.load_options(), options, "set")) for entry in wanted]
+    left = frozenset(without)
     return [
-        show.plan(Setting(architecture, **{"steps": entry.steps, **common}), entry, its)
+        show.plan(scheduled(architecture, entry, its, common, given), entry, its, left, deviations, bool(given))
         for architecture in map(find, models)
         for entry, its in each
     ]
+
+
+def scheduled(
+    architecture: Architecture, entry: methods.Entry, options: Settings, common: Mapping[str, Any],
+    given: Mapping[str, Any],
+) -> Setting:  # fmt: skip
+    """The job of a method: its published run with what was given in its place.
+
+    Micro-batches may be given in the job or, where a method has them, among its options.
+
+    Steps are the samples of all epochs by what the GPUs take at a time, which is at least one sequence each.
+    """
+    if "steps" in given and ("samples" in given or "epochs" in given):
+        raise ValueError("steps: expected it without samples and epochs, of which steps follow")
+    for name in ("samples", "epochs"):
+        if name in given and not 0 < given[name] < math.inf:
+            raise ValueError(f"{name}: expected a number above 0, got {given[name]}")
+    micro = common["micro"] if common.get("micro") is not None else getattr(options, "micro", None)
+    s = Setting(
+        architecture, global_batch=given.get("global_batch", entry.batch), tokens=given.get("tokens", entry.tokens),
+        steps=given.get("steps", 1), **{**common, "micro": micro},
+    )  # fmt: skip
+    if "steps" in given:
+        return s
+    samples = given.get("samples", entry.steps * entry.batch / entry.epochs) * given.get("epochs", entry.epochs)
+    return dataclasses.replace(s, steps=math.ceil(samples / (s.batch * s.gpus)))
 
 
 def print_tables(found: Sequence[Plan]) -> None:

@@ -36,10 +36,12 @@ class Cost:
     Attributes:
         here, published: from the job and the method's options to the recipe of a step. They raise ValueError for a job
             or an option that the method does not have or that they do not know.
+        divides: whether ``here`` knows micro-batches. Elsewhere a batch is one, whatever the job says.
     """
 
     here: Callable[[Setting, Any], Recipe]
     published: Callable[[Setting, Any], Recipe]
+    divides: bool = False
 
 
 def moments_of(*names: str) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""Adds up a recipe: memory at its worst moment, time of a step and of a run, the largest batch that fits."""
+"""Adds up a recipe: memory at its worst moment, time of a step and of a run, what binds, the fewest GPUs that fit."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastguard.plan.cost import Cost, Recipe
@@ -10,8 +10,8 @@ from fastguard.plan.parts import Item, Part, held, peak
 from fastguard.plan.setting import Setting
 from fastguard.settings import Settings
 
-LIMIT = 4096
-"""Sequences a GPU beyond which nobody asks."""
+LIMIT = 1024
+"""GPUs beyond which nobody asks."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Estimate:
 
     Attributes:
         moment: of a step at which most memory is held, ``memory`` bytes of it; ``host`` bytes beside that.
-        seconds: of a step. hours: of the run. largest: sequences a GPU that fit, 0 where none does.
+        seconds: of a step. hours: of the run.
+        fewest: GPUs on which a step fits, in micro-batches of one sequence where these are known; None: on none.
     """
 
     setting: Setting
@@ -30,12 +31,29 @@ class Estimate:
     host: float
     seconds: float
     hours: float
-    largest: int
+    fewest: int | None
 
     @property
     def fits(self) -> bool:
-        """Whether the batch that was asked for fits."""
+        """Whether a step fits on the GPUs that were asked for."""
         return self.memory <= usable(self.setting)
+
+    @property
+    def needs(self) -> dict[str, float]:
+        """Seconds of a step that its work would need of each, were it alone; see ``Part.needs``."""
+        each = [part.needs(self.setting) for part in self.recipe.parts]
+        return {name: sum(needs[name] for needs in each) for name in ("compute", "bandwidth", "network", "host")}
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """What a step takes longest for, and how many times what comes next.
+
+        ``memory`` where it does not fit, and how many times what there is.
+        """
+        if not self.fits:
+            return "memory", self.memory / usable(self.setting)
+        (second, _), (first, name) = sorted((seconds, name) for name, seconds in self.needs.items())[-2:]
+        return name, first / second
 
     @property
     def at_peak(self) -> list[Item]:
@@ -49,34 +67,49 @@ def usable(s: Setting) -> float:
 
 
 def estimate(s: Setting, cost: Cost, options: Settings, published: bool = False) -> Estimate:
-    """The estimate of a method with its options, as it is here or as it was published."""
-    build = cost.published if published else cost.here
-    recipe = build(s, options)
+    """The estimate of a method with its options, as it is here or as it was published.
+
+    Where micro-batches are not known, and as published, a batch is one, whatever the setting says. `divided` finds
+    some that fit.
+    """
+    if published or not cost.divides:
+        s = replace(s, micro=None)
+    recipe = (cost.published if published else cost.here)(s, options)
     moment, memory = peak(recipe.items)
     seconds = sum(part.seconds(s) for part in recipe.parts)
-
-    def fits(batch: int) -> bool:
-        other = s.with_batch(batch)
-        return peak(build(other, options).items)[1] <= usable(other)
-
     return Estimate(
         s, recipe, moment, memory, sum(i.bytes for i in recipe.items if i.host), seconds, seconds * s.steps / 3600,
-        _largest(fits),
+        _fewest(s, cost, options, published),
     )  # fmt: skip
 
 
-def _largest(fits: Any) -> int:
-    """The largest batch in 1 .. LIMIT that fits, by doubling and bisection: memory grows with the batch."""
-    if not fits(1):
-        return 0
-    low = 1
-    while low < LIMIT and fits(2 * low):
-        low *= 2
-    high = 2 * low
+def divided(s: Setting, cost: Cost, options: Settings) -> Setting:
+    """The setting with the largest micro-batches that fit, or that fit best; as it is where the whole batch fits."""
+
+    def fits(micro: int | None) -> bool:
+        return peak(cost.here(replace(s, micro=micro), options).items)[1] <= usable(s)
+
+    if not cost.divides or s.micro is not None or fits(None):
+        return s
+    low, high = 1, s.batch + 1
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    return replace(s, micro=low)
+
+
+def _fewest(s: Setting, cost: Cost, options: Settings, published: bool) -> int | None:
+    """The first of 1, 2, 4 and so on GPUs of a node, and then of whole nodes, on which a step fits."""
+    node = s.gpu.per_node
+    build, micro = (cost.published, None) if published else (cost.here, 1 if cost.divides else None)
+    for gpus in [*(2**i for i in range(node.bit_length() - 1)), *range(node, LIMIT + 1, node)]:
+        try:
+            items = build(replace(s, gpus=gpus, micro=micro), options).items
+        except ValueError:  # an option that so many GPUs cannot have
+            continue
+        if peak(items)[1] <= usable(s):
+            return gpus
+    return None
 
 
 def as_dict(e: Estimate) -> dict[str, Any]:
@@ -86,7 +119,7 @@ def as_dict(e: Estimate) -> dict[str, Any]:
     def part(p: Part) -> dict[str, Any]:
         return {
             "name": p.name, "kind": p.kind, "count": p.count, "flops": p.flops, "memory_bytes": p.memory,
-            "network_bytes": p.network, "host_bytes": p.host, "seconds": p.seconds(s),
+            "network_bytes": p.network, "node_bytes": p.node, "host_bytes": p.host, "seconds": p.seconds(s),
         }  # fmt: skip
 
     return {
@@ -97,7 +130,10 @@ def as_dict(e: Estimate) -> dict[str, Any]:
         "step_seconds": e.seconds,
         "run_hours": e.hours,
         "gpu_hours": e.hours * s.gpus,
-        "largest_batch": e.largest,
+        "fewest_gpus": e.fewest,
+        "micro_batch": s.micro,
+        "bound": dict(zip(("by", "times"), e.bound, strict=True)),
+        "needs_seconds": e.needs,
         "deviations": list(e.recipe.deviations),
         "memory": [
             {

@@ -35,7 +35,8 @@ class Part:
         kind: ``model`` (layers, forward and backward), ``head`` (everything against the vocabulary) or ``weights``
             (element-wise passes over the weights, noise, statistics).
         count: how often a step does it; the other figures are for all of them.
-        flops: of matrix products. memory, network, host: bytes. of: the pass that it is a direction of.
+        flops: of matrix products. memory, network, host: bytes. node: bytes to the GPUs of the node, in collectives
+            that wait for their products (tensor parallelism). of: the pass that it is a direction of.
     """
 
     name: str
@@ -45,21 +46,32 @@ class Part:
     memory: float = 0.0
     network: float = 0.0
     host: float = 0.0
+    node: float = 0.0
     of: Pass | None = None
 
     def times(self, count: float) -> Part:
         """This part so many times a step."""
         return replace(
             self, count=self.count * count, flops=self.flops * count, memory=self.memory * count,
-            network=self.network * count, host=self.host * count,
+            network=self.network * count, host=self.host * count, node=self.node * count,
         )  # fmt: skip
+
+    def needs(self, s: Setting) -> dict[str, float]:
+        """Seconds that it needs of each, were it alone: compute, bandwidth (of the memory), network and host."""
+        e, gpu = s.efficiency, s.gpu
+        return {
+            "compute": self.flops / (gpu.flops * s.matmul),
+            "bandwidth": self.memory / (gpu.bandwidth * e.memory),
+            "network": self.network / (gpu.collective(s.gpus) * e.network) + self.node / (gpu.nvlink * e.network),
+            "host": self.host / (gpu.host * e.host),
+        }
 
     def seconds(self, s: Setting) -> float:
         """Products or memory, whichever takes longer; collectives beyond what hides behind it; then the host."""
-        e, gpu = s.efficiency, s.gpu
-        own = max(self.flops / (gpu.flops * e.matmul), self.memory / (gpu.bandwidth * e.memory))
-        collectives = self.network / (gpu.collective(s.gpus) * e.network)
-        return own + max(collectives - e.overlap * own, 0.0) + self.host / (gpu.host * e.host)
+        e, needs = s.efficiency, self.needs(s)
+        own = max(needs["compute"], needs["bandwidth"])
+        waiting = self.node / (s.gpu.nvlink * e.network)
+        return own + max(needs["network"] - waiting - e.overlap * own, 0.0) + waiting + needs["host"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +107,20 @@ def peak(items: Sequence[Item]) -> tuple[str, float]:
     return worst, sizes[worst]
 
 
-def resident(s: Setting) -> list[Item]:
-    """What every defense holds all the time: the shard of the weights, and the outer AdamW's two moments of it."""
+def weights_item(s: Setting) -> Item:
+    """The shard of the weights."""
     frozen = 0 if s.lora is None else s.architecture.parameters / s.gpus * s.precision.compute
-    return [
-        item("weights", frozen + s.shard * s.precision.weights),
-        item("outer optimizer", 2 * s.shard * s.precision.moments),
-    ]
+    return item("weights", frozen + s.shard * s.precision.weights)
+
+
+def outer_bytes(s: Setting) -> float:
+    """The outer AdamW's two moments of the shard."""
+    return 2 * s.shard * s.precision.moments
+
+
+def resident(s: Setting) -> list[Item]:
+    """What every defense holds all the time: the shard of the weights, and the outer AdamW's moments of it."""
+    return [weights_item(s), item("outer optimizer", outer_bytes(s))]
 
 
 # Passes over the shard of the weights. Each tensor is read or written once: the bytes are the floor.

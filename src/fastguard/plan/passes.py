@@ -1,11 +1,15 @@
 """One pass of the model over one batch: flops, bytes moved, and what is alive while it runs.
 
+A batch may be taken in micro-batches (``Setting.micro``), with a forward and a backward each: the products stay, the
+weights are gathered and read, and the gradients reduced, as often.
+
 Shapes: M = samples x tokens, T tokens, L layers, D hidden, F the MLP's width, Q = H h width of the queries, K that of
 the keys, V vocabulary, c bytes of a number in the compute dtype. Activations are those that Hugging Face's Llama keeps.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from fastguard.plan.parts import FP32, Item, Part, Pass, item
@@ -21,7 +25,7 @@ TILE = 128
 """Rows of logits that the fused head holds at a time, and that share one record of live columns."""
 
 
-def products(s: Setting, samples: int, adapted: bool = True) -> float:
+def products(s: Setting, samples: float, adapted: bool = True) -> float:
     """Forward flops of the layers' products with weights: 2 flops a weight and token.
 
     adapted: with the adapters; a reference is the model without them.
@@ -31,20 +35,20 @@ def products(s: Setting, samples: int, adapted: bool = True) -> float:
     return 2.0 * samples * s.tokens * (a.layers * a.products + adapter)
 
 
-def scores(s: Setting, samples: int) -> float:
+def scores(s: Setting, samples: float) -> float:
     """Forward flops of attention: q k^T and p v, 2 x 2 M T Q a layer; a causal kernel computes half of it."""
     a = s.architecture
     full = 4.0 * samples * s.tokens * s.tokens * a.attention_width * a.layers
     return full / 2 if s.attention == "flash" else full
 
 
-def forward_flops(s: Setting, samples: int, adapted: bool = True) -> float:
+def forward_flops(s: Setting, samples: float, adapted: bool = True) -> float:
     """Of the layers, without the head."""
     return products(s, samples, adapted) + scores(s, samples)
 
 
 def backward_flops(
-    s: Setting, samples: int, weights: bool = True, stop: float | None = None, tapped: bool = False
+    s: Setting, samples: float, weights: bool = True, stop: float | None = None, tapped: bool = False
 ) -> float:
     """Of the layers, without the head; recomputation under checkpointing included.
 
@@ -72,7 +76,7 @@ def backward_flops(
     return flops
 
 
-def inner_bytes(s: Setting, samples: int, frozen: bool = False) -> float:
+def inner_bytes(s: Setting, samples: float, frozen: bool = False) -> float:
     """What one layer keeps for its backward.
 
     A norm keeps its input in fp32, the input divided by its root mean square, and its output: D (4 + 2 c). Attention
@@ -120,6 +124,14 @@ def freezes(s: Setting) -> bool:
     return s.gpus == 1
 
 
+def comes_early(s: Setting) -> bool:
+    """Whether a fused head's gradient reaches the parameter before the layers' do: a late head's, unless it is tied.
+
+    A tied one's then waits for the embedding's, but for FSDP2, in which they are added up as shards.
+    """
+    return s.late_head and not (s.architecture.tied and s.gpus == 1)
+
+
 def hidden_states(s: Setting, samples: int) -> float:
     """[L + 1, M, D] in the compute dtype."""
     a = s.architecture
@@ -143,18 +155,21 @@ def run(
     forward alone.
 
     Bytes: weights read once a direction, every kept activation written and read once a direction. Collectives of
-    FSDP2: the forward gathers all weights, the backward gathers the layers' again (the root's stay) and reduces the
+    FSDP2: the forward gathers all weights, the backward gathers the layers' again (the root's stay, and so does the
+    head's in a group of its own; for an embedding's own ``set_unshard_in_backward(False)`` spares it) and reduces the
     gradients.
     """
     a, p = s.architecture, s.precision
-    of = Pass(name, samples, gradients, stop)
-    kept = a.layers * inner_bytes(s, samples)
+    of = Pass(name, s.at_once(samples), gradients, stop)
+    chunks = s.chunks(samples)
+    each = samples / chunks
+    kept = a.layers * inner_bytes(s, each)
     weights = a.parameters * p.compute
     adapter = 0 if s.lora is None or not adapted else s.trainable * p.compute
     again = (a.layers * a.layer * p.compute + adapter) * s.moved
     parts = [
         Part(
-            f"{name}: forward", "model", 1, forward_flops(s, samples, adapted), weights + 2 * kept,
+            f"{name}: forward", "model", 1, forward_flops(s, each, adapted), weights + 2 * kept,
             (weights + adapter) * s.moved, of=of,
         )
     ]  # fmt: skip
@@ -165,11 +180,11 @@ def run(
         passes = 3 if s.checkpointing else 2  # recomputed: written and read once more
         parts.append(
             Part(
-                f"{name}: backward", "model", 1, backward_flops(s, samples, wanted, stop, tapped),
+                f"{name}: backward", "model", 1, backward_flops(s, each, wanted, stop, tapped),
                 weights + written + passes * kept, again + reduced, of=of,
             )
         )  # fmt: skip
-    return [part.times(count) for part in parts]
+    return [part.times(count * chunks) for part in parts]
 
 
 def memory(
@@ -178,11 +193,13 @@ def memory(
     """What a pass holds beside the weights' shards: activations, gathered weights, gradients; not the head's buffers.
 
     earlier: gradients of an earlier pass wait in the parameters, to which this pass adds. head: ``fused`` or
-    ``full``; the fused one's gradient reaches the parameter at the end.
+    ``full``; the fused one's gradient reaches the parameter at the end, unless the head comes late.
     """
     a, p = s.architecture, s.precision
     loss, last, first, end = (f"{name}: {m}" for m in (LOSS, LAST, FIRST, END))
     every = (loss, last, first) if gradients != "none" else (loss,)
+    earlier = earlier or s.chunks(samples) > 1
+    samples = s.at_once(samples)
     m, c = samples * s.tokens, p.compute
     norm = float(m * a.hidden * (FP32 + 2 * c))  # the final norm's
     items: list[Item] = []
@@ -199,25 +216,35 @@ def memory(
             items.append(item("one layer's activations", inner, first))
         items.append(item("one layer's gradients in flight", passing_bytes(s, samples), last, first))
     if s.gathers:
-        # The layer that computes and the next, which is on its way; embedding and head stay from forward to backward.
+        # The layer that computes and the next, which is on its way. The root's stay from forward to backward; of groups
+        # of their own the head's is there at the loss, and the embedding's when nothing else is.
         adapter = 0 if s.lora is None else s.trainable / a.layers * c
-        ahead = 2 if s.gpus > 1 else 1
-        items.append(item("gathered weights", ahead * (a.layer * c + adapter) + a.root * c, *every))
+        ahead = (2 if s.gpus > 1 else 1) * (a.layer * c + adapter)
+        items.append(item("gathered weights", ahead + (a.head if s.grouped else a.root) * c, loss))
+        for moment in every[1:]:
+            items.append(item("gathered weights", ahead + (0 if s.grouped else a.root) * c, moment))
     if gradients == "weights":
         shards = s.shard * p.weights
         if s.gathers:
-            wide = a.layer if s.lora is None else s.trainable / a.layers
-            root = 0 if s.lora is not None else a.root
-            # One layer's, and the layer's before while it is reduced; the root's waits for the end.
-            items.append(item("gradients before sharding", wide * (c + p.reduce) + root * c, last, first))
-            items.append(item("gradients before sharding", root * (c + p.reduce), end))
+            # One layer's, and the layer's before while it is reduced. The root's wait for the end, when the embedding's
+            # comes to the head's; of groups of their own each is reduced when it is there. The head's comes after what
+            # the taps hold of a late head, which is as much.
+            wide, root, one = (a.layer, a.root, a.head) if s.lora is None else (s.trainable / a.layers, 0, 0)
+            both = c + p.reduce
+            if s.grouped and not (s.late_head and head == "fused"):
+                items.append(item("gradients before sharding", one * both, loss))
+            items.append(item("gradients before sharding", wide * both + (0 if s.grouped else one) * c, last, first))
+            items.append(item("gradients before sharding", (one if s.grouped else root) * both, end))
         if earlier:
             items.append(item("gradients", shards, *every, end))
         else:
             # In the first layer's backward, that layer's and the embedding's are still to come, and a fused head's.
-            missing = a.layer + (a.root if head == "fused" else a.head)
+            early = head == "fused" and comes_early(s)
+            missing = a.layer + (a.root if head == "fused" and not early else a.head)
             part = 1.0 if s.lora is not None else 1 - missing / a.parameters
             items += [item("gradients", shards * part, first), item("gradients", shards, end)]
+            if early and s.lora is None:
+                items.append(item("gradients", shards * a.head / a.parameters, last))
         if a.tied and s.lora is None and not s.gathers:  # the embedding's gradient, before it is added to the head's
             items.append(item("the embedding's own gradient", float(p.weights * a.head), end))
     return items
@@ -288,19 +315,19 @@ def fused_head(s: Setting, name: str, rows: float, count: float = 1, *, gradient
     2 N D V forward; its exact backward computes the logits again and both gradients, 6 N D V (4 where the head is
     frozen). The weight is read once a direction, its fp32 gradient written and read once.
     """
-    a, c = s.architecture, s.precision.compute
+    a, p = s.architecture, s.precision
     one = 2.0 * rows * a.hidden * a.vocabulary
     frozen = s.lora is not None or (gradients == "activations" and freezes(s))
+    wanted = gradients != "none" and not frozen
     flops, moved = one, 1
     if gradients != "none":
         flops += one * (2 if frozen else 3)
         moved += 1
-    written = 0 if gradients == "none" or frozen else 2 * FP32 * a.head
-    gathered = 0.0
-    if gradients != "none" and s.gpus > 1 and not frozen:
-        # Taps read a gathered copy of the head of their own, in the weights' dtype, and reduce its gradient themselves.
-        gathered = 2 * a.head * s.precision.weights * s.moved
-    return Part(name, "head", 1, flops, moved * a.head * c + written, gathered).times(count)
+    written = 2 * FP32 * a.head if wanted else 0
+    # Taps read a gathered copy of the head of their own and reduce its gradient themselves. A late one is sent as it is
+    # computed with; one that is gathered before that is known, as its shards are.
+    gathered = (p.compute if s.lora is not None or s.late_head else p.weights) + (p.reduce if wanted else 0)
+    return Part(name, "head", 1, flops, moved * a.head * p.compute + written, gathered * a.head * s.moved).times(count)
 
 
 def lens_head(s: Setting, name: str, rows: float, count: float, *, backwards: int = 1) -> Part:
@@ -332,15 +359,21 @@ def fused_items(
     s: Setting, name: str, rows: float, *, gradients: str = "weights", lenses: int = 0, lens_rows: float = 0
 ) -> list[Item]:
     """Buffers of the fused head: tiles, statistics, the head's fp32 gradient, records of live columns."""
-    a, c = s.architecture, s.precision.compute
+    a, p = s.architecture, s.precision
+    c = p.compute
     loss, *later = (f"{name}: {moment}" for moment in (LOSS, LAST, FIRST, END))
     tiles = min(rows, TILE) * a.vocabulary * (FP32 + c)
     items = [item("logits tile", tiles, loss), item("rows of the head", rows * a.hidden * (FP32 + c), loss)]
+    if comes_early(s) and not lenses:  # the taps of inner states share copy and gradient to the end
+        later = []
     if s.lora is None and not (gradients == "activations" and freezes(s)):
         # One buffer for all taps, until autograd comes to the parameter.
         items.append(item("head's gradient, fp32", FP32 * a.head, loss, *later))
     if s.gpus > 1:
         items.append(item("head gathered for the taps", a.head * c, loss, *later[:-1]))
+        if s.lora is None and p.weights != c and gradients == "none" and not s.late_head:
+            # It is gathered as its shards are, and cast. That is over when there is a gradient, which is as large.
+            items.append(item("head gathered for the taps, before it is cast", float(a.head * p.weights), loss))
     if lenses:
         codes = -(-lens_rows // TILE) * a.vocabulary
         items.append(item("taps: live columns, statistics", lenses * (codes + 3 * FP32 * lens_rows), loss, later[0]))
@@ -357,3 +390,66 @@ def full_items(s: Setting, name: str, rows: float, each: float = 12.0) -> list[I
         waits = (LAST, FIRST, END) if a.tied else (LAST,)  # a tied one for the embedding's
         items.append(item("head's gradient", a.head * s.precision.compute, *(f"{name}: {moment}" for moment in waits)))
     return items
+
+
+# A batch through layers and head.
+
+Work = tuple[list[Part], list[Item]]
+"""The parts of some work, and what it holds."""
+
+
+def fused(
+    s: Setting, name: str, samples: int, count: float = 1, *, rows: float | None = None, gradients: str = "weights",
+    earlier: bool = False, stop: float | None = None, adapted: bool = True,
+) -> Work:  # fmt: skip
+    """By the fused head, in micro-batches. rows: of the whole batch that carry loss; None: all."""
+    rows = float(samples * s.tokens) if rows is None else rows
+    chunks = s.chunks(samples)
+    head = fused_head(s, f"{name}: head", rows / chunks, count * chunks, gradients=gradients)
+    return (
+        [*run(s, name, samples, count, gradients=gradients, stop=stop, adapted=adapted), head],
+        [*memory(s, name, samples, gradients=gradients, earlier=earlier),
+         *fused_items(s, name, rows * s.at_once(samples) / samples, gradients=gradients)],
+    )  # fmt: skip
+
+
+def full(s: Setting, name: str, samples: int, count: float = 1, *, earlier: bool = False) -> Work:
+    """By full logits, as a whole."""
+    rows = float(samples * s.tokens)
+    return (
+        [*run(s, name, samples, count), full_head(s, f"{name}: head", rows, count)],
+        [*memory(s, name, samples, earlier=earlier, head="full"), *full_items(s, name, rows)],
+    )
+
+
+def within_node(s: Setting, name: str, samples: int, count: float) -> Work:
+    """A batch of a node, ``samples`` sequences, through frozen weights that lie divided among its GPUs, and adapters.
+
+    Tensor parallelism as in Megatron-LM (arXiv:1909.08053): a layer all-reduces its stream twice forth and twice back.
+    Nothing is computed again, since a node's sequences are few, unless what is kept would be more than the weights. The
+    stream and what the norms keep are on each GPU in full; heads, MLP and vocabulary are divided.
+    """
+    width = min(s.gpus, s.gpu.per_node)
+    chunks = 1 if s.micro is None else math.ceil(samples / (s.micro * width))
+    each = samples / chunks
+    a, p = s.architecture, s.precision
+    rows, weights = each * s.tokens, a.parameters * p.compute / width
+    stream = rows * a.hidden * p.compute
+    whole = rows * a.norms * a.hidden * (FP32 + 2 * p.compute)
+    adapted = replace(s, lora=s.adversary_rank, micro=None)
+    inner = whole + (inner_bytes(adapted, each) - whole) / width
+    again = s.checkpointing and a.layers * inner > weights
+    s = replace(adapted, checkpointing=again)
+    loss, last, first = (f"{name}: {m}" for m in (LOSS, LAST, FIRST))
+    flops = (forward_flops(s, each) + backward_flops(s, each)) / width
+    sums = (6 if again else 4) * a.layers * 2 * stream * (width - 1) / width
+    moved = 2.0 * weights + 4 * a.layers * inner
+    work = Part(f"{name}: forward and backward in the node", "model", 1, flops, moved, node=sums)
+    head = fused_head(s, f"{name}: head", rows)
+    head = replace(head, flops=head.flops / width, memory=head.memory / width, network=0.0)
+    return [work.times(count * chunks), head.times(count * chunks)], [
+        item("checkpoints" if again else "activations", a.layers * (stream if again else inner), loss, last),
+        item("one layer's activations", inner, *((last, first) if again else (first,))),
+        item("one layer's gradients in flight", passing_bytes(s, math.ceil(each)), last, first),
+        item("logits tile", min(rows, TILE) * a.vocabulary * (FP32 + p.compute) / width, loss),
+    ]

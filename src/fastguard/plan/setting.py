@@ -1,8 +1,9 @@
-"""The job that is planned: model, GPUs, batch, precision, and how much of each peak a program gets."""
+"""The job that is planned: model, GPUs, batch, precision, levers, and how much of each peak a program gets."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 from fastguard.plan.architecture import Architecture
@@ -38,16 +39,17 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class Efficiency:
-    """What part of a data sheet's peak a program gets. Assumptions, all of them; each can be replaced.
+    """What part of a data sheet's peak a program gets. Each can be replaced; all but ``matmul`` are assumptions.
 
     Attributes:
-        matmul: of the flop/s, over a whole pass: it covers the element-wise work between the products.
+        matmul: of the flop/s, over a whole pass: it covers the element-wise work between the products. None: the GPU's,
+            which comes from a published run (`hardware.Throughput`).
         memory: of the memory's bandwidth, in passes over weights. network: of NVLink or the network, in collectives.
         host: of PCIe. overlap: of a pass's products, the part behind which its collectives can hide.
         usable: of the memory, what is left beside the CUDA context, NCCL's buffers and fragmentation.
     """
 
-    matmul: float = 0.4
+    matmul: float | None = None
     memory: float = 0.8
     network: float = 0.7
     host: float = 0.7
@@ -72,12 +74,15 @@ class Efficiency:
         return cls(**values)
 
 
+ADVERSARIES = ("weights", "lora", "resident")
+
+
 @dataclass(frozen=True)
 class Setting:
     """A method's job on a number of GPUs, the model sharded over all of them by FSDP2.
 
     Attributes:
-        batch: sequences a GPU, of every batch that a step reads. tokens: length of each.
+        global_batch: sequences of every batch that a step reads, over all GPUs. tokens: length of each.
         rows: share of a paired batch's positions that carry loss. live: share of the vocabulary that the backward of a
             lens computes (docs/performance.md, live columns).
         given: the options of the method that were asked for by name. Where the published run has a proportion (an
@@ -85,14 +90,30 @@ class Setting:
         cpu: whether it is a CPU's kernels that compute, of which some make fewer products: for what is run in tests.
         attention: ``flash`` computes half of the causal scores and keeps none; ``eager`` computes and keeps all.
         lora: rank of adapters on all projections, the rest frozen in the compute dtype; None trains all weights.
-        snapshot: where the original waits during a simulated attack, ``device`` or ``host``.
+
+    Levers that leave a step's numbers as they are (``levers.EXACT``):
+        micro: sequences that a GPU takes at a time, gradients added up; None takes a batch as a whole.
+        late_head: the head is gathered where it is first used and released after its last use; its gradient is reduced
+            then, in blocks. Otherwise both are there from the forward to the end of the backward.
+        own_groups: embedding and [norm, head] are FSDP groups of their own, not of the root, which stays gathered.
+        snapshot: where the original waits during a simulated attack, ``device`` or ``host``. outer: where the outer
+            optimizer's moments wait meanwhile. reference: where a reference's hidden states wait for the live ones'.
+
+    Levers that do not (``levers.DEVIATIONS``), of methods that simulate an attacker:
+        attack_reduce: bytes of a gradient while ranks add it up, in the attacker's steps; None: the precision's.
+        attack_moments: bytes of each of the attacker's optimizer's moments.
+        adversary: what the attacker trains: ``weights``; ``lora``, adapters of ``adversary_rank`` on a base that is
+            frozen; ``resident``, the same on a base that lies in each node in the compute dtype, tensor-parallel, with
+            an attacker of its own in each node.
+        persistent: whether an attacker is kept from one of the defender's steps to the next. He goes ``fresh`` steps
+            further in each, and starts anew when he has made as many as the others.
     """
 
     architecture: Architecture
     gpus: int = 64
     gpu: GPU = H100
-    batch: int = 8
-    tokens: int = 2048
+    global_batch: int = 64
+    tokens: int = 256
     steps: int = 1000
     rows: float = 0.5
     live: float = 0.02
@@ -101,23 +122,68 @@ class Setting:
     attention: str = "flash"
     cpu: bool = False
     lora: int | None = None
+    micro: int | None = None
+    late_head: bool = False
+    own_groups: bool = False
     snapshot: str = "device"
+    outer: str = "device"
+    reference: str = "device"
+    attack_reduce: int | None = None
+    attack_moments: int = FP32
+    adversary: str = "weights"
+    adversary_rank: int = 16
+    persistent: bool = False
+    fresh: int = 8
     given: frozenset[str] = frozenset()
     efficiency: Efficiency = field(default_factory=Efficiency)
 
     def __post_init__(self) -> None:
-        for name in ("gpus", "batch", "tokens", "steps", "lora"):
+        whole = ("gpus", "global_batch", "tokens", "steps", "lora", "micro", "attack_reduce", "attack_moments",
+                 "adversary_rank", "fresh")  # fmt: skip
+        for name in whole:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected an integer of 1 or more, got {value}")
         for name in ("rows", "live"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")
-        for name, choices in (("attention", ("flash", "eager")), ("snapshot", ("device", "host"))):
+        places = ("device", "host")
+        words = {"attention": ("flash", "eager"), "snapshot": places, "outer": places, "reference": places,
+                 "adversary": ADVERSARIES}  # fmt: skip
+        for name, choices in words.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name}: expected {' or '.join(choices)}, got {getattr(self, name)!r}")
         if self.lora is not None:
             self.architecture.adapter(self.lora)  # refuses a mixture of experts
+
+    def share(self, sequences: int) -> int:
+        """Sequences a GPU of a global batch of so many: at least one."""
+        return math.ceil(sequences / self.gpus)
+
+    @property
+    def batch(self) -> int:
+        """Sequences a GPU of the global batch."""
+        return self.share(self.global_batch)
+
+    def rounded(self, what: str, sequences: int) -> tuple[str, ...]:
+        """What is to be said of a global batch that the GPUs cannot have in equal parts; empty where they can."""
+        whole = self.share(sequences) * self.gpus
+        if whole == sequences:
+            return ()
+        return (f"{what}: {sequences} sequences are rounded up to {whole}, {self.share(sequences)} a GPU",)
+
+    def chunks(self, samples: int) -> int:
+        """Micro-batches of a GPU's batch of so many."""
+        return 1 if self.micro is None else math.ceil(samples / self.micro)
+
+    def at_once(self, samples: int) -> int:
+        """Sequences of the largest of these micro-batches."""
+        return math.ceil(samples / self.chunks(samples))
+
+    @property
+    def matmul(self) -> float:
+        """The share of the products' peak that a pass gets."""
+        return self.efficiency.matmul or self.gpu.matmul
 
     @property
     def trainable(self) -> int:
@@ -136,10 +202,11 @@ class Setting:
         return self.gpus > 1 or self.precision.weights != self.precision.compute
 
     @property
+    def grouped(self) -> bool:
+        """Whether embedding, and norm with head, are groups of their own: on one GPU there are none."""
+        return self.own_groups and self.gpus > 1
+
+    @property
     def moved(self) -> float:
         """The part of a gathered tensor that comes from other GPUs, (n - 1) / n."""
         return (self.gpus - 1) / self.gpus
-
-    def with_batch(self, batch: int) -> Setting:
-        """The same job with another batch."""
-        return dataclasses.replace(self, batch=batch)

@@ -11,7 +11,10 @@ ENTRY = Entry(
     method=f"{__name__}.step:Booster",
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
-    steps=1000,
-    steps_source="assumed",
+    steps=10000,
+    batch=10,
+    tokens=256,
+    epochs=20,
+    steps_source="batch 10, 20 epochs; 5,000 samples and 256 tokens assumed",
     package=__name__,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fastguard.defenses.booster.options import Options
 from fastguard.plan import parts, passes
 from fastguard.plan.cost import Cost, Recipe, moments_of
-from fastguard.plan.parts import Part, item, over_weights, resident
+from fastguard.plan.parts import Item, Part, item, over_weights, resident
 from fastguard.plan.setting import Setting
 
 
@@ -16,10 +16,13 @@ def here(s: Setting, o: Options) -> Recipe:
     """
     if o.mode != "weights":
         raise ValueError(f"mode: expected weights, the one that can be planned, got {o.mode!r}")
-    w, n = s.precision.weights, s.batch * s.tokens
+    w = s.precision.weights
     steps: list[Part] = []
+    items: list[Item] = []
     for name in ("harmful", "perturbed", "alignment"):
-        steps += [*passes.run(s, name, s.batch), passes.fused_head(s, f"{name}: head", n)]
+        work, held = passes.fused(s, name, s.batch)
+        steps += work
+        items += held
     return Recipe(
         [
             *steps,
@@ -34,19 +37,14 @@ def here(s: Setting, o: Options) -> Recipe:
             *resident(s),
             parts.snapshot_item(s, *moments_of("perturbed")),
             item("stored gradient", s.shard * w, *moments_of("perturbed", "alignment")),
-            *passes.memory(s, "harmful", s.batch),
-            *passes.fused_items(s, "harmful", n),
-            *passes.memory(s, "perturbed", s.batch),
-            *passes.fused_items(s, "perturbed", n),
-            *passes.memory(s, "alignment", s.batch),
-            *passes.fused_items(s, "alignment", n),
+            *items,
         ],
     )
 
 
 def published(s: Setting, o: Options) -> Recipe:
     """Three passes on full logits; both harmful gradients copied; the step taken back by adding, without a snapshot."""
-    w, n = s.precision.weights, s.batch * s.tokens
+    w = s.precision.weights
     steps: list[Part] = []
     items = [
         *resident(s),
@@ -54,8 +52,9 @@ def published(s: Setting, o: Options) -> Recipe:
         item("stored gradient, perturbed", s.shard * w, *moments_of("alignment")),
     ]
     for name in ("harmful", "perturbed", "alignment"):
-        steps += [*passes.run(s, name, s.batch), passes.full_head(s, f"{name}: head", n)]
-        items += [*passes.memory(s, name, s.batch, head="full"), *passes.full_items(s, name, n)]
+        work, held = passes.full(s, name, s.batch)
+        steps += work
+        items += held
     return Recipe(
         [
             *steps,
@@ -69,4 +68,4 @@ def published(s: Setting, o: Options) -> Recipe:
     )
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

@@ -12,6 +12,8 @@ ENTRY = Entry(
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
     steps=150,
-    steps_source="published code",
+    batch=16,
+    tokens=1024,
+    steps_source="published code: 150 steps, batch 16, 1,024 tokens",
     package=__name__,
 )

@@ -12,6 +12,8 @@ ENTRY = Entry(
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
     steps=1100,
-    steps_source="published port (TamperBench)",
+    batch=16,
+    tokens=512,
+    steps_source="published port (TamperBench): 1,100 steps, batch 16, 512 tokens",
     package=__name__,
 )

@@ -59,7 +59,7 @@ def divergence(s: Setting, rows: float) -> Part:
 
     A frozen head has one gradient: 10 N D V, and 6 on a CPU, which makes it in the forward while it has the logits.
     """
-    part = passes.fused_head(s, "divergence", rows, 1.5)
+    part = passes.fused_head(replace(s, late_head=False), "divergence", rows, 1.5)  # gathered as its shards are
     if s.lora is None:  # the reference's head is there after its forward: the live one alone is gathered and reduced
         return replace(part, network=part.network / 1.5)
     return replace(part, flops=(6.0 if s.cpu else 10.0) * rows * s.architecture.head)

@@ -12,6 +12,8 @@ ENTRY = Entry(
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
     steps=1000,
-    steps_source="published",
+    batch=64,
+    tokens=256,
+    steps_source="1,000 steps; batch 64 and 256 tokens assumed, as TAR's",
     package=__name__,
 )

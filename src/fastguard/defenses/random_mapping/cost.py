@@ -13,10 +13,10 @@ def here(s: Setting, o: Options) -> Recipe:
     """The retain batch, then the harmful one: every hidden state's distance from one set of directions, and no head."""
     n = s.batch * s.tokens
     states, directions = passes.hidden_states(s, s.batch), float(n * s.architecture.hidden * FP32)
+    retain, held = passes.fused(s, "retain", s.batch)
     return Recipe(
         [
-            *passes.run(s, "retain", s.batch),
-            passes.fused_head(s, "retain: head", n),
+            *retain,
             *passes.run(s, "mapping", s.batch),
             # Live states and directions are read in the forward and again in the backward, which writes a gradient.
             Part("distance from the directions", "weights", 1,
@@ -25,10 +25,9 @@ def here(s: Setting, o: Options) -> Recipe:
         ],
         [
             *resident(s),
-            *passes.memory(s, "retain", s.batch),
-            *passes.fused_items(s, "retain", n),
+            *held,
             *passes.memory(s, "mapping", s.batch, earlier=True),
-            item("random directions", directions, *moments_of("mapping")),
+            item("random directions", directions * s.at_once(s.batch) / s.batch, *moments_of("mapping")),
         ],
     )  # fmt: skip
 
@@ -37,11 +36,11 @@ def published(s: Setting, o: Options) -> Recipe:
     """Full logits of both batches, the harmful one's for nothing; a V x D table, a copy of its rows for every state."""
     a, n = s.architecture, s.batch * s.tokens
     each = (a.layers + 1) * n * a.hidden * float(FP32)
+    retain, held = passes.full(s, "retain", s.batch)
     widened = 0 if s.precision.compute == FP32 else 1
     return Recipe(
         [
-            *passes.run(s, "retain", s.batch),
-            passes.full_head(s, "retain: head", n),
+            *retain,
             *passes.run(s, "mapping", s.batch),
             passes.full_head(s, "mapping: head", n, gradients="none", each=s.precision.compute),
             # Rows gathered; both sides' norms, quotients, their product and its sum, forth and back.
@@ -51,8 +50,7 @@ def published(s: Setting, o: Options) -> Recipe:
         [
             *resident(s),
             item("table of directions", float(a.head * FP32)),
-            *passes.memory(s, "retain", s.batch, head="full"),
-            *passes.full_items(s, "retain", n),
+            *held,
             *passes.memory(s, "mapping", s.batch, earlier=True, head="full"),
             item("full logits", n * a.vocabulary * float(s.precision.compute), *moments_of("mapping")),
             item("directions, a copy for every state", each, *moments_of("mapping")),
@@ -64,4 +62,4 @@ def published(s: Setting, o: Options) -> Recipe:
     )
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

@@ -11,7 +11,9 @@ ENTRY = Entry(
     method=f"{__name__}.step:ReFAT",
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
-    steps=320,
-    steps_source="10,150 samples in batches of 32, one epoch (public re-implementation)",
+    steps=318,
+    batch=32,
+    tokens=512,
+    steps_source="10,150 samples, batch 32, 1 epoch (public re-implementation); 512 tokens assumed",
     package=__name__,
 )

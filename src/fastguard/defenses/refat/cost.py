@@ -51,4 +51,4 @@ def published(s: Setting, o: Options) -> Recipe:
     return Recipe([*plain.parts[:-1], *prompts, hooks, plain.parts[-1]], plain.items)
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

@@ -12,6 +12,8 @@ ENTRY = Entry(
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
     steps=2500,
-    steps_source="10,000 pairs, batch 4",
+    batch=4,
+    tokens=256,
+    steps_source="10,000 pairs, batch 4, 256 tokens, 1 epoch",
     package=__name__,
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastguard.defenses.repnoise.options import Options
 from fastguard.plan import parts, passes
 from fastguard.plan.cost import Cost, Recipe, waiting
@@ -15,36 +17,42 @@ def here(s: Setting, o: Options) -> Recipe:
     Rows: a share of each half's positions carries loss. The output is computed exactly, the inner states by live
     columns. A retain batch, which the published loss does not have, is there where ``retain_weight`` was given: its
     forward comes after the pair's, its backward before.
+
+    With micro-batches each half has a backward of its own. The harmful one, which is the last, stays whole, since its
+    noise term compares all of its samples with each other; the others are divided.
     """
-    a, c = s.architecture, s.precision.compute
+    a = s.architecture
     rows = s.rows * s.batch * s.tokens
-    samples = 2 * s.batch
     lenses = a.layers + 1 if o.layers is None else o.layers
     if lenses > a.layers + 1:
         raise ValueError(f"layers: expected 1 to {a.layers + 1}, the hidden states of {a.name}, got {o.layers}")
     retains = "retain_weight" in s.given
+    whole = replace(s, micro=None)
+    name, samples, outputs = ("pair", 2 * s.batch, 2 * rows) if s.micro is None else ("harmful", s.batch, rows)
     work = [
-        *passes.run(s, "pair", samples, tapped=True),
-        passes.fused_head(s, "pair: output", 2 * rows),
+        *passes.run(whole, name, samples, tapped=True),
+        passes.fused_head(s, f"{name}: output", outputs),
         passes.lens_head(s, "lenses", rows, lenses),
         gaussian_mmd(s),
-        parts.outer_adamw(s),
     ]
     items = [
-        *passes.memory(s, "pair", samples, earlier=retains),
-        *passes.fused_items(s, "pair", 2 * rows, lenses=lenses, lens_rows=rows),
-        *mlp_outputs(s, samples),
-        item("noise: Gram matrices", a.layers * (2 * s.batch) ** 2 * FP32, "pair: loss", "pair: last layer"),
+        *passes.memory(whole, name, samples, earlier=retains or s.micro is not None),
+        *passes.fused_items(s, name, outputs, lenses=lenses, lens_rows=rows),
+        *mlp_outputs(s, name, samples),
+        item("noise: Gram matrices", a.layers * (2 * s.batch) ** 2 * FP32, f"{name}: loss", f"{name}: last layer"),
         # A lens's gradient arrives as fp32 rows and as the dense gradient of the hidden state that they are part of.
-        item("a lens's gradient", rows * a.hidden * FP32 + samples * s.tokens * a.hidden * c, "pair: last layer",
-             "pair: first layer"),
+        item("a lens's gradient", rows * a.hidden * FP32 + samples * s.tokens * a.hidden * s.precision.compute,
+             f"{name}: last layer", f"{name}: first layer"),
     ]  # fmt: skip
+    if s.micro is not None:
+        parts_of, held = passes.fused(s, "harmless", s.batch, rows=rows)
+        work += parts_of
+        items += held
     if retains:
-        n = s.batch * s.tokens
-        work[-1:-1] = [*passes.run(s, "retain", s.batch), passes.fused_head(s, "retain: head", n)]
-        items = waiting(items, "pair", "retain")
-        items += [*passes.memory(s, "retain", s.batch), *passes.fused_items(s, "retain", n)]
-    return Recipe(work, [*resident(s), *items])
+        parts_of, held = passes.fused(s, "retain", s.batch, earlier=s.micro is not None)
+        work += parts_of
+        items = [*(waiting(items, "pair", "retain") if s.micro is None else items), *held]
+    return Recipe([*work, parts.outer_adamw(s)], [*resident(s), *items])
 
 
 def published(s: Setting, o: Options) -> Recipe:
@@ -85,13 +93,13 @@ def published(s: Setting, o: Options) -> Recipe:
     )
 
 
-def mlp_outputs(s: Setting, samples: int) -> list[Item]:
+def mlp_outputs(s: Setting, name: str, samples: int) -> list[Item]:
     """Without checkpointing the noise taps keep the MLPs' outputs, which the model would let go; it remakes them with
     it.
     """
     a = s.architecture
     size = float(a.layers * samples * s.tokens * a.hidden * s.precision.compute)
-    return [] if s.checkpointing else [item("taps: MLP outputs", size, "pair: loss", "pair: last layer")]
+    return [] if s.checkpointing else [item("taps: MLP outputs", size, f"{name}: loss", f"{name}: last layer")]
 
 
 def gaussian_mmd(s: Setting) -> Part:
@@ -104,4 +112,4 @@ def gaussian_mmd(s: Setting) -> Part:
     return Part("noise (MMD)", "weights", 1, flops, 3.0 * s.batch * features * c).times(a.layers)
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

@@ -10,34 +10,33 @@ from fastguard.plan.setting import Setting
 
 
 def here(s: Setting, o: Options) -> Recipe:
-    """One batch: what every other defense is compared with. With ``retain_weight`` two, and one backward for both."""
-    n = s.batch * s.tokens
+    """One batch: what every other defense is compared with. With ``retain_weight`` two, and one backward for both.
+
+    Micro-batches have a backward each, of both.
+    """
     names = ["step"] if o.retain_weight is None else ["step", "retain"]
     work: list[Part] = []
     items = resident(s)
     for i, name in enumerate(names):
-        work += [*passes.run(s, name, s.batch), passes.fused_head(s, f"{name}: head", n)]
-        held = [*passes.memory(s, name, s.batch, earlier=name != names[-1]), *passes.fused_items(s, name, n)]
+        parts_of, held = passes.fused(s, name, s.batch, earlier=name != names[-1])
+        work += parts_of
         items += waiting(held, name, *names[i + 1 :])  # the backward comes to the last forward first
     return Recipe([*work, parts.outer_adamw(s)], items)
 
 
 def published(s: Setting, o: Options) -> Recipe:
     """Cross-entropy on full logits, as transformers computes it."""
-    n = s.batch * s.tokens
     names = ["step"] if o.retain_weight is None else ["step", "retain"]
     work: list[Part] = []
     items = resident(s)
     for i, name in enumerate(names):
-        work += [*passes.run(s, name, s.batch), passes.full_head(s, f"{name}: head", n)]
-        held = [
-            *passes.memory(s, name, s.batch, earlier=name != names[-1], head="full"), *passes.full_items(s, name, n),
-        ]  # fmt: skip
+        parts_of, held = passes.full(s, name, s.batch, earlier=name != names[-1])
+        work += parts_of
         items += waiting(held, name, *names[i + 1 :])
         if name != names[-1]:
-            later = moments_of(*names[i + 1 :])
-            items.append(item("log-softmax that waits", float(n * s.architecture.vocabulary * FP32), *later))
+            later, rows = moments_of(*names[i + 1 :]), s.batch * s.tokens
+            items.append(item("log-softmax that waits", float(rows * s.architecture.vocabulary * FP32), *later))
     return Recipe([*work, parts.outer_adamw(s)], items)
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

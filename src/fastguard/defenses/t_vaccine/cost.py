@@ -29,4 +29,4 @@ def _layers(s: Setting, o: Options) -> int:
     return min(o.layers, count)
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

@@ -12,6 +12,8 @@ ENTRY = Entry(
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
     steps=750,
-    steps_source="published",
+    batch=64,
+    tokens=256,
+    steps_source="run_tar_cyber.sh: 750 steps, batch 8 on each of 8 GPUs, 256 tokens",
     package=__name__,
 )

@@ -2,22 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from fastguard.defenses.tar.options import Options
 from fastguard.plan import parts, passes
 from fastguard.plan.cost import Cost, Recipe, moments_of
 from fastguard.plan.parts import FP32, Item, Part, adamw, item, over_weights, resident
+from fastguard.plan.passes import Work
 from fastguard.plan.setting import Setting
 
 
 def batches(s: Setting, o: Options) -> tuple[int, int]:
     """Sequences a GPU of an attacker's batch and of the held-out one.
 
-    Published: 4 where retain batches have 8, so half of ``s.batch``, and a held-out batch that is assumed to be whole.
-    One that was given is as it is in a run. DPO's held-out batch is of pairs.
+    Published: 4 where retain batches have 8, so half of the global batch, and a held-out batch that is assumed to be
+    whole. One that was given is a GPU's, as in a run. DPO's held-out batch is of pairs.
     """
-    attacked = o.batch if "batch" in s.given else max(s.batch // 2, 1)
+    attacked = o.batch if "batch" in s.given else s.share(attackers_batch(s))
     held_out = o.held_out if "held_out" in s.given else s.batch
     return attacked, held_out * (2 if o.tamper_loss == "dpo" else 1)
+
+
+def attackers_batch(s: Setting) -> int:
+    """Sequences of an attacker's batch over all GPUs, as published."""
+    return max(s.global_batch // 2, 1)
+
+
+def attacker(s: Setting) -> Setting:
+    """The job of an attacker's steps: what he trains, over how many GPUs, and how his gradients are reduced."""
+    if s.adversary == "weights":
+        return s if s.attack_reduce is None else replace(s, precision=replace(s.precision, reduce=s.attack_reduce))
+    if s.lora is not None:
+        raise ValueError(f"adversary: expected weights, those of the adapters that are trained, got {s.adversary}")
+    return replace(s, lora=s.adversary_rank, gpus=node(s) if s.adversary == "resident" else s.gpus)
+
+
+def node(s: Setting) -> int:
+    """GPUs of a node."""
+    return min(s.gpus, s.gpu.per_node)
+
+
+def steps_of(s: Setting, o: Options) -> tuple[int, int]:
+    """Steps of an attacker in one of the defender's, and how often the tamper loss is read in them."""
+    steps = min(s.fresh, o.inner_steps) if s.persistent else o.inner_steps
+    return steps, max(steps // o.read_every, 1)
+
+
+def attacking(s: Setting, o: Options, count: int) -> Work:
+    """An attacker's steps, ``count`` of them, and what he holds.
+
+    One who trains the defender's weights lends them and puts them back; one who trains adapters moves no weight. One in
+    each node has a node's part of the batch, on a base that is gathered for the attack. One who is kept from step to
+    step waits, with his optimizer, where a snapshot does.
+    """
+    his, w = attacker(s), s.precision.weights
+    during, after = moments_of("attack", "tamper"), moments_of("reference", "retain")
+    if s.adversary == "resident":
+        of_node = batches(s, o)[0] * node(s) if "batch" in s.given else -(-attackers_batch(s) * node(s) // s.gpus)
+        work, items = passes.within_node(s, "attack", of_node, count)
+        base = s.architecture.parameters * float(s.precision.compute)
+        work.append(Part("base gathered into the nodes", "weights", 1, network=base * s.moved))
+        items.append(item("base in the node", base / node(s), *during))
+    else:
+        work, items = passes.fused(his, "attack", batches(s, o)[0], count)
+    work.append(adamw(his, "inner AdamW", s.attack_moments, count))
+    items.append(item("inner optimizer", 2 * his.shard * s.attack_moments, *during))
+    if s.adversary == "weights":
+        work[:0] = [parts.snapshot(s).times(o.adversaries)]
+        work.append(parts.restore(s).times(o.adversaries))
+        items.append(parts.snapshot_item(s, *during))
+    else:
+        items.append(item("attacker's adapters", his.shard * w, *during))
+    if s.persistent and s.fresh < o.inner_steps:
+        host, each = s.snapshot == "host", w + 2 * s.attack_moments
+        there = 2 * each if host else 4 * each
+        work.append(over_weights(his, "attackers who wait", there, o.adversaries, host_each=2 * each if host else 0))
+        size = o.adversaries * his.shard * each
+        items.append(Item("attackers who wait", size, frozenset(after), host=host))
+    return work, items
 
 
 def here(s: Setting, o: Options) -> Recipe:
@@ -26,62 +88,53 @@ def here(s: Setting, o: Options) -> Recipe:
 
     The retain loss compares hidden states with those of the initial weights, which change places with the live ones for
     the length of a forward (LoRA: the adapter is switched off). DPO asks the initial weights too, before each attack.
+    The tamper loss is read by FSDP2 wherever the attacker trains: its gradient is all weights'.
     """
-    adversary, held_out = batches(s, o)
-    attackers, inner = o.adversaries, o.adversaries * o.inner_steps
-    reads = o.adversaries * (o.inner_steps // o.read_every)
-    n, attacked, tampered = s.batch * s.tokens, adversary * s.tokens, held_out * s.tokens
-    attack = moments_of("attack", "tamper")
-    w = s.precision.weights
+    _, held_out = batches(s, o)
+    steps, reads = (o.adversaries * n for n in steps_of(s, o))
+    attack, after = moments_of("attack", "tamper"), moments_of("reference", "retain")
+    w, host = s.precision.weights, s.outer == "host"
     exchange = 4 * w if s.lora is None else 0  # there and back, both ways
     asked: list[Part] = []
     asked_items: list[Item] = []
     if o.tamper_loss == "dpo":
         name = "preferences of the reference"
-        asked = [
-            over_weights(s, f"{name}: exchange", exchange, attackers, host_each=exchange),
-            *passes.run(s, name, held_out, attackers, gradients="none", adapted=False),
-            passes.fused_head(s, f"{name}: head", tampered, attackers, gradients="none"),
-        ]
-        asked_items = passes.memory(s, name, held_out, gradients="none")
-    steps = [
+        asked, asked_items = passes.fused(s, name, held_out, o.adversaries, gradients="none", adapted=False)
+        asked.append(over_weights(s, f"{name}: exchange", exchange, o.adversaries, host_each=exchange))
+    attacks, attacks_items = attacking(s, o, steps)
+    tamper, tamper_items = passes.fused(s, "tamper", held_out, reads)
+    retain, retain_items = passes.fused(s, "retain", s.batch, earlier=True)
+    states = passes.hidden_states(s, s.batch)
+    work = [
         *asked,
-        parts.snapshot(s).times(attackers),
-        *passes.run(s, "attack", adversary, inner),
-        passes.fused_head(s, "attack: head", attacked, inner),
-        adamw(s, "inner AdamW", FP32, inner),
-        *passes.run(s, "tamper", held_out, reads),
-        passes.fused_head(s, "tamper: head", tampered, reads),
+        *attacks,
+        *tamper,
         parts.accumulate(s, "accumulate", reads),
-        parts.restore(s).times(attackers),
+        over_weights(s, "outer optimizer to the host and back", 0, host_each=4 * s.precision.moments if host else 0),
         over_weights(s, "exchange with the initial weights", exchange, host_each=exchange),
         *passes.run(s, "reference", s.batch, gradients="none", adapted=False),
-        *passes.run(s, "retain", s.batch),
-        passes.fused_head(s, "retain: head", n),
+        *retain,
         representation_distance(s),
         parts.outer_adamw(s),
     ]
-    initial = s.shard * w if s.lora is None else 0.0
-    earlier = [item("gradients of the attacks before", s.shard * w, *attack)] if attackers > 1 else []
+    earlier = [item("gradients of the attacks before", s.shard * w, *attack)] if o.adversaries > 1 else []
     return Recipe(
-        [part for part in steps if part.flops + part.memory + part.host > 0],
+        [part for part in work if part.flops + part.memory + part.network + part.host > 0],
         [
-            *resident(s),
-            item("inner optimizer", 2 * s.shard * FP32, *attack),
-            parts.snapshot_item(s, *attack),
+            parts.weights_item(s),
+            item("outer optimizer", parts.outer_bytes(s), *(after if host else ())),
+            Item("outer optimizer", parts.outer_bytes(s) if host else 0.0, host=True),
             item("outer accumulator", s.shard * FP32, *attack),
             *earlier,
-            Item("initial weights", initial, host=True),
+            Item("initial weights", s.shard * w if s.lora is None else 0.0, host=True),
             *asked_items,
-            *passes.memory(s, "attack", adversary),
-            *passes.fused_items(s, "attack", attacked),
-            *passes.memory(s, "tamper", held_out),
-            *passes.fused_items(s, "tamper", tampered),
+            *attacks_items,
+            *tamper_items,
             *passes.memory(s, "reference", s.batch, gradients="none"),
-            *passes.memory(s, "retain", s.batch, earlier=True),
-            *passes.fused_items(s, "retain", n),
-            item("reference: hidden states", passes.hidden_states(s, s.batch), *moments_of("reference", "retain")),
+            *retain_items,
+            Item("reference: hidden states", states, frozenset(after), host=s.reference == "host"),
         ],
+        () if "batch" in s.given or s.adversary == "resident" else s.rounded("attackers' batch", attackers_batch(s)),
     )
 
 
@@ -148,8 +201,13 @@ def published(s: Setting, o: Options) -> Recipe:
 
 
 def representation_distance(s: Setting) -> Part:
-    """Reads live and reference states, reads them again in the backward, writes the live ones' gradient."""
-    return Part("representation distance", "weights", 1, memory=5 * passes.hidden_states(s, s.batch))
+    """Reads live and reference states, reads them again in the backward, writes the live ones' gradient.
+
+    States that wait on the host cross the bus there and, forth and back, twice again.
+    """
+    states = passes.hidden_states(s, s.batch)
+    host = 3 * states if s.reference == "host" else 0.0
+    return Part("representation distance", "weights", 1, memory=5 * states, host=host)
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

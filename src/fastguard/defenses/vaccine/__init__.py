@@ -11,7 +11,10 @@ ENTRY = Entry(
     method=f"{__name__}.step:Vaccine",
     options=f"{__name__}.options:Options",
     cost=f"{__name__}.cost:COST",
-    steps=1000,
-    steps_source="assumed",
+    steps=10000,
+    batch=10,
+    tokens=256,
+    epochs=20,
+    steps_source="assumed, as T-Vaccine's: batch 10, 20 epochs, 5,000 samples, 256 tokens",
     package=__name__,
 )

@@ -10,16 +10,16 @@ from fastguard.plan.setting import Setting
 
 
 def perturbed(s: Setting, layers: float, probe: float) -> Recipe:
-    """Activations perturbed in so many layers, and a probing pass of the same kind ``probe`` times a step."""
+    """Activations perturbed in so many layers, and a probing pass of the same kind ``probe`` times a step.
+
+    The length of a perturbation is one of the whole batch: micro-batches are all recorded, then all perturbed.
+    """
     a, c, n = s.architecture, s.precision.compute, s.batch * s.tokens
     # The lowest of S layers drawn from L without replacement is on average layer (L - S) / (S + 1).
     lowest = (a.layers - layers) / (layers + 1)
-    steps = [
-        *passes.run(s, "recording", s.batch, gradients="activations", stop=lowest),
-        passes.fused_head(s, "recording: head", n, gradients="activations"),
-        *passes.run(s, "perturbed", s.batch),
-        passes.fused_head(s, "perturbed: head", n),
-    ]
+    recording, recorded = passes.fused(s, "recording", s.batch, gradients="activations", stop=lowest)
+    second, held = passes.fused(s, "perturbed", s.batch)
+    steps = [*recording, *second]
     if probe:
         steps += passes.run(s, "probing", 1, probe, gradients="activations", stop=0)
         steps.append(passes.fused_head(s, "probing: head", s.tokens, probe, gradients="activations"))
@@ -29,10 +29,8 @@ def perturbed(s: Setting, layers: float, probe: float) -> Recipe:
         steps,
         [
             *resident(s),
-            *passes.memory(s, "recording", s.batch, gradients="activations"),
-            *passes.fused_items(s, "recording", n, gradients="activations"),
-            *passes.memory(s, "perturbed", s.batch),
-            *passes.fused_items(s, "perturbed", n),
+            *recorded,
+            *held,
             item("activation perturbation", each, "recording: first layer", *moments_of("perturbed")),
         ],
     )
@@ -45,8 +43,9 @@ def perturbed_as_published(s: Setting, layers: float, probe: float) -> Recipe:
     steps: list[Part] = []
     items = [*resident(s)]
     for name in ("recording", "perturbed"):
-        steps += [*passes.run(s, name, s.batch), passes.full_head(s, f"{name}: head", n)]
-        items += [*passes.memory(s, name, s.batch, head="full"), *passes.full_items(s, name, n)]
+        work, held = passes.full(s, name, s.batch)
+        steps += work
+        items += held
     if probe:
         steps += [*passes.run(s, "probing", 1, probe), passes.full_head(s, "probing: head", s.tokens, probe)]
     # Gradients are cloned, scaled into a second copy, and added.
@@ -66,4 +65,4 @@ def published(s: Setting, o: Options) -> Recipe:
     return perturbed_as_published(s, s.architecture.layers, 0)
 
 
-COST = Cost(here, published)
+COST = Cost(here, published, divides=True)

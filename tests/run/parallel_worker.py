@@ -20,7 +20,6 @@ from fastguard import methods, parallel
 from fastguard.run.config import ParallelConfig
 from recipes import trained
 
-
 UNDIVIDED = ("sn_tune", "rsn_tune")
 """Those that choose rows of whole matrices, and say so where these are divided."""
 

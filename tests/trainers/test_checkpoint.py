@@ -85,7 +85,7 @@ def test_the_newest_are_kept_and_pointed_to(tmp_path):
     assert sorted(p.stat().st_mtime_ns for p in path.iterdir()) == files  # it is there already
 
 
-def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
+def test_what_does_not_fit_is_refused(tmp_path):
     model, optimizer = fresh()
     save(tmp_path, 1, model, optimizer, {"defense": Counter()})
     with pytest.raises(ValueError, match=r"counted: expected \['defense'\].* got \[\]"):
@@ -93,6 +93,16 @@ def test_what_does_not_fit_is_refused(tmp_path, monkeypatch):
     two = torch.optim.AdamW([{"params": [model.late]}, {"params": list(model[2].parameters())}])
     with pytest.raises(ValueError, match="optimizer: expected 1 parameter groups, got 2"):
         load(tmp_path, model, two, {"defense": Counter()})
-    monkeypatch.setattr(checkpoint, "ranks", lambda: 4)
-    with pytest.raises(ValueError, match="saved by 1 ranks; expected as many as there are now, 4"):
-        load(tmp_path, model, optimizer, {"defense": Counter()})
+
+
+def test_another_number_of_ranks_goes_on_with_random_numbers_of_its_own(tmp_path, monkeypatch):
+    model, optimizer = fresh()
+    save(tmp_path, 1, model, optimizer, {"defense": Counter()})
+    after = torch.rand(3)
+    for name, place in (("ranks", 4), ("rank", 3)):
+        monkeypatch.setattr(checkpoint, name, lambda place=place: place)
+    drawn = []
+    for _ in range(2):
+        assert load(tmp_path, model, optimizer, {"defense": Counter()}) == 1
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], after)

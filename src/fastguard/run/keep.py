@@ -14,7 +14,7 @@ import torch
 
 from fastguard.machine import rank
 from fastguard.nested.guard import summed_over_ranks
-from fastguard.trainers.checkpoint import Saver, load
+from fastguard.trainers.checkpoint import load, save
 
 if TYPE_CHECKING:
     from fastguard.run.train import Loop
@@ -61,8 +61,7 @@ class Keeper:
     """
 
     def __init__(self, folder: Path | None, minutes: float = 10.0, keep: int = 2) -> None:
-        self.folder, self.minutes = folder, minutes
-        self._saver = None if folder is None else Saver(folder, keep)
+        self.folder, self.minutes, self.keep = folder, minutes, keep
         self._last = time.monotonic()
 
     def resume(self, loop: Loop) -> None:
@@ -73,19 +72,11 @@ class Keeper:
     def after_step(self, loop: Loop) -> None:
         """Save where it is time. Raises `Stopped` on all processes, the state saved, where one was told to end."""
         due = rank() == 0 and time.monotonic() - self._last >= 60 * self.minutes
-        told, save = summed_over_ranks(torch.tensor([float(_asked), float(due)])).tolist()
-        if self._saver is not None:
-            self._saver.poll()
-        if told:
-            where = "no checkpoint was asked for"
-            if self._saver is not None:
-                where = f"saved: {self._saver.save(len(loop.curve), loop.method.model, loop.optimizer, loop.counted)}"
-            raise Stopped(f"told to end after step {len(loop.curve)}; {where}")
-        if save and self._saver is not None:
-            self._saver.begin(len(loop.curve), loop.method.model, loop.optimizer, loop.counted)
+        told, save_now = summed_over_ranks(torch.tensor([float(_asked), float(due)])).tolist()
+        where = "no checkpoint was asked for"
+        if self.folder is not None and (told or save_now):
+            step = len(loop.curve)
+            where = f"saved: {save(self.folder, step, loop.method.model, loop.optimizer, loop.counted, self.keep)}"
             self._last = time.monotonic()
-
-    def wait(self) -> None:
-        """Until what was begun is on disk."""
-        if self._saver is not None:
-            self._saver.wait()
+        if told:
+            raise Stopped(f"told to end after step {len(loop.curve)}; {where}")

@@ -291,18 +291,15 @@ class _Job:
         self, stage: str, name: str, work: Callable[[Kept, Report], Training], parent: str, parts: Sequence[object]
     ) -> Training:
         """The stage that makes a model out of another."""
-        folder, keepers = self.folder(name), list[Keeper]()
+        folder = self.folder(name)
         reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.computes, "data": self._training_data}
         layout, checkpoints = self.config.parallel, self.stages.checkpoints(stage, reads)
 
         def kept(number: int) -> Keeper:
             saves = layout.save_minutes
-            keepers.append(Keeper(checkpoints / str(number) if saves else None, saves or 0.0, layout.keep))
-            return keepers[-1]
+            return Keeper(checkpoints / str(number) if saves else None, saves or 0.0, layout.keep)
 
         found: Training = self.stages.run(stage, reads, partial(work, kept), folder)
-        for keeper in keepers:
-            keeper.wait()
         agreed(lambda: shutil.rmtree(checkpoints, ignore_errors=True))  # the model is there: they are needed no more
         self.folders[name], self.digests[name] = str(folder), self.stages.digest(stage)
         return found

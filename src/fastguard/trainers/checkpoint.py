@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.machine import distributed, rank, ranks, sync_folder, write_atomically
-from fastguard.nested.guard import derived_seed, on_every_rank
+from fastguard.nested.guard import derived_seed
 from fastguard.taps.structure import reshard
 
 POINTER = "latest"
@@ -56,104 +56,33 @@ def save(
         counted: by name, what else has a state: the defense, a scheduler, a data loader.
         keep: checkpoints that stay, the new one included.
     """
-    return Saver(folder, keep).save(step, model, optimizer, counted)
+    import torch.distributed.checkpoint as dcp
 
-
-class Saver:
-    """Checkpoints of one run, written while it goes on, if it asks for that.
-
-    What is called on one rank is called on all of them.
-
-    Args:
-        folder, keep: see `save`.
-    """
-
-    def __init__(self, folder: str | Path, keep: int = 2) -> None:
-        self.folder, self.keep = Path(folder), keep
-        self._pending: tuple[Any, Path] | None = None
-        self._group: Any = None  # training goes on with the default one meanwhile
-
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-        counted: Mapping[str, Counted] | None = None,
-    ) -> Path:  # fmt: skip
-        """See the function `save`."""
-        import torch.distributed.checkpoint as dcp
-
-        self.wait()
-        final = self.folder / f"step-{step:08d}"
-        if _pointed_to(self.folder) != final:
-            partial, state = self._begin(final, step, model, optimizer, counted)
-            dcp.save(state, checkpoint_id=partial)
-            self._finish(final)
+    folder = Path(folder)
+    final = folder / f"step-{step:08d}"
+    partial = final.with_suffix(".partial")
+    if _pointed_to(folder) == final:
         return final
-
-    def begin(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-        counted: Mapping[str, Counted] | None = None,
-    ) -> None:  # fmt: skip
-        """The same without waiting for the disk: returns when the state is copied to host memory.
-
-        Nothing points to it before `poll` or `wait` has found it written; until then the one before it counts.
-        """
-        import torch.distributed.checkpoint as dcp
-
-        self.wait()
-        final = self.folder / f"step-{step:08d}"
-        if _pointed_to(self.folder) == final:
-            return
-        partial, state = self._begin(final, step, model, optimizer, counted)
-        if distributed() and self._group is None:
-            self._group = torch.distributed.new_group(backend="gloo")
-        self._pending = dcp.async_save(state, checkpoint_id=partial, process_group=self._group), final
-
-    @property
-    def pending(self) -> bool:
-        """Whether a checkpoint that was begun is not pointed to yet."""
-        return self._pending is not None
-
-    def poll(self) -> None:
-        """Point to what was begun, if all ranks have written it."""
-        if self._pending is not None:
-            done = torch.tensor(self._pending[0].done())
-            if on_every_rank(done):
-                self.wait()
-
-    def wait(self) -> None:
-        """Wait for what was begun and point to it."""
-        if self._pending is not None:
-            (writing, final), self._pending = self._pending, None
-            writing.result()
-            self._finish(final)
-
-    def _begin(
-        self, final: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
-        counted: Mapping[str, Counted] | None,
-    ) -> tuple[Path, dict[str, Any]]:  # fmt: skip
-        """Where to write, and what."""
-        partial = final.with_suffix(".partial")
-        if rank() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in (*self.folder.glob("*.partial"), final):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-        _barrier()
-        reshard(model)
-        own, moments = _own_state(step, model, optimizer, counted or {})
-        tensors = {name: contiguous(t) for name, t in {**_moving(model), **moments}.items()}
-        return partial, {**tensors, f"rank {rank()}": own}
-
-    def _finish(self, final: Path) -> None:
-        _barrier()
-        if rank() == 0:
-            partial = final.with_suffix(".partial")
-            sync_folder(partial)
-            os.rename(partial, final)
-            sync_folder(self.folder)
-            write_atomically(self.folder / POINTER, final.name.encode())
-            for old in sorted(self.folder.glob("step-????????"))[: -self.keep]:
-                shutil.rmtree(old)
-        _barrier()
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob("*.partial"), final):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+    _barrier()
+    reshard(model)
+    own, moments = _own_state(step, model, optimizer, counted or {})
+    tensors = {name: contiguous(t) for name, t in {**_moving(model), **moments}.items()}
+    dcp.save({**tensors, f"rank {rank()}": own}, checkpoint_id=partial)
+    _barrier()
+    if rank() == 0:
+        sync_folder(partial)
+        os.rename(partial, final)
+        sync_folder(folder)
+        write_atomically(folder / POINTER, final.name.encode())
+        for old in sorted(folder.glob("step-????????"))[:-keep]:
+            shutil.rmtree(old)
+    _barrier()
+    return final
 
 
 def contiguous(t: Tensor) -> Tensor:

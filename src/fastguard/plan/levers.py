@@ -52,9 +52,7 @@ DEVIATIONS = {lever.name: lever for lever in _DEVIATIONS}
 MICRO = "micro_batches"
 """The exact lever that is a number (``Setting.micro``): it is chosen so that a step fits, unless it is given."""
 
-NOT_BUILT = frozenset({
-    MICRO, "outer_on_host", "bf16_reductions", "lora_adversary", "node_adversary", "persistent_adversary",
-})  # fmt: skip
+NOT_BUILT = frozenset({"bf16_reductions", "lora_adversary", "node_adversary", "persistent_adversary"})
 """Those that are planned, and that no method of this package can run yet."""
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FILE = 5 * 2**30
-"""Bytes of a file of an exported model, at most; a single tensor may be larger."""
+"""Bytes of a file of an exported model, at most; a single tensor may be larger. The first process holds two at a time."""
 
 SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 """What torchrun sets, and srun sets instead."""
@@ -182,7 +182,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:
     """Write a sharded model as a folder that ``from_pretrained`` loads, whole or not at all; called by all processes.
 
-    Each writes its own shards, of which the first then makes the files, slice by slice.
+    Each writes its own shards, of which the first then makes the files, two at a time (`FILE`).
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -207,7 +207,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
         tensors = _stored(model)
         files = _files(tensors)
         writer = HuggingFaceStorageWriter(
-            str(temporary), files, save_distributed=True, enable_consolidation=True, thread_count_consolidation=4
+            str(temporary), files, save_distributed=True, enable_consolidation=True, thread_count_consolidation=2
         )
         dcp.save({name: contiguous(t) for name, t in tensors.items()}, storage_writer=writer)
         agreed(finish)

@@ -12,12 +12,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
 from fastguard import methods, parallel
 from fastguard.models import load_model
 from fastguard.run import pipeline
-from launch import processes
+from launch import processes, two_processes
 from recipes import trained
 
 TRAINED = [name for name, entry in methods.defenses().items() if not entry.edits]
@@ -135,6 +136,23 @@ def test_what_is_told_to_end_saves_and_goes_on_with_another_number_of_processes(
     assert moved > 1e-3 and apart < 1e-6 * moved
     curve = json.loads((tmp_path / "ended" / "metrics.json").read_text())["models"]["immunized"]["training"]["curve"]
     assert [p["step"] for p in curve] == list(range(30))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="memory is read from Linux's /proc")
+def test_no_process_holds_the_model_when_it_is_loaded_or_written(tmp_path):
+    tiny.folder(tmp_path / "tiny", vocabulary=264)
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 16384}
+    large = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=8, num_key_value_heads=8))
+    large.save_pretrained(tmp_path / "large", max_shard_size="40MB")
+    size = sum(p.numel() * p.element_size() for p in large.parameters())
+    worker = Path(__file__).with_name("memory_worker.py")
+    for said in two_processes(worker, tmp_path, str(tmp_path), str(tmp_path / "out")):
+        rose = [int(word) for word in said.splitlines()[-1].split()[1::2]]
+        assert max(rose) < 0.8 * size, (rose, size)
+    wanted = large.state_dict()
+    found = {k: v for file in (tmp_path / "out" / "large").glob("*.safetensors") for k, v in load_file(file).items()}
+    assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
 
 
 def test_what_needs_the_model_in_one_process_is_refused_before_anything_is_loaded(small, tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ def error(found, expected, scale=None) -> float:
     [
         ("gpt2", False, "eager", 1e-10),
         ("gpt2", True, "sdpa", 1e-10),
-        ("phi", False, "sdpa", 1e-7),
+        ("phi", False, "sdpa", 1e-5),  # rotates in fp32, whose rounding differs from CPU to CPU
         ("llama_tied", False, "sdpa", 1e-6),
         ("gemma2", True, "eager", 1e-6),
         ("qwen3_moe", False, "sdpa", 1e-6),

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FILE = 5 * 2**30
-"""Bytes of a file of an exported model, at most; a single tensor may be larger. The first process holds two at a time."""
+"""Bytes of a file of an exported model; a single tensor may be larger. The first process holds two files at a time."""
 
 SLURM = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 """What torchrun sets, and srun sets instead."""

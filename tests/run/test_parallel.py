@@ -125,7 +125,7 @@ def test_what_is_told_to_end_saves_and_goes_on_with_another_number_of_processes(
     saved = int(next(checkpoints.glob("*/0/latest")).read_text().removeprefix("step-"))
     assert 0 < saved < 30 and not (tmp_path / "ended" / "immunized").exists()
     for name in ("ended", "whole"):
-        job = run(tmp_path, name, 1, **changes)
+        job = run(tmp_path, name, 1, **changes, parallel={"save_minutes": 10.0})
         said, _ = job.communicate(timeout=300)
         assert job.returncode == 0, said[-20000:]
     assert not list(checkpoints.glob("*"))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,6 +13,7 @@ from fastguard.data.conversation import Prompt
 from fastguard.losses.answer import answer_loss
 from fastguard.parallel import everyone
 from fastguard.ranks import data_ranks
+from fastguard.taps.structure import evaluated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -75,7 +75,7 @@ def generate_ids(
         for row, i in enumerate(chosen):  # padding on the left: every row generates from the last column
             ids[row, length - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, length - len(encoded[i]) :] = 1
-        with _evaluated(model):
+        with evaluated(model):  # a layer that checkpoints its activations keeps no keys and values
             out = model.generate(  # type: ignore[operator]  # annotated as a submodule
                 input_ids=ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -86,18 +86,6 @@ def generate_ids(
         answers |= zip(chosen, out[:, length:].tolist(), strict=True)
     found = {i: answer for its in everyone(answers) for i, answer in its.items()}
     return [found[i] for i in range(len(encoded))]
-
-
-@contextlib.contextmanager
-def _evaluated(model: PreTrainedModel) -> Iterator[None]:
-    """Every module in evaluation mode: a layer that checkpoints its activations keeps no keys and values."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def answer_rates(

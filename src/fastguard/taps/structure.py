@@ -214,15 +214,23 @@ def output_head(base: nn.Module) -> nn.Module:
 @contextlib.contextmanager
 def _quiet(model: nn.Module, base: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; every module's own mode, and every FSDP2 shard, is put back."""
-    modes = [(module, module.training) for module in base.modules()]
     try:
-        base.eval()
-        with torch.no_grad():
+        with evaluated(base), torch.no_grad():
             yield
+    finally:
+        reshard(model)
+
+
+@contextlib.contextmanager
+def evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; every module's own is put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
     finally:
         for module, mode in modes:
             module.training = mode
-        reshard(model)
 
 
 def reshard(model: nn.Module) -> None:

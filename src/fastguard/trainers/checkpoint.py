@@ -91,12 +91,12 @@ def contiguous(t: Tensor) -> Tensor:
     Under FSDP2 on top of tensor parallelism a rank's rows are every n-th block of them (``_StridedShard``).
     """
     placements = getattr(t, "placements", None)
-    if placements is None or not any(type(p).__name__ == "_StridedShard" for p in placements):
+    if placements is None:
         return t
     from torch.distributed.tensor import Shard
 
     plain = tuple(Shard(p.dim) if type(p).__name__ == "_StridedShard" else p for p in placements)
-    return t.redistribute(placements=plain)  # type: ignore[attr-defined, no-any-return]
+    return t if plain == placements else t.redistribute(placements=plain)  # type: ignore[attr-defined, no-any-return]
 
 
 def load(

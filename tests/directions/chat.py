@@ -51,6 +51,8 @@ def model() -> tuple[LlamaForCausalLM, Tensor]:
             weight.zero_()  # it attends to all alike
         attention.v_proj.weight[0] = direction
         attention.o_proj.weight[:, 0] = 8 * direction
+        for layer in made.model.layers[1:]:  # what else differs between the words stays far below what ends a search
+            layer.self_attn.o_proj.weight.mul_(0.25)
         head -= (head @ direction)[:, None] * direction
         head[SORRY] += 6 * direction
     return made, direction

@@ -27,10 +27,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fastguard import LanguageModelLoss
+from fastguard.losses.pieces import joined
 from fastguard.nested import (
     ActivationPerturbation,
     AdamW,
     LoRAAdversary,
+    LoRAAttackers,
     PerturbationLostError,
     Reference,
     SimulatedAttack,
@@ -274,13 +277,13 @@ def simulated_attack(subject: Subject, functions: bool = False) -> None:
     with untouched(subject), subject.unsynchronised(), attack.at(subject.wrapped) as tampered:
         for i in range(STEPS):
             if functions:
-                with reduced(subject) as names:
+                with reduced(subject.wrapped) as names:
                     tampered.step(functools.partial(subject.loss, i))
-                assert all(".adversary." in name for name in names), names
-                with reduced(subject) as names:
+                assert names and all(".adversary." in name for name in names), names
+                with reduced(subject.wrapped) as names:
                     half = functools.partial(subject.loss, 100)
                     tampered.accumulate([(half, 0.5), (half, 0.5)], weight=weigh(i))
-                assert not any(".adversary." in name for name in names), names
+                assert names and not any(".adversary." in name for name in names), names
                 continue
             tampered.step(subject.loss(i))
             subject.quiet()
@@ -305,12 +308,12 @@ def adapters_alone(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def reduced(subject: Subject) -> Iterator[list[str]]:
+def reduced(wrapped: nn.Module) -> Iterator[list[str]]:
     """The parameters of which somebody makes a gradient, or FSDP2 or DDP reduces one."""
     names: list[str] = []
     handles = [
         p.register_post_accumulate_grad_hook(lambda p, name=name: names.append(name))
-        for name, p in subject.wrapped.named_parameters() if p.requires_grad
+        for name, p in wrapped.named_parameters() if p.requires_grad
     ]  # fmt: skip
     reduce = fsdp_param_group.foreach_reduce
 
@@ -325,7 +328,6 @@ def reduced(subject: Subject) -> Iterator[list[str]]:
         fsdp_param_group.foreach_reduce = reduce
         for handle in handles:
             handle.remove()
-    assert names, "nothing was seen"
 
 
 def one_step(subject: Subject) -> None:
@@ -470,6 +472,43 @@ def narrow_shards(rank: int) -> None:
         assert torch.equal(other, 2 * mine)  # replicas draw the same masters
 
 
+def several_attackers(layout: str, rank: int) -> None:
+    """In one forward: their steps make and reduce no gradient of the base; what they do is one process's on both parts.
+
+    Under FSDP2 they come to a model that is sharded already, as a run's do.
+    """
+    layers, found = {"num_hidden_layers": 2}, {}
+    for part in (None, rank):
+        model = tiny("llama", torch.float64, **layers)
+        loss = LanguageModelLoss(model, over_ranks=part is not None)
+        wrapped = model if part is None else shard(model, {"layout": layout})
+        attackers = LoRAAttackers(model, 2, rank=(1, 2))
+        rule = attackers.optimizer([AdamW(lr=LR), AdamW(lr=3 * LR)])
+        attack = SimulatedAttack(
+            model, rule, trains=attackers.trains, reads=attackers.reads, beside=attackers.parameters
+        )
+
+        def together(number: int, loss: Any = loss, wrapped: nn.Module = wrapped, part: int | None = part) -> Tensor:
+            of_ranks = [[batch(3 * number + i, of) for i in range(2)] for of in ((0, 1) if part is None else (part,))]
+            of_attackers = [{k: torch.cat([b[k] for b in own]) for k in own[0]} for own in zip(*of_ranks, strict=True)]
+            return loss.each(joined(of_attackers), 2, model=wrapped)
+
+        with attackers.at_work(), attack.at(wrapped) as tampered:
+            for i in range(STEPS):
+                with reduced(wrapped) as names:
+                    tampered.step(lambda i=i: together(i).sum())
+                assert not names or part is None, names
+                with reduced(wrapped) as names:
+                    tampered.accumulate(lambda: together(100).mean(), weigh(i))
+                assert names
+        loss.close()
+        found[part] = {
+            name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
+            for name, g in gradients(wrapped).items()
+        }
+    assert_same_gradients(found[rank], found[None], 1e-6)
+
+
 @contextlib.contextmanager
 def raises(kind: type[BaseException], pattern: str):
     try:
@@ -505,6 +544,8 @@ CASES: dict[str, dict] = {
     "ddp, bucket views": {"layout": "ddp, bucket view", "checkpointing": True},
     "ddp, adversary's LoRA": {"layout": "ddp", "adapter": "adversary"},
     "bfloat16 weights": {"alone": narrow_shards},
+    "several attackers": {"alone": functools.partial(several_attackers, "norm and head")},
+    "ddp, several attackers": {"alone": functools.partial(several_attackers, "ddp")},
 }
 
 

@@ -28,7 +28,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class SimulatedAttack:
         optimizer: the attacker's (``nested.AdamW``, ``nested.SGD``, or anything with ``start``).
         trains: what the attacker moves: a predicate on (name, parameter), parameters, or None for all that require a
             gradient. A LoRA adversary moves its adapter alone (``nested.LoRAAdversary.trains``).
+        beside: parameters by name that are none of the model's (``nested.LoRAAttackers.parameters``), which ``trains``
+            may choose.
         reads: what the defender's gradient is read for; None as above.
         snapshot: ``device``, ``host``, a budget in bytes, or fp32 masters (see ``nested.Snapshot``).
         masters: ``fp32``: weights in bf16 or fp16 are the roundings of fp32 numbers that the attacker moves, so that no
@@ -78,6 +80,7 @@ class SimulatedAttack:
         *,
         trains: Select = None,
         reads: Select = None,
+        beside: Mapping[str, nn.Parameter] | None = None,
         snapshot: Where = "device",
         masters: str | None = None,
         allow_lost: bool = False,
@@ -90,6 +93,7 @@ class SimulatedAttack:
         self.model = model
         self.optimizer: Optimizer = AdamW() if optimizer is None else as_rule(optimizer)
         self.trains, self.reads, self.where, self.seed = trains, reads, snapshot, seed
+        self.beside = beside
         self.calls = 0
         self._host: tuple[list[int], Snapshot] | None = None
         self._warned: set[str] = set()
@@ -112,7 +116,7 @@ class SimulatedAttack:
         """
         model = self.model if model is None else model
         _expect_module(model)
-        every = Weights(model)
+        every = Weights(model, beside=self.beside)
         trains, reads = every.among(self.trains, "trains"), every.among(self.reads, "reads")
         seed = derived_seed(self.seed, self.calls, data_ranks(model).rank)
         self.calls += 1
@@ -267,8 +271,7 @@ class Tampered:
             value = torch.stack(values).sum(0)
         gradients = weights.take_gradients()
         self._every.take_gradients()
-        if not isinstance(losses, Tensor) and len(weights) < len(self._every):
-            self._every.average(gradients)
+        weights.average(gradients, resting=not isinstance(losses, Tensor) and len(weights) < len(self._every))
         return value, gradients
 
     def _backward(self, loss: Tensor, weight: float, weights: Weights, what: str) -> Tensor:

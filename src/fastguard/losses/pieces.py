@@ -47,6 +47,8 @@ def joined(batches: Sequence[Mapping[str, Tensor]], name: str = "batches") -> di
     Padding is no token and carries no loss. Raises ValueError where numbers of samples or keys differ, or where there
     is something else to be padded than `FILL` knows.
     """
+    if len(batches) == 1:
+        return dict(batches[0])
     sizes = [size(batch) for batch in batches]
     if len(set(sizes)) != 1:
         raise ValueError(f"{name}: expected as many samples in each, got {sizes}")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from fastguard.settings import SettingError, Settings, choice, number, numbers
 
 TAMPER_LOSSES = ("max_entropy", "dpo")
+ADVERSARIES = ("weights", "lora")
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -33,6 +34,8 @@ class Options(Settings):
     batch: int = number(4, at_least=1)  # of the attackers
     held_out: int = number(8, at_least=1)  # of the batch that is read at tampered weights
     adversaries: int = number(1, at_least=1)  # per step
+    adversary: str = choice("weights", *ADVERSARIES)  # what they train; lora is no published attacker
+    adversary_rank: int = number(16, at_least=1)  # of the adapters of lora
     read_every: int = number(4, at_least=1)
     tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)
     grad_scale: float = number(4.0, at_least=0)
@@ -41,6 +44,8 @@ class Options(Settings):
     masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:
-        """The gradient must be read at least once."""
+        """The gradient must be read at least once, and attackers who pass together each have a sample in a pass."""
         if self.read_every > self.inner_steps:
             raise SettingError("read_every", self.read_every, f"at most inner_steps ({self.inner_steps})")
+        if self.adversary == "lora" and self.micro is not None and self.micro < self.adversaries:
+            raise SettingError("micro", self.micro, f"with adversary lora at least adversaries ({self.adversaries})")

@@ -93,6 +93,13 @@ def test_bad_input_is_named_before_the_first_pass():
             TAR(model, **{**SMALL, **options})
     with pytest.raises(SettingError, match=r"micro: expected with adversary lora at least adversaries \(4\), got 3"):
         Options(adversary="lora", adversaries=4, micro=3)
+    with pytest.raises(SettingError, match="bf16_reductions: expected with adversary lora False"):
+        Options(adversary="lora", bf16_reductions=True)
+    with pytest.raises(ValueError, match="reduce_dtype: expected none of one's own with adversary='lora'"):
+        TAR(model, **SMALL, reduce_dtype=torch.bfloat16)
+    tar = TAR.from_options(model, Options(adversary="lora", adversaries=2))
+    assert tar.attackers.count == 2 and all(p.shape[1] == 16 for p in tar.attackers.parameters.values())
+    assert TAR.from_options(model, Options(bf16_reductions=True)).attack.reduce_dtype == torch.bfloat16
     tar = TAR(model, **SMALL)
     retain = batch("outer retain", 0)
     for tamper, some, message in (

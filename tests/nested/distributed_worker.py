@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastguard import LanguageModelLoss
+from fastguard import LanguageModelLoss, fsdp2
+from fastguard.defenses.tar.step import TAR, Adversary
 from fastguard.losses.pieces import joined
 from fastguard.nested import (
     ActivationPerturbation,
@@ -509,6 +510,56 @@ def several_attackers(layout: str, rank: int) -> None:
     assert_same_gradients(found[rank], found[None], 1e-6)
 
 
+class Kept(AdamW):
+    """Keeps the gradients of the last step."""
+
+    def start(self, tensors: Any) -> Any:
+        running = super().start(tensors)
+        step = running.step
+        running.step = lambda given: (Kept.last.__setitem__(slice(None), given), step(given))
+        return running
+
+    last: ClassVar[list[Tensor]] = []
+
+
+def narrow_reductions(rank: int) -> None:
+    """Attackers' gradients are added up in bf16, by FSDP2 and by taps, the defender's as ever, whatever is raised."""
+    model = tiny("llama", torch.float32, num_hidden_layers=2)
+    loss = LanguageModelLoss(model, over_ranks=True)
+    wrapped = shard(model, {"layout": "norm and head"})
+    groups = list(fsdp2.parameter_groups(fsdp2.groups_of(model.modules())))
+
+    def value() -> Tensor:
+        return loss(batch(0, rank), model=wrapped)
+
+    def fits(gradients: list[Tensor]) -> set[bool]:
+        return {torch.equal(g, g.bfloat16().float()) for g in map(local, gradients)}
+
+    cosines = {}
+    for dtype in (torch.bfloat16, None):
+        attack = SimulatedAttack(model, Kept(lr=LR), reduce_dtype=dtype)
+        with attack.at(wrapped) as tampered:
+            tampered.step(value)
+            assert fits(Kept.last) == {dtype is not None}, dtype
+            tampered.accumulate(value)
+            cosines[dtype] = tampered.reduction_cosine
+        assert fits(list(gradients(wrapped).values())) == {False}
+        with raises(Cut, "in the middle"), attack.at(wrapped) as tampered:
+            tampered.step(lambda: cut(model))
+        assert {(g._reduce_dtype, g.mp_policy.reduce_dtype) for g in groups} == {(None, None)}
+    assert cosines[None] is None and 0.99 < float(cosines[torch.bfloat16]) < 1 - 1e-7, cosines
+    loss.close()
+    tar = TAR(model, steps=1, every=1, count=1, representations=False, reduce_dtype=torch.bfloat16)
+    attackers = [Adversary("one batch", LR, [batch(1, rank)])]
+    figures = tar.backward(retain=batch(2, rank), tamper=batch(3, rank), adversaries=attackers, model=wrapped)
+    assert 0.99 < float(figures["reduction_cosine"]) < 1 - 1e-7, figures
+    tar.close()
+    with raises(ValueError, "reduce_dtype: expected a model that FSDP2 shards, got one of DDP"):
+        replica = DistributedDataParallel(nn.Linear(2, 1))
+        with SimulatedAttack(replica, reduce_dtype=torch.bfloat16).at() as tampered:
+            tampered.step(lambda: replica(torch.ones(1, 2)).sum())
+
+
 @contextlib.contextmanager
 def raises(kind: type[BaseException], pattern: str):
     try:
@@ -544,6 +595,7 @@ CASES: dict[str, dict] = {
     "ddp, bucket views": {"layout": "ddp, bucket view", "checkpointing": True},
     "ddp, adversary's LoRA": {"layout": "ddp", "adapter": "adversary"},
     "bfloat16 weights": {"alone": narrow_shards},
+    "reductions in bfloat16": {"alone": narrow_reductions},
     "several attackers": {"alone": functools.partial(several_attackers, "norm and head")},
     "ddp, several attackers": {"alone": functools.partial(several_attackers, "ddp")},
 }

@@ -137,6 +137,23 @@ class Weights:
             guard.release()
             yield
 
+    @contextlib.contextmanager
+    def reducing_in(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """FSDP2 reduces the gradients of backwards inside in ``dtype``; None, and a model that is not sharded: as ever.
+
+        Raises ValueError under DDP, which reduces in the gradients' own dtype.
+        """
+        if dtype is None or not (self._replicas or self._groups):
+            yield
+            return
+        if self._replicas:
+            raise ValueError("reduce_dtype: expected a model that FSDP2 shards, got one of DDP")
+        with Restoring() as guard:
+            give_back = fsdp2.reduce_in(self._groups, dtype)
+            guard.on_exit(lambda finished: give_back())
+            guard.release()
+            yield
+
     def average(self, gradients: Sequence[Tensor | None], resting: bool = False) -> None:
         """Make those that nobody else averages the mean over the data ranks, in place and in one piece a dtype.
 
@@ -246,6 +263,13 @@ class Weights:
         """The inner product over all tensors and all ranks' shards; 0-dim."""
         with span("norms", a, 2):
             return self._sum(lambda at: dot([a[i] for i in at], [b[i] for i in at]))
+
+    def cosine(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+        """Of the angle between two gradients, one a parameter and None where there is none in either; 0-dim."""
+        held = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
+        some = self.subset(held)
+        one, other = ([t for i in held if (t := of[i]) is not None] for of in (a, b))
+        return some.dot(one, other) / (some.norm(one) * some.norm(other))
 
     def _sum(self, local: Callable[[list[int]], Tensor]) -> Tensor:
         """The sum of ``local(indices)`` over parameters of one sharding, reduced over its ranks, over all shardings."""

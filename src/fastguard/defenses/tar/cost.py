@@ -39,9 +39,9 @@ def attacker(s: Setting) -> Setting:
 
 def of_options(s: Setting, o: Options) -> Setting:
     """The job with what a run's own options say of its attackers."""
-    if o.adversary == "weights":
-        return s
-    return replace(s, adversary=o.adversary, adversary_rank=o.adversary_rank)
+    if o.adversary != "weights":
+        s = replace(s, adversary=o.adversary, adversary_rank=o.adversary_rank)
+    return replace(s, attack_reduce=2) if o.bf16_reductions else s
 
 
 def together(s: Setting, o: Options) -> int:

@@ -41,6 +41,7 @@ class Options(Settings):
     grad_scale: float = number(4.0, at_least=0)
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
     outer_states: int | None = number(None, at_least=0)  # bytes of the optimizer's that stay on the device in attacks
+    bf16_reductions: bool = False  # FSDP2 adds up attackers' gradients in bf16: a deviation
     masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:
@@ -49,3 +50,5 @@ class Options(Settings):
             raise SettingError("read_every", self.read_every, f"at most inner_steps ({self.inner_steps})")
         if self.adversary == "lora" and self.micro is not None and self.micro < self.adversaries:
             raise SettingError("micro", self.micro, f"with adversary lora at least adversaries ({self.adversaries})")
+        if self.adversary == "lora" and self.bf16_reductions:
+            raise SettingError("bf16_reductions", True, "with adversary lora False: the base has no gradient to reduce")

@@ -113,6 +113,8 @@ class TAR(Training):
         optimizer: from a learning rate to the attackers' optimizer.
         trains, reads, snapshot, masters, allow_lost: see ``nested.SimulatedAttack``; for a LoRA attacker of one's own
             ``nested.LoRAAdversary``'s.
+        reduce_dtype: in which FSDP2 adds up the gradients of the attackers' steps; a deviation, whose size the figure
+            ``reduction_cosine`` says (see ``nested.SimulatedAttack``). None: as the model was sharded.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
         micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
@@ -158,6 +160,7 @@ class TAR(Training):
         snapshot: Where = "device",
         masters: str | None = None,
         allow_lost: bool = False,
+        reduce_dtype: torch.dtype | None = None,
         batch: int | None = None,
         held_out: int | None = None,
         micro: int | None = None,
@@ -171,7 +174,8 @@ class TAR(Training):
         _require(callable(tamper_loss) or tamper_loss in TAMPER_LOSSES, "tamper_loss", tamper_loss, str(TAMPER_LOSSES))
         _require(adversary in ADVERSARIES, "adversary", adversary, str(ADVERSARIES))
         if adversary == "lora":
-            own = {"loss": loss, "tamper_loss": tamper_loss if callable(tamper_loss) else None, "trains": trains}
+            own = {"loss": loss, "tamper_loss": tamper_loss if callable(tamper_loss) else None, "trains": trains,
+                   "reduce_dtype": reduce_dtype}  # fmt: skip
             for name, value in own.items():
                 _require(value is None, name, value, "none of one's own with adversary='lora'")
             _require(micro is None or micro >= count, "micro", micro, f"a sample of each of {count} attackers at least")
@@ -196,7 +200,7 @@ class TAR(Training):
             reads = self.attackers.reads if reads is None else reads
         self.attack = SimulatedAttack(
             model, trains=trains, reads=reads, beside=beside, snapshot=snapshot, masters=masters,
-            allow_lost=allow_lost, seed=seed,
+            allow_lost=allow_lost, reduce_dtype=reduce_dtype, seed=seed,
         )  # fmt: skip
         corpora = dict.fromkeys(name for kind in self.kinds for name in kind)
         self.roles = {
@@ -223,7 +227,8 @@ class TAR(Training):
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
             adversary=o.adversary, adversary_rank=o.adversary_rank,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
-            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro, seed=seed,
+            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro,
+            reduce_dtype=torch.bfloat16 if o.bf16_reductions else None, seed=seed,
         )  # fmt: skip
 
     @property
@@ -333,7 +338,8 @@ class TAR(Training):
         Returns:
             ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``; ``tamper``, the
             mean of what was read, unweighted; ``attacker_first`` and ``attacker_last``, the attackers' mean loss before
-            their first and last step.
+            their first and last step; ``reduction_cosine``, where ``reduce_dtype`` is given and the model sharded, of
+            their first steps' gradients to those that are added up as ever, the mean.
 
         Raises:
             ValueError: batches that do not fit, or too few. FloatingPointError: a loss is not finite.
@@ -386,6 +392,8 @@ class TAR(Training):
         """Steps of an attack on ``passes``, the sum of the losses of ``attackers``, and what the defender reads."""
         for i, own in enumerate(passes):
             loss = tampered.step(own)
+            if i == 0 and tampered.reduction_cosine is not None:
+                figures.note("reduction_cosine", tampered.reduction_cosine)
             if i in (0, self.steps - 1):
                 figures.note("attacker_last" if i else "attacker_first", loss / attackers)
             if (i + 1) % self.every == 0:

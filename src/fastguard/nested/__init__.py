@@ -7,6 +7,7 @@
 ``activations``  a step of the activations instead of the weights
 ``reference``    the initial weights, exchanged with the live ones for the length of a forward
 ``adversary``    an attacker that trains LoRA adapters only
+``persistent``   an attacker who is kept from one attack to the next
 ``weights``      trainable parameters as local tensors, sharded ones included
 ``guard``        whatever is raised, what was changed is put back; random numbers, seeds, ranks
 ``narrow``       how much of an attacker's steps bf16 keeps, and masters that keep all
@@ -21,6 +22,7 @@ from fastguard.nested.adversary import LoRAAdversary
 from fastguard.nested.attack import SimulatedAttack, Tampered
 from fastguard.nested.linearised import linearised
 from fastguard.nested.optimizers import SGD, AdamW
+from fastguard.nested.persistent import PersistentAttacker
 from fastguard.nested.perturbation import PerturbationLostError, Realised, perturbed
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Snapshot
@@ -33,6 +35,7 @@ __all__ = [
     "ActivationPerturbation",
     "AdamW",
     "LoRAAdversary",
+    "PersistentAttacker",
     "PerturbationLostError",
     "Realised",
     "Reference",

@@ -474,7 +474,6 @@ def narrow_shards(rank: int) -> None:
 
 def goes_on(attack: SimulatedAttack, attacker: PersistentAttacker, ranks: range, first: int, steps: int) -> Grads:
     """What the attacker's next steps give the defender, from the mean over the batches of these ranks."""
-    attack.model.zero_grad()
 
     def loss(i: int) -> Tensor:
         return sum(attack.model(**batch(i, rank)).loss for rank in ranks) / len(ranks)

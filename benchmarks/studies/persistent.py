@@ -2,9 +2,10 @@
 
     python benchmarks/studies/persistent.py --seed 0
 
-The demo's aligned model is trained twice, for 100 outer steps on the same data: against attackers of K = 8 cold steps, and
-against one who goes 2 steps further in each outer step and is renewed when he has gone 8. One kind of attacker and one
-learning rate, so that persistence is the only difference. The reads' weights have the same mean over an attacker's life.
+The demo's aligned model is trained twice, for 100 outer steps on the same data: against attackers of K = 8 cold steps,
+and against one who goes 2 steps further in each outer step and is renewed when he has gone 8. One kind of attacker and
+one learning rate, so that persistence is the only difference. The reads' weights have the same mean over an attacker's
+life.
 
 At every fifth step of the persistent run, at the same weights and with the same held-out batch, its tamper gradient is
 compared with that of two cold attackers, who differ in their batches alone: the cosine between these two is what the

@@ -27,7 +27,9 @@ def attacked(attack: SimulatedAttack, attacker: PersistentAttacker, first: int, 
     return gradients(model)
 
 
-def by_hand(model: nn.Module, theta: list[Tensor], moved: int, steps: int = 2) -> tuple[dict[str, Tensor], list[Tensor]]:
+def by_hand(
+    model: nn.Module, theta: list[Tensor], moved: int, steps: int = 2
+) -> tuple[dict[str, Tensor], list[Tensor]]:
     """The gradient of the second of two such attacks, the defender having stepped from theta to theta + 0.01 between
     them, and where the attacker then stands beside him; by torch's own optimizer, on a copy.
     """
@@ -126,18 +128,18 @@ def test_masters_keep_what_bf16_would_round_away(given):
 
 def test_what_cannot_be_kept_is_refused():
     model = nn.Linear(4, 4, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match=r"attacker: expected weights in fp32, or masters='fp32'.*got .*bfloat16"):
-        with SimulatedAttack(model).at(attacker=PersistentAttacker()):
-            pass
+    refused = pytest.raises(ValueError, match=r"attacker: expected weights in fp32, or masters='fp32'.*got .*bfloat16")
+    with refused, SimulatedAttack(model).at(attacker=PersistentAttacker()):
+        pass
 
     class Stateless:
         def start(self, tensors):
             return type("Going", (), {"step": lambda self, gradients: None})()
 
     model = nn.Linear(4, 4)
-    with pytest.raises(TypeError, match=r"optimizer: expected one that a persistent attacker can go on with.*Going"):
-        with SimulatedAttack(model, Stateless()).at(attacker=PersistentAttacker()):
-            pass
+    refused = pytest.raises(TypeError, match=r"optimizer: expected one that a persistent attacker can go on with.*Go")
+    with refused, SimulatedAttack(model, Stateless()).at(attacker=PersistentAttacker()):
+        pass
 
 
 def test_the_attacker_of_another_model_begins_anew_and_says_so():

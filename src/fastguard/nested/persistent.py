@@ -5,7 +5,7 @@ the way of the step before, since the defender has hardly moved. A persistent at
 what he had changed when the last attack ended, theta is wherever the defender is now, and he goes a few steps further
 from there, with the moments that he had. That is another estimate of the gradient than a cold attack's: the defender
 moved under him (nested optimisation by persistent inner chains, as in persistent contrastive divergence, Tieleman
-2008, https://doi.org/10.1145/1390156.1390290). What it costs in safety has to be measured (docs/persistent.md).
+2008, https://doi.org/10.1145/1390156.1390290). What it costs in safety has to be measured (docs/demo.md).
 
     attacker = PersistentAttacker()
     for step in range(outer_steps):

@@ -111,7 +111,7 @@ class TAR(Training):
         persistent, fresh: a deviation from the paper. An attacker is kept from step to step as a difference to the
             defender's moving weights, with his optimizer; he goes ``fresh`` steps further in each, and a new one begins
             when he has gone K. A step then costs fresh / K of the cold ones' passes (an eighth, as K is 64), for a
-            gradient at weights that the attacker reached while the defender moved: docs/persistent.md says what came
+            gradient at weights that the attacker reached while the defender moved: docs/demo.md says what came
             of it. Every n-th of the fresh steps is read, or the last where there are fewer than n, with the weight of
             the step that he has reached: reads too are fresh / K as many, and ``grad_scale`` weighs so much less
             beside the retain loss. Takes weights in fp32, or ``masters``.

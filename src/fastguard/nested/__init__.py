@@ -3,6 +3,7 @@
 ``attack``       K steps of an attacker's optimizer, gradients read on the way
 ``perturbation`` one step along a given direction, and how much of it the dtype kept
 ``linearised``   the same pass as base product plus scaled product, for weights that cannot hold the step
+``audit``        the exact gradient of an attack, and how far a first-order one is from it
 ``tangent``      the exact product of the Hessian with a direction, where a step stands for its derivative
 ``activations``  a step of the activations instead of the weights
 ``reference``    the initial weights, exchanged with the live ones for the length of a forward
@@ -20,6 +21,7 @@
 from fastguard.nested.activations import ActivationPerturbation
 from fastguard.nested.adversary import LoRAAdversary
 from fastguard.nested.attack import SimulatedAttack, Tampered
+from fastguard.nested.audit import Audit, audit
 from fastguard.nested.linearised import linearised
 from fastguard.nested.optimizers import SGD, AdamW
 from fastguard.nested.persistent import PersistentAttacker
@@ -34,6 +36,7 @@ __all__ = [
     "SGD",
     "ActivationPerturbation",
     "AdamW",
+    "Audit",
     "LoRAAdversary",
     "PersistentAttacker",
     "PerturbationLostError",
@@ -44,6 +47,7 @@ __all__ = [
     "Tampered",
     "Waiting",
     "Weights",
+    "audit",
     "hessian_product",
     "linearised",
     "perturbed",

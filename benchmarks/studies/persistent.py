@@ -126,6 +126,7 @@ def trained(kind: str, aligned: Path, folder: Path, seed: int, note: Any) -> Non
 
     def report(fraction: float, text: str) -> None:
         print(f"seed {seed}, {kind}: {text}, {time.time() - start:.0f} s", flush=True)
+        note({kind: {"fraction": fraction, "probes": tar.probes}})
 
     keeper = Keeper(folder.with_suffix(".checkpoints"), minutes=5, keep=1)
     steps, seconds, curve = train(tar, data, LR, steps=OUTER, report=report, keeper=keeper)

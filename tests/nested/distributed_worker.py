@@ -11,6 +11,7 @@ import copy
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -505,6 +506,12 @@ def kept_attacker(rank: int) -> None:
         if sharded is True:
             save(folder, 1, model, optimizer, counted)
         found.append(goes_on(attack, attacker, ranks, 2, 1))
+    states = [{}, {}]
+    dist.all_gather_object(states, attacker.state_dict())
+    attacker.load_state_dict(states[0])  # as a trainer does that saves on the first rank
+    with warnings.catch_warnings(record=True) as caught:
+        goes_on(attack, attacker, ranks, 3, 1)
+    assert attacker.taken == 1 and "begun anew" in str(caught[-1].message)
     assert_same_gradients(found[1], found[0], 1e-9)
     assert all(torch.equal(g, found[1][name]) for name, g in found[2].items())
 

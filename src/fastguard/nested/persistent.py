@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastguard.nested.guard import derived_seed
+from fastguard.nested.guard import derived_seed, on_every_rank
 from fastguard.nested.narrow import Mastered
 from fastguard.nested.optimizers import Running, resumable
 from fastguard.nested.profile import span
@@ -45,7 +45,9 @@ class PersistentAttacker:
         taken: steps that he has gone since he began.
 
     `state_dict` holds the tensors of this rank, by reference; `load_state_dict` takes them back. Where they are another
-    part of the model than this rank's, as on another number of ranks, the next attack begins anew, and warns.
+    part of the model than this rank's, as on another number of ranks, the next attack begins anew on all, and warns.
+    ``fastguard.trainers.save`` keeps every rank's part; Hugging Face's ``Trainer`` the first's, which is all where the
+    weights are whole.
     """
 
     def __init__(self) -> None:
@@ -58,16 +60,18 @@ class PersistentAttacker:
     @torch.no_grad()
     def enter(self, weights: Weights, running: Running) -> None:
         """Move what ``running`` moves, which is where the defender stands, to where the attacker stood beside it."""
-        if self._numbers and self._part != _part(weights):
+        attacker = resumable(running)
+        if not self._numbers:
+            return
+        fits = torch.tensor(self._part == _part(weights), device=attacker.tensors[0].device)
+        if not on_every_rank(fits):  # a trainer may have saved the first rank's alone
             warnings.warn(
-                "persistent attacker: begun anew, since what was saved is of another model or another part of it (on "
-                "as many ranks, sharded alike, it would have gone on)",
+                "persistent attacker: begun anew, since what was saved is of another model or another part of it (by "
+                "fastguard.trainers.save, and on as many ranks, sharded alike, he would have gone on)",
                 RuntimeWarning,
                 stacklevel=4,
             )
             self.renew()
-        attacker = resumable(running)
-        if not self._numbers:
             return
         with span("attackers who wait", attacker.tensors, 7):
             for t, own in zip(attacker.tensors, self._numbers, strict=True):

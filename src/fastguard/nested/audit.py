@@ -68,6 +68,7 @@ def audit(
             points.append([t.clone() for t in tensors])
             gradients.append(_gradients(loss, weights))
             running.step(gradients[-1])
+        del running  # and the moments
         first_order = [torch.zeros_like(t) for t in tensors]
         adjoints = [_Adjoint(*(torch.zeros_like(t) for _ in range(3))) for t in tensors]
         for k in reversed(range(len(attack))):

@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Options(Settings):
     """See ``fastguard.TAR``, where ``inner_steps`` is ``steps``, ``read_every`` ``every``, ``inner_lr`` ``lrs``."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2, "held_out": 2}
+    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2, "held_out": 2, "fresh": 1}
     timed: ClassVar[Mapping[str, Any]] = {"inner_steps": 8, "batch": 4, "held_out": 4}  # as many reads a step
 
     inner_steps: int = number(64, at_least=1)
@@ -38,9 +38,13 @@ class Options(Settings):
     grad_scale: float = number(4.0, at_least=0)
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
     outer_states: int | None = number(None, at_least=0)  # bytes of the optimizer's that stay on the device in attacks
+    persistent: bool = False  # attackers are kept from step to step: a deviation from the paper, see ``fastguard.TAR``
+    fresh: int = number(8, at_least=1)  # steps that a persistent attacker goes further in each of the defender's
     masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:
         """The gradient must be read at least once."""
         if self.read_every > self.inner_steps:
             raise SettingError("read_every", self.read_every, f"at most inner_steps ({self.inner_steps})")
+        if self.persistent and self.fresh > self.inner_steps:
+            raise SettingError("fresh", self.fresh, f"at most inner_steps ({self.inner_steps})")

@@ -50,6 +50,7 @@ from fastguard.methods.training import Data, Figures, Passes, Role, Step, Traini
 from fastguard.nested.attack import SimulatedAttack
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.optimizers import AdamW, Optimizer
+from fastguard.nested.persistent import PersistentAttacker
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Where
 from fastguard.nested.waiting import Waiting
@@ -107,6 +108,13 @@ class TAR(Training):
         optimizer: from a learning rate to the attackers' optimizer.
         trains, reads, snapshot, masters, allow_lost: see ``nested.SimulatedAttack``; for a LoRA attacker
             ``nested.LoRAAdversary``'s.
+        persistent, fresh: a deviation from the paper. An attacker is kept from step to step as a difference to the
+            defender's moving weights, with his optimizer; he goes ``fresh`` steps further in each, and a new one begins
+            when he has gone K. A step then costs fresh / K of the cold ones' passes (an eighth, as K is 64), for a
+            gradient at weights that the attacker reached while the defender moved: docs/demo.md says what came
+            of it. Every n-th of the fresh steps is read, or the last where there are fewer than n, with the weight of
+            the step that he has reached: reads too are fresh / K as many, and ``grad_scale`` weighs so much less
+            beside the retain loss. Takes weights in fp32, or ``masters``.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
         micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
@@ -149,12 +157,15 @@ class TAR(Training):
         snapshot: Where = "device",
         masters: str | None = None,
         allow_lost: bool = False,
+        persistent: bool = False,
+        fresh: int = Options.fresh,
         batch: int | None = None,
         held_out: int | None = None,
         micro: int | None = None,
         seed: int = 0,
     ) -> None:
         _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
+        _require(not persistent or 1 <= fresh <= steps, "fresh", fresh, f"1 to steps ({steps})")
         _require(count >= 1, "count", count, "at least one adversary")
         _require(len(lrs) > 0 and all(lr > 0 for lr in lrs), "lrs", lrs, "learning rates above 0")
         _require(len(kinds) > 0 and all(len(k) in (1, 2) for k in kinds), "kinds", kinds, "tuples of one corpus or two")
@@ -162,6 +173,8 @@ class TAR(Training):
         _require(callable(tamper_loss) or tamper_loss in TAMPER_LOSSES, "tamper_loss", tamper_loss, str(TAMPER_LOSSES))
         super().__init__(model, loss=loss, seed=seed, reads=reads, micro=micro)
         self.steps, self.every, self.count = steps, every, count
+        self.persistent, self.fresh = persistent, fresh if persistent else steps
+        self._attackers: dict[int, PersistentAttacker] = {}
         self.lrs, self.kinds, self.switch = tuple(lrs), tuple(tuple(k) for k in kinds), switch
         self.schedule, self.grad_scale, self.retain_weight = schedule, grad_scale, retain_weight
         self.tamper_loss, self.tamper_positions, self.beta = tamper_loss, tamper_positions, beta
@@ -200,7 +213,8 @@ class TAR(Training):
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
-            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro, seed=seed,
+            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro,
+            persistent=o.persistent, fresh=o.fresh, seed=seed,
         )  # fmt: skip
 
     @property
@@ -211,6 +225,13 @@ class TAR(Training):
     def weight(self, i: int) -> float:
         """The weight of the gradient that is read after step ``i``, counted from 0."""
         return 1 / self.steps if self.schedule is None else math.exp(self.schedule * (i - (self.steps - 1)))
+
+    def leg(self) -> range:
+        """The attackers' steps in the coming one of the defender's, counted from 0 at their beginning: all K of cold
+        ones, ``fresh`` of persistent ones, or what is left of K.
+        """
+        gone = self.step % -(-self.steps // self.fresh) * self.fresh
+        return range(gone, min(gone + self.fresh, self.steps))
 
     def adversaries(self, sources: Mapping[str, Source]) -> list[Adversary]:
         """The adversaries of the coming step, a function of (seed, step) alone, equal on every rank.
@@ -229,11 +250,12 @@ class TAR(Training):
         return [self._adversary(sources, index) for index in range(self.count)]
 
     def _adversary(self, sources: Mapping[str, Source], index: int) -> Adversary:
-        draw = random.Random(derived_seed("tar", self.seed, self.step, index))
+        leg = self.leg()
+        draw = random.Random(derived_seed("tar", self.seed, self.step - leg.start // self.fresh, index))
         kind, lr = draw.choice(self.kinds), draw.choice(self.lrs)
         switch = int(draw.betavariate(*self.switch) * self.steps) if len(kind) == 2 else 0
-        first = (self.step * self.count + index) * self.steps
-        names = [kind[0] if i < switch else kind[-1] for i in range(self.steps)]
+        first = (self.step * self.count + index) * self.fresh
+        names = [kind[0] if i < switch else kind[-1] for i in leg]
         name = kind[0] if len(kind) == 1 else f"{kind[0]}, from step {switch} {kind[1]}"
         return Adversary(name, lr, (sources[corpus](first + i) for i, corpus in enumerate(names)))
 
@@ -262,10 +284,11 @@ class TAR(Training):
         _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
         for batch in held_out if self.tamper_loss == "dpo" else ():
             _concatenated(batch)  # before adversaries are drawn from, whose batches may come once
-        drawn = [replace(a, batches=list(islice(a.batches, self.steps))) for a in adversaries]
+        count = len(self.leg())
+        drawn = [replace(a, batches=list(islice(a.batches, count))) for a in adversaries]
         for a in drawn:
             given = f"{len(a.batches)} batches"
-            _require(len(a.batches) == self.steps, f"adversary {a.name!r}", given, f"at least {self.steps}")
+            _require(len(a.batches) == count, f"adversary {a.name!r}", given, f"at least {count}")
         return {"adversaries": drawn, "tamper": held_out}
 
     def inspect(self, *, retain: Batch, tamper: Sequence[Any], adversaries: Sequence[Adversary]) -> None:  # type: ignore[override]
@@ -291,7 +314,7 @@ class TAR(Training):
             retain: ``input_ids`` [B, T], ``attention_mask``, ``labels``; see ``LanguageModelLoss``.
             tamper: the held-out batch, or one an adversary (here it is that: see `checked`); for DPO ``{"chosen":
                 batch, "rejected": batch}``.
-            adversaries: see `adversaries`; each with at least K batches.
+            adversaries: see `adversaries`; each with a batch a step (see `leg`), or more.
 
         Returns:
             ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``; ``tamper``, the
@@ -303,8 +326,8 @@ class TAR(Training):
         """
         figures = _Figures()
         with self._aside():
-            for adversary, batch in zip(adversaries, tamper, strict=True):
-                self._attack(step, adversary, batch, 1 / len(adversaries), figures)
+            for index, (adversary, batch) in enumerate(zip(adversaries, tamper, strict=True)):
+                self._attack(step, adversary, batch, 1 / len(adversaries), figures, self._kept(index))
         self._retain(step, retain, figures)
         return figures.means()
 
@@ -321,18 +344,30 @@ class TAR(Training):
         )
         return contextlib.nullcontext()
 
+    def _kept(self, index: int) -> PersistentAttacker | None:
+        """Who attacks in the place of this number: nobody is kept of cold attacks, nor of persistent ones that end."""
+        if not self.persistent:
+            return None
+        attacker = self._attackers.setdefault(index, PersistentAttacker())
+        if self.leg().start == 0:
+            attacker.renew()
+        return attacker
+
     def _attack(
-        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures
-    ) -> None:
-        model = step.model
+        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures,
+        attacker: PersistentAttacker | None,
+    ) -> None:  # fmt: skip
+        model, batches = step.model, list(adversary.batches)
         read = self._prepared(step, held_out)
-        with self.attack.at(model, self.optimizer(adversary.lr)) as tampered:
-            for i, batch in enumerate(adversary.batches):
+        every = min(self.every, len(batches))
+        with self.attack.at(model, self.optimizer(adversary.lr), attacker) as tampered:
+            gone = attacker.taken if attacker is not None else 0  # asked inside, where he may have begun anew
+            for i, batch in enumerate(batches):
                 loss = tampered.step(step.passes(step.loss, batch))
-                if i in (0, self.steps - 1):
+                if i in (0, len(batches) - 1):
                     figures.note("attacker_last" if i else "attacker_first", loss)
-                if (i + 1) % self.every == 0:
-                    weight = self.grad_scale * self.weight(i) * share
+                if (i + 1) % every == 0:
+                    weight = self.grad_scale * self.weight(gone + i) * share
                     loss = tampered.accumulate(read, step.scale * weight)
                     figures.note("tamper", loss)
                     figures.add("loss", weight * loss)
@@ -413,12 +448,17 @@ class TAR(Training):
         Without ``reference=``, make that object while the model is the one that the run began with, and load the
         trained weights into the model afterwards.
         """
-        return {"step": self.step, **self.attack.state_dict()}
+        kept = {"attackers": {i: a.state_dict() for i, a in self._attackers.items()}} if self.persistent else {}
+        return {"step": self.step, **self.attack.state_dict(), **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Training.load_state_dict`."""
         super().load_state_dict(state)
         self.attack.load_state_dict(dict(state))
+        self._attackers = {}
+        for index, kept in state.get("attackers", {}).items():
+            self._attackers[index] = PersistentAttacker()
+            self._attackers[index].load_state_dict(kept)
 
 
 class _Figures:

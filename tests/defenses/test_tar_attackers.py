@@ -84,18 +84,22 @@ def test_bad_input_is_named_before_the_first_pass():
     model = tiny("llama", num_hidden_layers=2)
     for options, message in (
         (dict(adversary="resident"), r"adversary: expected \('weights', 'lora'\), got 'resident'"),
-        (dict(loss=len), "loss: expected none of one's own with adversary='lora'"),
-        (dict(tamper_loss=len), "tamper_loss: expected none of one's own with adversary='lora'"),
-        (dict(trains=[]), "trains: expected none of one's own"),
+        (dict(loss=len), "loss: expected none with adversary='lora'"),
+        (dict(tamper_loss=len), "tamper_loss: expected none with adversary='lora'"),
+        (dict(trains=[]), "trains: expected none with"),
         (dict(micro=1), "micro: expected a sample of each of 2 attackers at least, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
             TAR(model, **{**SMALL, **options})
     with pytest.raises(SettingError, match=r"micro: expected with adversary lora at least adversaries \(4\), got 3"):
         Options(adversary="lora", adversaries=4, micro=3)
+    with pytest.raises(ValueError, match="persistent: expected none with adversary='lora'"):
+        TAR(model, **SMALL, persistent=True, fresh=1)
+    with pytest.raises(SettingError, match="persistent: expected with adversary lora False"):
+        Options(adversary="lora", persistent=True)
     with pytest.raises(SettingError, match="bf16_reductions: expected with adversary lora False"):
         Options(adversary="lora", bf16_reductions=True)
-    with pytest.raises(ValueError, match="reduce_dtype: expected none of one's own with adversary='lora'"):
+    with pytest.raises(ValueError, match="reduce_dtype: expected none with adversary='lora'"):
         TAR(model, **SMALL, reduce_dtype=torch.bfloat16)
     tar = TAR.from_options(model, Options(adversary="lora", adversaries=2))
     assert tar.attackers.count == 2 and all(p.shape[1] == 16 for p in tar.attackers.parameters.values())

@@ -11,6 +11,7 @@ import copy
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -35,12 +36,14 @@ from fastguard.nested import (
     AdamW,
     LoRAAdversary,
     LoRAAttackers,
+    PersistentAttacker,
     PerturbationLostError,
     Reference,
     SimulatedAttack,
     Weights,
     perturbed,
 )
+from fastguard.trainers import load, save
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 STEPS, LR, DECAY, NORM, RHO = 3, 1e-2, 0.1, 0.7, 2.0
@@ -560,6 +563,49 @@ def narrow_reductions(rank: int) -> None:
             tampered.step(lambda: replica(torch.ones(1, 2)).sum())
 
 
+def goes_on(attack: SimulatedAttack, attacker: PersistentAttacker, ranks: range, first: int, steps: int) -> Grads:
+    """What the attacker's next steps give the defender, from the mean over the batches of these ranks."""
+
+    def loss(i: int) -> Tensor:
+        return sum(attack.model(**batch(i, rank)).loss for rank in ranks) / len(ranks)
+
+    with attack.at(attacker=attacker) as tampered:
+        for i in range(first, first + steps):
+            tampered.step(functools.partial(loss, i))
+        tampered.accumulate(functools.partial(loss, 100))
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(attack.model).items()}
+
+
+def kept_attacker(rank: int) -> None:
+    """Beside shards as beside whole weights; the checkpoint is left for as many ranks, and for one."""
+    found: list[Grads] = []
+    folder = Path(sys.argv[2]).with_name("kept")
+    for sharded in (False, True, "again"):
+        model = tiny("llama", torch.float64, num_hidden_layers=2)
+        if sharded:
+            fully_shard(model)
+        attack, attacker = SimulatedAttack(model, AdamW(lr=LR)), PersistentAttacker()
+        optimizer, counted = torch.optim.AdamW(model.parameters(), lr=LR), {"attacker": attacker}
+        ranks = range(rank, rank + 1) if sharded else range(2)
+        if sharded == "again":
+            assert load(folder, model, optimizer, counted) == 1 and attacker.taken == 2
+        else:
+            for p, g in goes_on(attack, attacker, ranks, 0, 2).items():
+                assert g.isfinite().all(), p
+            optimizer.step()
+        if sharded is True:
+            save(folder, 1, model, optimizer, counted)
+        found.append(goes_on(attack, attacker, ranks, 2, 1))
+    states = [{}, {}]
+    dist.all_gather_object(states, attacker.state_dict())
+    attacker.load_state_dict(states[0])  # as a trainer does that saves on the first rank
+    with warnings.catch_warnings(record=True) as caught:
+        goes_on(attack, attacker, ranks, 3, 1)
+    assert attacker.taken == 1 and "begun anew" in str(caught[-1].message)
+    assert_same_gradients(found[1], found[0], 1e-9)
+    assert all(torch.equal(g, found[1][name]) for name, g in found[2].items())
+
+
 @contextlib.contextmanager
 def raises(kind: type[BaseException], pattern: str):
     try:
@@ -598,6 +644,7 @@ CASES: dict[str, dict] = {
     "reductions in bfloat16": {"alone": narrow_reductions},
     "several attackers": {"alone": functools.partial(several_attackers, "norm and head")},
     "ddp, several attackers": {"alone": functools.partial(several_attackers, "ddp")},
+    "persistent attacker": {"alone": kept_attacker},
 }
 
 

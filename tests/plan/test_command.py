@@ -41,7 +41,7 @@ def test_one_plan_is_shown_in_full():
         "bound by network network",
         "attackers' batch: 32 sequences are rounded up to 64, 1 a GPU.",
         "published exact reductions moments adversary adversary adversary",
-        "persistent adversary (not built)", "head gathered at first use",
+        "persistent adversary", "node adversary (not built)", "head gathered at first use",
     ):  # fmt: skip
         assert said in flat(result), said
 

@@ -171,6 +171,8 @@ def test_attackers_who_are_kept_go_a_few_steps_further_and_wait_with_their_optim
     assert named(tar(kept, inner_steps=4), "attack: forward").count == 4
     [waits] = [i for i in tar(kept).items if i.name == "attackers who wait"]
     assert waits.host and waits.bytes == pytest.approx(12 * s.shard)
+    assert tar(s, persistent=True, fresh=8) == tar(kept)  # the option of a run, by which it is planned too
+    assert not [i for i in tar(s, persistent=True, fresh=64).items if i.name == "attackers who wait"]
 
 
 def test_deviations_can_be_had_together_and_unknown_names_are_refused():

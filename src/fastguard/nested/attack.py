@@ -29,6 +29,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from torch import Tensor, nn
 from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers, same_random_numbers
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
 from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
+from fastguard.nested.persistent import PersistentAttacker
 from fastguard.nested.perturbation import WARN_BELOW, Realised
 from fastguard.nested.profile import span
 from fastguard.nested.snapshot import Snapshot, Where
@@ -103,10 +105,16 @@ class SimulatedAttack:
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def at(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> Iterator[Tampered]:
+    def at(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        attacker: PersistentAttacker | None = None,
+    ) -> Iterator[Tampered]:
         """An attack from the current weights of ``model`` (None: the constructor's).
 
-        optimizer: for this attack instead of the constructor's.
+        optimizer: for this attack instead of the constructor's. attacker: who goes on from where he was beside these
+            weights, and is left further on, unless something is raised; he needs fp32 weights or ``masters``.
 
         On leaving, parameters and buffers are bit for bit what they were, whatever was raised inside, and torch's
         random numbers go on as if there had been no attack. Left without an exception, every parameter that is read
@@ -116,7 +124,9 @@ class SimulatedAttack:
             FloatingPointError: a loss or the accumulated gradient is not finite; on every rank, if it is so on one.
             PerturbationLostError: the weights' dtype keeps too little of the attacker's steps; see ``masters``.
             RuntimeError: gradients of FSDP2 wait unsynchronised.
-            ValueError: the model has nothing that requires a gradient, or ``trains`` or ``reads`` choose nothing of it.
+            TypeError: an attacker whose optimizer cannot be gone on with.
+            ValueError: the model has nothing that requires a gradient, or ``trains`` or ``reads`` choose nothing of it;
+                an attacker on weights in bf16 or fp16 without masters.
         """
         model = self.model if model is None else model
         _expect_module(model)
@@ -129,8 +139,15 @@ class SimulatedAttack:
         buffers = [b for b in model.buffers() if b.device.type != "meta"]
         kept = [b.detach().clone() for b in buffers]
         rule = self.optimizer if optimizer is None else as_rule(optimizer)
+        if attacker is not None and self.masters is None and narrow(tensors):
+            raise ValueError(
+                "attacker: expected weights in fp32, or masters='fp32', since what he has changed would be rounded "
+                f"away; got weights in {tensors[narrow(tensors)[0]].dtype}"
+            )
         snapshot.take()
-        tampered = Tampered(every, trains, reads, self._start(rule, tensors), self._judge(rule), self.reduce_dtype)
+        running = self._start(rule, tensors)
+        tampered = Tampered(every, trains, reads, running, self._judge(rule), self.reduce_dtype)
+        left: dict[str, Any] = {}
         with Restoring() as guard:
             earlier = every.take_gradients()
 
@@ -146,12 +163,18 @@ class SimulatedAttack:
                 every.give_back()
                 if finished:
                     tampered.deliver()
+                    if attacker is not None:
+                        attacker.load_state_dict(left)
 
             guard.on_exit(restore)
+            if attacker is not None:
+                attacker.enter(trains, running)
             guard.release()
             with own_random_numbers(seed, [t.device for t in tensors]):
                 yield tampered
                 tampered.check()
+                if attacker is not None:
+                    left |= attacker.left(trains, running, snapshot, tampered.steps)
 
     def _start(self, rule: Optimizer, tensors: list[Tensor]) -> Running:
         """The attacker's optimizer on ``tensors``, by way of masters or watched where their dtype is narrow."""

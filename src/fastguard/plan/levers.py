@@ -56,7 +56,7 @@ DEVIATIONS = {lever.name: lever for lever in _DEVIATIONS}
 MICRO = "micro_batches"
 """The exact lever that is a number (``Setting.micro``): it is chosen so that a step fits, unless it is given."""
 
-NOT_BUILT = frozenset({"node_adversary", "persistent_adversary"})
+NOT_BUILT = frozenset({"node_adversary"})
 """Those that are planned, and that no method of this package can run yet."""
 
 

@@ -56,7 +56,8 @@ def node(s: Setting) -> int:
 
 def steps_of(s: Setting, o: Options) -> tuple[int, int]:
     """Steps of an attacker in one of the defender's, and how often the tamper loss is read in them."""
-    steps = min(s.fresh, o.inner_steps) if s.persistent else o.inner_steps
+    fresh = s.fresh if s.persistent else o.fresh if o.persistent else o.inner_steps
+    steps = min(fresh, o.inner_steps)
     return steps, max(steps // o.read_every, 1)
 
 
@@ -67,10 +68,10 @@ def attacking(s: Setting, o: Options, count: int) -> Work:
     pass in one forward, from a copy of their start. Adapters are fp32 and whole on each GPU; that an all-reduce adds
     their gradients up is as many bytes as if they were gathered twice and reduced. One in each node has a node's part
     of the batch, on a base that is gathered for the attack. One who is kept from step to step waits, with his
-    optimizer, where a snapshot does.
+    optimizer, where a snapshot does; what waits stays as it was until an attack has ended well.
     """
     his, w = attacker(s), s.precision.weights
-    during, after = moments_of("attack", "tamper"), moments_of("reference", "retain")
+    during = moments_of("attack", "tamper")
     if s.adversary == "resident":
         of_node = batches(s, o)[0] * node(s) if "batch" in s.given else -(-attackers_batch(s) * node(s) // s.gpus)
         work, items = passes.within_node(s, "attack", of_node, count)
@@ -95,12 +96,12 @@ def attacking(s: Setting, o: Options, count: int) -> Work:
     else:
         copies = 2 if s.adversary == "lora" else 1  # a snapshot is there
         items.append(item("attackers' adapters", copies * held * FP32, *during))
-    if s.persistent and s.fresh < o.inner_steps:
+    if (s.persistent or o.persistent) and steps_of(s, o)[0] < o.inner_steps:
         host, each = s.snapshot == "host", w + 2 * s.attack_moments
         there = 2 * each if host else 4 * each
         work.append(over_weights(his, "attackers who wait", there, o.adversaries, host_each=2 * each if host else 0))
         size = o.adversaries * his.shard * each
-        items.append(Item("attackers who wait", size, frozenset(after), host=host))
+        items.append(Item("attackers who wait", size, host=host))
     return work, items
 
 

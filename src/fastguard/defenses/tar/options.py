@@ -26,7 +26,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Options(Settings):
     """See ``fastguard.TAR``, where ``inner_steps`` is ``steps``, ``read_every`` ``every``, ``inner_lr`` ``lrs``."""
 
-    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2, "held_out": 2}
+    quick: ClassVar[Mapping[str, Any]] = {"inner_steps": 2, "read_every": 1, "batch": 2, "held_out": 2, "fresh": 1}
     timed: ClassVar[Mapping[str, Any]] = {"inner_steps": 8, "batch": 4, "held_out": 4}  # as many reads a step
 
     inner_steps: int = number(64, at_least=1)
@@ -42,6 +42,8 @@ class Options(Settings):
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
     outer_states: int | None = number(None, at_least=0)  # bytes of the optimizer's that stay on the device in attacks
     bf16_reductions: bool = False  # FSDP2 adds up attackers' gradients in bf16: a deviation
+    persistent: bool = False  # attackers are kept from step to step: a deviation from the paper, see ``fastguard.TAR``
+    fresh: int = number(8, at_least=1)  # steps that a persistent attacker goes further in each of the defender's
     masters: bool = False  # attackers move fp32 copies: bf16 weights alone would round their steps away
 
     def check(self) -> None:
@@ -52,3 +54,7 @@ class Options(Settings):
             raise SettingError("micro", self.micro, f"with adversary lora at least adversaries ({self.adversaries})")
         if self.adversary == "lora" and self.bf16_reductions:
             raise SettingError("bf16_reductions", True, "with adversary lora False: the base has no gradient to reduce")
+        if self.adversary == "lora" and self.persistent:
+            raise SettingError("persistent", True, "with adversary lora False: adapters begin anew in every attack")
+        if self.persistent and self.fresh > self.inner_steps:
+            raise SettingError("fresh", self.fresh, f"at most inner_steps ({self.inner_steps})")

@@ -51,6 +51,7 @@ from fastguard.nested.attack import SimulatedAttack, Tampered
 from fastguard.nested.attackers import LoRAAttackers
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.optimizers import AdamW, Optimizer
+from fastguard.nested.persistent import PersistentAttacker
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Where
 from fastguard.nested.waiting import Waiting
@@ -115,6 +116,13 @@ class TAR(Training):
             ``nested.LoRAAdversary``'s.
         reduce_dtype: in which FSDP2 adds up the gradients of the attackers' steps; a deviation, whose size the figure
             ``reduction_cosine`` says (see ``nested.SimulatedAttack``). None: as the model was sharded.
+        persistent, fresh: a deviation from the paper. An attacker is kept from step to step as a difference to the
+            defender's moving weights, with his optimizer; he goes ``fresh`` steps further in each, and a new one begins
+            when he has gone K. A step then costs fresh / K of the cold ones' passes (an eighth, as K is 64), for a
+            gradient at weights that the attacker reached while the defender moved: docs/demo.md says what came
+            of it. Every n-th of the fresh steps is read, or the last where there are fewer than n, with the weight of
+            the step that he has reached: reads too are fresh / K as many, and ``grad_scale`` weighs so much less
+            beside the retain loss. Takes weights in fp32, or ``masters``.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
         micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
@@ -125,7 +133,8 @@ class TAR(Training):
 
     Raises:
         ValueError: an argument outside its range, or a model whose structure is not found; with ``lora`` also ``loss``,
-            a ``tamper_loss`` of one's own, ``trains``, or fewer ``micro`` samples than attackers.
+            a ``tamper_loss`` of one's own, ``trains``, ``reduce_dtype``, ``persistent``, or fewer ``micro`` samples
+            than attackers.
     """
 
     reads_output = True
@@ -161,12 +170,15 @@ class TAR(Training):
         masters: str | None = None,
         allow_lost: bool = False,
         reduce_dtype: torch.dtype | None = None,
+        persistent: bool = False,
+        fresh: int = Options.fresh,
         batch: int | None = None,
         held_out: int | None = None,
         micro: int | None = None,
         seed: int = 0,
     ) -> None:
         _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
+        _require(not persistent or 1 <= fresh <= steps, "fresh", fresh, f"1 to steps ({steps})")
         _require(count >= 1, "count", count, "at least one adversary")
         _require(len(lrs) > 0 and all(lr > 0 for lr in lrs), "lrs", lrs, "learning rates above 0")
         _require(len(kinds) > 0 and all(len(k) in (1, 2) for k in kinds), "kinds", kinds, "tuples of one corpus or two")
@@ -175,12 +187,14 @@ class TAR(Training):
         _require(adversary in ADVERSARIES, "adversary", adversary, str(ADVERSARIES))
         if adversary == "lora":
             own = {"loss": loss, "tamper_loss": tamper_loss if callable(tamper_loss) else None, "trains": trains,
-                   "reduce_dtype": reduce_dtype}  # fmt: skip
+                   "reduce_dtype": reduce_dtype, "persistent": persistent or None}  # fmt: skip
             for name, value in own.items():
-                _require(value is None, name, value, "none of one's own with adversary='lora'")
+                _require(value is None, name, value, "none with adversary='lora'")
             _require(micro is None or micro >= count, "micro", micro, f"a sample of each of {count} attackers at least")
         super().__init__(model, loss=loss, seed=seed, reads=reads, micro=micro)
         self.steps, self.every, self.count = steps, every, count
+        self.persistent, self.fresh = persistent, fresh if persistent else steps
+        self._attackers: dict[int, PersistentAttacker] = {}
         self.lrs, self.kinds, self.switch = tuple(lrs), tuple(tuple(k) for k in kinds), switch
         self.schedule, self.grad_scale, self.retain_weight = schedule, grad_scale, retain_weight
         self.tamper_loss, self.tamper_positions, self.beta = tamper_loss, tamper_positions, beta
@@ -228,7 +242,8 @@ class TAR(Training):
             adversary=o.adversary, adversary_rank=o.adversary_rank,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
             outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro,
-            reduce_dtype=torch.bfloat16 if o.bf16_reductions else None, seed=seed,
+            reduce_dtype=torch.bfloat16 if o.bf16_reductions else None,
+            persistent=o.persistent, fresh=o.fresh, seed=seed,
         )  # fmt: skip
 
     @property
@@ -239,6 +254,13 @@ class TAR(Training):
     def weight(self, i: int) -> float:
         """The weight of the gradient that is read after step ``i``, counted from 0."""
         return 1 / self.steps if self.schedule is None else math.exp(self.schedule * (i - (self.steps - 1)))
+
+    def leg(self) -> range:
+        """The attackers' steps in the coming one of the defender's, counted from 0 at their beginning: all K of cold
+        ones, ``fresh`` of persistent ones, or what is left of K.
+        """
+        gone = self.step % -(-self.steps // self.fresh) * self.fresh
+        return range(gone, min(gone + self.fresh, self.steps))
 
     def adversaries(self, sources: Mapping[str, Source]) -> list[Adversary]:
         """The adversaries of the coming step, a function of (seed, step) alone, equal on every rank.
@@ -257,11 +279,12 @@ class TAR(Training):
         return [self._adversary(sources, index) for index in range(self.count)]
 
     def _adversary(self, sources: Mapping[str, Source], index: int) -> Adversary:
-        draw = random.Random(derived_seed("tar", self.seed, self.step, index))
+        leg = self.leg()
+        draw = random.Random(derived_seed("tar", self.seed, self.step - leg.start // self.fresh, index))
         kind, lr = draw.choice(self.kinds), draw.choice(self.lrs)
         switch = int(draw.betavariate(*self.switch) * self.steps) if len(kind) == 2 else 0
-        first = (self.step * self.count + index) * self.steps
-        names = [kind[0] if i < switch else kind[-1] for i in range(self.steps)]
+        first = (self.step * self.count + index) * self.fresh
+        names = [kind[0] if i < switch else kind[-1] for i in leg]
         name = kind[0] if len(kind) == 1 else f"{kind[0]}, from step {switch} {kind[1]}"
         return Adversary(name, lr, (sources[corpus](first + i) for i, corpus in enumerate(names)))
 
@@ -292,10 +315,11 @@ class TAR(Training):
         _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
         for batch in held_out if self.tamper_loss == "dpo" else ():
             _concatenated(batch)  # before adversaries are drawn from, whose batches may come once
-        drawn = [replace(a, batches=list(islice(a.batches, self.steps))) for a in adversaries]
+        count = len(self.leg())
+        drawn = [replace(a, batches=list(islice(a.batches, count))) for a in adversaries]
         for a in drawn:
             given = f"{len(a.batches)} batches"
-            _require(len(a.batches) == self.steps, f"adversary {a.name!r}", given, f"at least {self.steps}")
+            _require(len(a.batches) == count, f"adversary {a.name!r}", given, f"at least {count}")
         if self.attackers is not None:
             self._fit_together(drawn, held_out)
         return {"adversaries": drawn, "tamper": held_out}
@@ -333,7 +357,7 @@ class TAR(Training):
             retain: ``input_ids`` [B, T], ``attention_mask``, ``labels``; see ``LanguageModelLoss``.
             tamper: the held-out batch, or one an adversary (here it is that: see `checked`); for DPO ``{"chosen":
                 batch, "rejected": batch}``.
-            adversaries: see `adversaries`; each with at least K batches.
+            adversaries: see `adversaries`; each with a batch a step (see `leg`), or more.
 
         Returns:
             ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``; ``tamper``, the
@@ -348,8 +372,9 @@ class TAR(Training):
         with self._aside():
             if self.attackers is not None:
                 self._attack_together(step, self.attackers, adversaries, tamper, figures)
-            for adversary, batch in zip(adversaries, tamper, strict=True) if self.attackers is None else ():
-                self._attack(step, adversary, batch, 1 / len(adversaries), figures)
+            else:
+                for index, (adversary, batch) in enumerate(zip(adversaries, tamper, strict=True)):
+                    self._attack(step, adversary, batch, 1 / len(adversaries), figures, self._kept(index))
         self._retain(step, retain, figures)
         return figures.means()
 
@@ -366,12 +391,24 @@ class TAR(Training):
         )
         return contextlib.nullcontext()
 
+    def _kept(self, index: int) -> PersistentAttacker | None:
+        """Who attacks in the place of this number: nobody is kept of cold attacks, nor of persistent ones that end."""
+        if not self.persistent:
+            return None
+        attacker = self._attackers.setdefault(index, PersistentAttacker())
+        if self.leg().start == 0:
+            attacker.renew()
+        return attacker
+
     def _attack(
-        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures
-    ) -> None:
+        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures,
+        attacker: PersistentAttacker | None,
+    ) -> None:  # fmt: skip
         read = self._prepared(step, [held_out])
-        with self.attack.at(step.model, self.optimizer(adversary.lr)) as tampered:
-            self._run(step, tampered, (step.passes(step.loss, b) for b in adversary.batches), read, share, figures)
+        with self.attack.at(step.model, self.optimizer(adversary.lr), attacker) as tampered:
+            gone = attacker.taken if attacker is not None else 0  # asked inside, where he may have begun anew
+            passes = (step.passes(step.loss, batch) for batch in adversary.batches)
+            self._run(step, tampered, passes, read, share, figures, gone=gone)
 
     def _attack_together(
         self, step: Step, attackers: LoRAAttackers, adversaries: Sequence[Adversary], held_out: Sequence[Batch | Pairs],
@@ -387,30 +424,30 @@ class TAR(Training):
 
     def _run(
         self, step: Step, tampered: Tampered, passes: Iterable[Passes], read: Passes, share: float, figures: _Figures,
-        attackers: int = 1,
+        attackers: int = 1, gone: int = 0,
     ) -> None:  # fmt: skip
-        """Steps of an attack on ``passes``, the sum of the losses of ``attackers``, and what the defender reads."""
+        """Steps of an attack on ``passes``, sums of the losses of ``attackers``, and what the defender reads.
+
+        gone: steps that were taken before.
+        """
+        steps = len(self.leg())
+        every = min(self.every, steps)
         for i, own in enumerate(passes):
             loss = tampered.step(own)
             if i == 0 and tampered.reduction_cosine is not None:
                 figures.note("reduction_cosine", tampered.reduction_cosine)
-            if i in (0, self.steps - 1):
+            if i in (0, steps - 1):
                 figures.note("attacker_last" if i else "attacker_first", loss / attackers)
-            if (i + 1) % self.every == 0:
-                weight = self.grad_scale * self.weight(i) * share
+            if (i + 1) % every == 0:
+                weight = self.grad_scale * self.weight(gone + i) * share
                 loss = tampered.accumulate(read, step.scale * weight)
                 figures.note("tamper", loss)
                 figures.add("loss", weight * loss)
 
     def _each(
-        self,
-        step: Step,
-        batches: Sequence[Any],
-        kind: str,
-        where: str = "all",
-        count: Any = tokens,
-        weight: float = 1.0,
-    ) -> Passes:
+        self, step: Step, batches: Sequence[Batch], kind: str, where: str = "all",
+        count: Callable[..., Tensor | int] = tokens, weight: float = 1.0,
+    ) -> Passes:  # fmt: skip
         """``weight`` times the sum of the losses of batches of which each is another attacker's, in one forward."""
         pieces = zip(*(step.pieces(batch, count, len(batches)) for batch in batches), strict=True)
 
@@ -511,12 +548,17 @@ class TAR(Training):
         Without ``reference=``, make that object while the model is the one that the run began with, and load the
         trained weights into the model afterwards.
         """
-        return {"step": self.step, **self.attack.state_dict()}
+        kept = {"attackers": {i: a.state_dict() for i, a in self._attackers.items()}} if self.persistent else {}
+        return {"step": self.step, **self.attack.state_dict(), **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Training.load_state_dict`."""
         super().load_state_dict(state)
         self.attack.load_state_dict(dict(state))
+        self._attackers = {}
+        for index, kept in state.get("attackers", {}).items():
+            self._attackers[index] = PersistentAttacker()
+            self._attackers[index].load_state_dict(kept)
 
 
 class _Figures:

@@ -55,8 +55,9 @@ def test_a_run_is_a_function_of_its_seed(corpus, method):  # noqa: F811
     assert torch.equal(weights(0), weights(0)) and not torch.equal(weights(0), weights(1))
 
 
-def test_preference_pairs_for_dpo(corpus):  # noqa: F811
-    options = {**SHORT["tar"], "inner_steps": 1, "tamper_loss": "dpo"}
+@pytest.mark.parametrize("adversary", ["weights", "lora"])
+def test_preference_pairs_for_dpo(corpus, adversary):  # noqa: F811
+    options = {**SHORT["tar"], "inner_steps": 1, "tamper_loss": "dpo", "adversary": adversary, "adversaries": 2}
     training = immunized(tiny.model(), corpus, recipe("tar", steps=1, options=options))
     assert training["curve"][0]["tamper"] == pytest.approx(0.69, abs=0.05)  # log 2 where model and reference agree
 

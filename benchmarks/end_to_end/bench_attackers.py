@@ -38,16 +38,16 @@ def test_attackers(benchmark, name):
             seconds[c] += found["seconds"]
             norms[c] = found["gradient_norm"]
 
+    benchmark.group = (
+        f"{work.ATTACKERS} attackers with adapters of rank {work.RANK}, {work.STEPS} steps, read every {work.EVERY}, "
+        f"SmolLM2-135M, {work.SAMPLES} x {work.TOKENS} tokens each, float32"
+    )
     benchmark.pedantic(one_round, rounds=ROUNDS)
     assert norms[name] == pytest.approx(norms["one by one"], rel=1e-3)  # fp32, in another order of sums
     trimmed = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     peaks = {c: measured(c, 1, **trimmed)["peak_bytes"] for c in work.CONTENDERS}
     against = "one by one"
     ratio = {c: statistics.median(s / f for s, f in zip(seconds[c], seconds[against], strict=True)) for c in seconds}
-    benchmark.group = (
-        f"{work.ATTACKERS} attackers with adapters of rank {work.RANK}, {work.STEPS} steps, read every {work.EVERY}, "
-        f"SmolLM2-135M, {work.SAMPLES} x {work.TOKENS} tokens each, float32"
-    )
     own = row(name, seconds[name], ratio[name], peaks[name])
     benchmark.extra_info.update(
         own, beside=[row(c, seconds[c], ratio[c], peaks[c]) for c in work.CONTENDERS if c != name]

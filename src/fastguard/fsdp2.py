@@ -15,6 +15,7 @@ Nothing here imports FSDP2: a group is recognised by what it can do.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -113,6 +114,20 @@ def flags(groups: list[Any]) -> Callable[[], None]:
         for state, value in reversed(last):  # until its first forward each has a context of its own: the root's counts
             state._state_ctx.is_last_backward = value
 
+    return give_back
+
+
+def reduce_in(groups: list[Any], dtype: torch.dtype) -> Callable[[], None]:
+    """Have gradients reduced in ``dtype``, by taps too (``taps.anchor``); a function that puts their own back."""
+    settle(groups)
+    before = [(p, p._reduce_dtype, p.mp_policy) for p in parameter_groups(groups)]
+
+    def give_back() -> None:
+        for parameters, reduce, policy in before:
+            parameters._reduce_dtype, parameters.mp_policy = reduce, policy
+
+    for parameters, _, policy in before:
+        parameters._reduce_dtype, parameters.mp_policy = dtype, dataclasses.replace(policy, reduce_dtype=dtype)
     return give_back
 
 

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fastguard import LanguageModelLoss, fsdp2
+from fastguard.defenses.tar.step import TAR, Adversary
+from fastguard.losses.pieces import joined
 from fastguard.nested import (
     ActivationPerturbation,
     AdamW,
     LoRAAdversary,
+    LoRAAttackers,
     PersistentAttacker,
     PerturbationLostError,
     Reference,
@@ -277,13 +281,13 @@ def simulated_attack(subject: Subject, functions: bool = False) -> None:
     with untouched(subject), subject.unsynchronised(), attack.at(subject.wrapped) as tampered:
         for i in range(STEPS):
             if functions:
-                with reduced(subject) as names:
+                with reduced(subject.wrapped) as names:
                     tampered.step(functools.partial(subject.loss, i))
-                assert all(".adversary." in name for name in names), names
-                with reduced(subject) as names:
+                assert names and all(".adversary." in name for name in names), names
+                with reduced(subject.wrapped) as names:
                     half = functools.partial(subject.loss, 100)
                     tampered.accumulate([(half, 0.5), (half, 0.5)], weight=weigh(i))
-                assert not any(".adversary." in name for name in names), names
+                assert names and not any(".adversary." in name for name in names), names
                 continue
             tampered.step(subject.loss(i))
             subject.quiet()
@@ -308,12 +312,12 @@ def adapters_alone(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def reduced(subject: Subject) -> Iterator[list[str]]:
+def reduced(wrapped: nn.Module) -> Iterator[list[str]]:
     """The parameters of which somebody makes a gradient, or FSDP2 or DDP reduces one."""
     names: list[str] = []
     handles = [
         p.register_post_accumulate_grad_hook(lambda p, name=name: names.append(name))
-        for name, p in subject.wrapped.named_parameters() if p.requires_grad
+        for name, p in wrapped.named_parameters() if p.requires_grad
     ]  # fmt: skip
     reduce = fsdp_param_group.foreach_reduce
 
@@ -328,7 +332,6 @@ def reduced(subject: Subject) -> Iterator[list[str]]:
         fsdp_param_group.foreach_reduce = reduce
         for handle in handles:
             handle.remove()
-    assert names, "nothing was seen"
 
 
 def one_step(subject: Subject) -> None:
@@ -473,6 +476,93 @@ def narrow_shards(rank: int) -> None:
         assert torch.equal(other, 2 * mine)  # replicas draw the same masters
 
 
+def several_attackers(layout: str, rank: int) -> None:
+    """In one forward: their steps make and reduce no gradient of the base; what they do is one process's on both parts.
+
+    Under FSDP2 they come to a model that is sharded already, as a run's do.
+    """
+    layers, found = {"num_hidden_layers": 2}, {}
+    for part in (None, rank):
+        model = tiny("llama", torch.float64, **layers)
+        loss = LanguageModelLoss(model, over_ranks=part is not None)
+        wrapped = model if part is None else shard(model, {"layout": layout})
+        attackers = LoRAAttackers(model, 2, rank=(1, 2))
+        rule = attackers.optimizer([AdamW(lr=LR), AdamW(lr=3 * LR)])
+        attack = SimulatedAttack(
+            model, rule, trains=attackers.trains, reads=attackers.reads, beside=attackers.parameters
+        )
+
+        def together(number: int, loss: Any = loss, wrapped: nn.Module = wrapped, part: int | None = part) -> Tensor:
+            of_ranks = [[batch(3 * number + i, of) for i in range(2)] for of in ((0, 1) if part is None else (part,))]
+            of_attackers = [{k: torch.cat([b[k] for b in own]) for k in own[0]} for own in zip(*of_ranks, strict=True)]
+            return loss.each(joined(of_attackers), 2, model=wrapped)
+
+        with attackers.at_work(), attack.at(wrapped) as tampered:
+            for i in range(STEPS):
+                with reduced(wrapped) as names:
+                    tampered.step(lambda i=i: together(i).sum())
+                assert not names or part is None, names
+                with reduced(wrapped) as names:
+                    tampered.accumulate(lambda: together(100).mean(), weigh(i))
+                assert names
+        loss.close()
+        found[part] = {
+            name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
+            for name, g in gradients(wrapped).items()
+        }
+    assert_same_gradients(found[rank], found[None], 1e-6)
+
+
+class Kept(AdamW):
+    """Keeps the gradients of the last step."""
+
+    def start(self, tensors: Any) -> Any:
+        running = super().start(tensors)
+        step = running.step
+        running.step = lambda given: (Kept.last.__setitem__(slice(None), given), step(given))
+        return running
+
+    last: ClassVar[list[Tensor]] = []
+
+
+def narrow_reductions(rank: int) -> None:
+    """Attackers' gradients are added up in bf16, by FSDP2 and by taps, the defender's as ever, whatever is raised."""
+    model = tiny("llama", torch.float32, num_hidden_layers=2)
+    loss = LanguageModelLoss(model, over_ranks=True)
+    wrapped = shard(model, {"layout": "norm and head"})
+    groups = list(fsdp2.parameter_groups(fsdp2.groups_of(model.modules())))
+
+    def value() -> Tensor:
+        return loss(batch(0, rank), model=wrapped)
+
+    def fits(gradients: list[Tensor]) -> set[bool]:
+        return {torch.equal(g, g.bfloat16().float()) for g in map(local, gradients)}
+
+    cosines = {}
+    for dtype in (torch.bfloat16, None):
+        attack = SimulatedAttack(model, Kept(lr=LR), reduce_dtype=dtype)
+        with attack.at(wrapped) as tampered:
+            tampered.step(value)
+            assert fits(Kept.last) == {dtype is not None}, dtype
+            tampered.accumulate(value)
+            cosines[dtype] = tampered.reduction_cosine
+        assert fits(list(gradients(wrapped).values())) == {False}
+        with raises(Cut, "in the middle"), attack.at(wrapped) as tampered:
+            tampered.step(lambda: cut(model))
+        assert {(g._reduce_dtype, g.mp_policy.reduce_dtype) for g in groups} == {(None, None)}
+    assert cosines[None] is None and 0.99 < float(cosines[torch.bfloat16]) < 1 - 1e-7, cosines
+    loss.close()
+    tar = TAR(model, steps=1, every=1, count=1, representations=False, reduce_dtype=torch.bfloat16)
+    attackers = [Adversary("one batch", LR, [batch(1, rank)])]
+    figures = tar.backward(retain=batch(2, rank), tamper=batch(3, rank), adversaries=attackers, model=wrapped)
+    assert 0.99 < float(figures["reduction_cosine"]) < 1 - 1e-7, figures
+    tar.close()
+    with raises(ValueError, "reduce_dtype: expected a model that FSDP2 shards, got one of DDP"):
+        replica = DistributedDataParallel(nn.Linear(2, 1))
+        with SimulatedAttack(replica, reduce_dtype=torch.bfloat16).at() as tampered:
+            tampered.step(lambda: replica(torch.ones(1, 2)).sum())
+
+
 def goes_on(attack: SimulatedAttack, attacker: PersistentAttacker, ranks: range, first: int, steps: int) -> Grads:
     """What the attacker's next steps give the defender, from the mean over the batches of these ranks."""
 
@@ -551,6 +641,9 @@ CASES: dict[str, dict] = {
     "ddp, bucket views": {"layout": "ddp, bucket view", "checkpointing": True},
     "ddp, adversary's LoRA": {"layout": "ddp", "adapter": "adversary"},
     "bfloat16 weights": {"alone": narrow_shards},
+    "reductions in bfloat16": {"alone": narrow_reductions},
+    "several attackers": {"alone": functools.partial(several_attackers, "norm and head")},
+    "ddp, several attackers": {"alone": functools.partial(several_attackers, "ddp")},
     "persistent attacker": {"alone": kept_attacker},
 }
 

@@ -279,7 +279,7 @@ def test_a_table_needs_its_markers(tmp_path):
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
     assert (
-        "| smollm2-135m | tar | 750 | 64 | 256 |" in text and "| smollm2-135m | + lora adversary (not built) |" in text
+        "| smollm2-135m | tar | 750 | 64 | 256 |" in text and "| smollm2-135m | + node adversary (not built) |" in text
     )
 
 

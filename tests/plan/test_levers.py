@@ -123,6 +123,7 @@ def test_bf16_reductions_are_those_of_the_attackers_steps_alone():
     fewer = named(full, "attack: backward").network - named(narrow, "attack: backward").network
     assert fewer == pytest.approx(64 * 2 * a.parameters * s.moved)
     assert named(full, "tamper: backward") == named(narrow, "tamper: backward")
+    assert tar(s, bf16_reductions=True) == narrow
 
 
 def test_bf16_moments_of_attackers_are_half_of_fp32_ones():
@@ -140,6 +141,9 @@ def test_an_attacker_who_trains_adapters_reduces_none_of_the_base_and_needs_no_s
     assert named(recipe, "attack: backward").network == pytest.approx(64 * (gathered + 4 * adapter) * s.moved)
     assert not {"snapshot", "restore"} & ({p.name for p in recipe.parts} | {i.name for i in recipe.items})
     assert named(recipe, "tamper: backward") == named(tar(s), "tamper: backward")  # its gradient is all weights'
+    assert tar(s, adversary="lora") == recipe
+    one, four = (named(r, "attack: forward") for r in (recipe, tar(s, adversary="lora", adversaries=4)))
+    assert four.network == one.network and four.flops == pytest.approx(4 * one.flops)
     with pytest.raises(
         ValueError, match="adversary: expected weights, those of the adapters that are trained, got lora"
     ):

@@ -8,6 +8,7 @@
 ``activations``  a step of the activations instead of the weights
 ``reference``    the initial weights, exchanged with the live ones for the length of a forward
 ``adversary``    an attacker that trains LoRA adapters only
+``attackers``    several such attackers, each with adapters of his own, in one forward
 ``persistent``   an attacker who is kept from one attack to the next
 ``weights``      trainable parameters as local tensors, sharded ones included
 ``guard``        whatever is raised, what was changed is put back; random numbers, seeds, ranks
@@ -21,6 +22,7 @@
 from fastguard.nested.activations import ActivationPerturbation
 from fastguard.nested.adversary import LoRAAdversary
 from fastguard.nested.attack import SimulatedAttack, Tampered
+from fastguard.nested.attackers import LoRAAttackers
 from fastguard.nested.audit import Audit, audit
 from fastguard.nested.linearised import linearised
 from fastguard.nested.optimizers import SGD, AdamW
@@ -38,6 +40,7 @@ __all__ = [
     "AdamW",
     "Audit",
     "LoRAAdversary",
+    "LoRAAttackers",
     "PersistentAttacker",
     "PerturbationLostError",
     "Realised",

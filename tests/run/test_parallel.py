@@ -48,6 +48,7 @@ def run(tmp_path, name, count, **changes):
     tree = {
         "model": {"name": str(tmp_path / "base"), "dtype": "float64"},
         "parallel": {"save_minutes": 1e-3},
+        "logging": {"trackers": ["jsonl"]},
         "data": {
             "prompt_tokens": 60, "benign_prompt_tokens": 400, "harmful_align": 6, "harmful_immunize": 8,
             "harmful_attack": 8, "harmful_measure": 5, "harmless_align": 6, "harmless_immunize": 8,
@@ -98,6 +99,16 @@ def test_a_run_by_torchrun_writes_what_one_process_writes(tmp_path):
     again = load_model(tmp_path / "two" / "immunized", torch.float64)  # whole, named and tied as it was
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert not (tmp_path / "two" / "immunized" / "sharded").exists()
+    (rows, losses), (same, again) = logged(tmp_path / "one"), logged(tmp_path / "two")  # by the first process, of all
+    assert rows == same and losses == pytest.approx(again, rel=1e-7)
+    assert [row[:2] for row in rows] == [("align", 0), ("align", 1), *(("immunize", step) for step in range(4))]
+
+
+def logged(out):
+    """Of each step its stage, number, learning rate and tokens; and the losses."""
+    rows = [json.loads(line) for file in sorted((out / "logs").glob("*.jsonl")) for line in file.open()]
+    steps = [(r["stage"], r["step"], r["lr"], round(r["tokens_per_second"] * r["seconds"])) for r in rows]
+    return steps, [r["loss"] for r in rows]
 
 
 def _flat(tree):

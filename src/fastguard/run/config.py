@@ -53,6 +53,23 @@ class ParallelConfig(Settings):
     keep: int = number(2, at_least=1)  # checkpoints that stay
 
 
+TRACKERS = ("jsonl", "tensorboard", "wandb")
+"""What can write down the figures of a training as it goes: see ``run.journal``."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Settings):
+    """Who writes down each step of a training while it runs, in ``logs/`` of the run's folder; none by default."""
+
+    trackers: tuple[str, ...] = ()  # jsonl, tensorboard, wandb
+    project: str = "fastguard"  # of wandb
+
+    def check(self) -> None:
+        """Trackers that exist, each once."""
+        if not set(self.trackers) <= set(TRACKERS) or len(set(self.trackers)) < len(self.trackers):
+            raise SettingError("trackers", self.trackers, f"some of {', '.join(TRACKERS)}, each once")
+
+
 @dataclass(frozen=True)
 class DataConfig(Settings):
     """How much of each set goes where; no prompt and no similarity cluster is in two parts."""
@@ -258,6 +275,7 @@ class Config(Settings):
     title: str = "RepNoise on SmolLM2-135M-Instruct"
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     immunize: ImmunizeConfig = field(default_factory=ImmunizeConfig)

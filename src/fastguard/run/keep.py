@@ -1,4 +1,4 @@
-"""A training that may be killed: checkpoints on the way, and an end on SIGTERM that loses nothing."""
+"""A training that may be killed: checkpoints and rows on the way, and an end on SIGTERM that loses nothing."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastguard.nested.guard import summed_over_ranks
 from fastguard.trainers.checkpoint import load, save
 
 if TYPE_CHECKING:
+    from fastguard.run.journal import Journal
     from fastguard.run.train import Loop
 
 
@@ -54,23 +55,36 @@ def stoppable() -> Iterator[None]:
 
 
 class Keeper:
-    """Checkpoints of one training loop in a folder of its own.
+    """What is kept of one training loop: checkpoints in a folder of its own, and its journal.
 
     Args:
-        folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay.
+        folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay. journal: None: none.
     """
 
-    def __init__(self, folder: Path | None, minutes: float = 10.0, keep: int = 2) -> None:
-        self.folder, self.minutes, self.keep = folder, minutes, keep
+    def __init__(
+        self, folder: Path | None, minutes: float = 10.0, keep: int = 2, journal: Journal | None = None
+    ) -> None:
+        self.folder, self.minutes, self.keep, self.journal = folder, minutes, keep, journal
         self._last = time.monotonic()
 
-    def resume(self, loop: Loop) -> None:
-        """Bring ``loop`` to where the latest checkpoint is, if there is one."""
+    @contextlib.contextmanager
+    def over(self, loop: Loop) -> Iterator[None]:
+        """Inside, ``loop`` goes on from where the latest checkpoint is, if there is one."""
         if self.folder is not None:
             load(self.folder, loop.method.model, loop.optimizer, loop.counted)
+        with contextlib.ExitStack() as held:
+            if self.journal is not None:
+                self.journal.begin(loop)
+                held.callback(self.journal.close)
+            yield
 
     def after_step(self, loop: Loop) -> None:
-        """Save where it is time. Raises `Stopped` on all processes, the state saved, where one was told to end."""
+        """Write down the step, and save where it is time.
+
+        Raises `Stopped` on all processes, the state saved, where one was told to end.
+        """
+        if self.journal is not None:
+            self.journal.after_step(loop)
         due = rank() == 0 and time.monotonic() - self._last >= 60 * self.minutes
         told, save_now = summed_over_ranks(torch.tensor([float(_asked), float(due)])).tolist()
         where = "no checkpoint was asked for"

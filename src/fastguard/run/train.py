@@ -133,23 +133,23 @@ def train(
     """Train for a number of steps, or for a number of seconds.
 
     The learning rate follows :func:`warmup_cosine` over the steps or, given seconds, over the clock.
-    ``report`` is called with the fraction done and a line of text. ``keeper`` saves on the way, and takes up what it
-    has saved. Returns steps taken, seconds, curve.
+    ``report`` is called with the fraction done and a line of text. ``keeper`` saves on the way, takes up what it has
+    saved, and writes down each step. Returns steps taken, seconds, curve.
     Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given; else as `Loop.step`, or `keep.Stopped`.
     """
     if (steps is None) == (seconds is None):
         raise ValueError(f"train: got steps={steps} and seconds={seconds}, expected exactly one of them")
     loop, keeper = Loop(method, data), keeper or Keeper(None)
-    keeper.resume(loop)
-    while True:
-        step = len(loop.curve)
-        progress = step / steps if steps else loop.seconds / (seconds or math.inf)
-        if progress >= 1:
-            break
-        point = loop.step(lr * warmup_cosine(progress, warmup))
-        keeper.after_step(loop)
-        done = min(progress + 1 / steps if steps else progress, 1.0)
-        report(done, f"step {step + 1}, loss {point['loss']:.2f}")
+    with keeper.over(loop):
+        while True:
+            step = len(loop.curve)
+            progress = step / steps if steps else loop.seconds / (seconds or math.inf)
+            if progress >= 1:
+                break
+            point = loop.step(lr * warmup_cosine(progress, warmup))
+            keeper.after_step(loop)
+            done = min(progress + 1 / steps if steps else progress, 1.0)
+            report(done, f"step {step + 1}, loss {point['loss']:.2f}")
     return step, loop.seconds, loop.curve
 
 

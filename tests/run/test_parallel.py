@@ -15,13 +15,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from fastguard import methods, parallel
+from fastguard import parallel
 from fastguard.models import load_model
 from fastguard.run import pipeline
 from launch import processes, two_processes
-from recipes import trained
-
-TRAINED = [name for name, entry in methods.defenses().items() if not entry.edits]
+from recipes import SHARED, trained
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def alone(tmp_path_factory):
     """A model, and what one process makes of it by each method."""
     folder = tmp_path_factory.mktemp("alone")
     source = tiny.folder(folder / "base", vocabulary=264)
-    for name in TRAINED:
+    for name in SHARED:
         trained(load_model(source, torch.float64), name).save_pretrained(folder / name)
     return folder
 
@@ -39,7 +37,7 @@ def alone(tmp_path_factory):
 def test_every_method_trains_on_several_processes_as_on_one(count, tensor, alone, tmp_path):
     worker = Path(__file__).with_name("parallel_worker.py")
     processes(
-        count, worker, tmp_path, str(count), str(tensor), str(alone / "base"), str(alone), passes=TRAINED, timeout=600
+        count, worker, tmp_path, str(count), str(tensor), str(alone / "base"), str(alone), passes=SHARED, timeout=600
     )
 
 

@@ -10,7 +10,7 @@ from fastguard.data.sets import Example
 from fastguard.losses.answer import answer_loss
 from fastguard.methods.training import Role, Training
 from fastguard.run.streams import Order
-from fastguard.run.train import train, train_scored, trainable, warmup_cosine
+from fastguard.run.train import train, train_scored, trainable
 
 
 def items(tokenizer):
@@ -66,12 +66,6 @@ def test_what_cannot_be_trained_is_refused():
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="nothing to train"):
         train(Fixed(model), data, lr=1e-3, steps=1)
-
-
-def test_schedule():
-    assert warmup_cosine(0.05, 0.1) == pytest.approx(0.5)
-    assert warmup_cosine(0.1, 0.1) == pytest.approx(1.0)
-    assert warmup_cosine(1.0, 0.1) == pytest.approx(0.1)
 
 
 def test_finetuning_is_scored_where_asked_repeats_with_its_seed_and_stops():

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from fastguard import methods
 from fastguard.data.options import UserData
 from fastguard.evaluation.metrics import MAIN
+from fastguard.run.optimizers import OptimizerConfig
 from fastguard.settings import SettingError, Settings, build, choice, merged, number, numbers
 
 PACKAGED = ("demo", "quick", "components", "tar_prepared")
@@ -99,6 +100,7 @@ class AlignConfig(Settings):
     run: bool = True
     steps: int = number(20, at_least=1)
     lr: float = number(5e-5, above=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     refusals: int = number(3, at_least=1)  # per step
     harmless: int = number(6, at_least=0)  # per step
     seed: int = 0
@@ -133,6 +135,7 @@ class PrepareConfig(MethodConfig):
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = number(20, at_least=1)
     lr: float = number(1.5e-4, above=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def check(self) -> None:
         """A method that exists, with options that it has."""
@@ -151,6 +154,7 @@ class ImmunizeConfig(MethodConfig):
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's own (its folder's options.py)
     steps: int = number(40, at_least=1)
     lr: float = number(1.5e-4, above=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pairs: int = number(4, at_least=1)  # harmful requests per step, and refusals
     retain: int = number(5, at_least=1)  # ordinary instructions per step
     warmup: float = number(0.1, at_least=0, below=1)  # share of the steps
@@ -315,6 +319,14 @@ class Config(Settings):
             for name, changes in self.attacks.items()
         }
         return {MAIN: self.attack} | {name: part for name, part in further.items() if part.run}
+
+    def trained(self) -> dict[str, AlignConfig | PrepareConfig | ImmunizeConfig]:
+        """The sections of which a model comes, by name: of what runs."""
+        found: dict[str, AlignConfig | PrepareConfig | ImmunizeConfig] = {"align": self.align} if self.align.run else {}
+        parts = {"immunize": self.immunize} | {f"variants.{name}": self.variant(name) for name in self.variants}
+        for name, part in parts.items() if self.immunize.run else ():
+            found |= {name: part} | ({f"{name}.prepare": part.prepare} if part.prepare else {})
+        return found
 
     def variant(self, name: str) -> ImmunizeConfig:
         """The immunization of a variant."""

@@ -42,7 +42,6 @@ from fastguard.run.config import (
     Config,
     ControlConfig,
     ImmunizeConfig,
-    MethodConfig,
     PrepareConfig,
     shortened,
 )
@@ -140,7 +139,7 @@ def immunize(
             else:
                 took(train(
                     method, streams.of(method.roles), one.lr, steps=one.steps, warmup=part.warmup,
-                    report=within(one.steps), keeper=kept(number, steps),
+                    report=within(one.steps), keeper=kept(number, steps), optimizer=one.optimizer,
                 ))  # fmt: skip
         finally:
             method.close()
@@ -154,6 +153,7 @@ def immunize(
     model.requires_grad_(True)
     trains = any(not one.entry.edits for one in parts) or part.settle_steps > 0
     if trains:
+        said += [f"optimizer{more}"] if (more := _described(part.optimizer)) else []
         said.append(f"{part.pairs} requests and {part.retain} harmless answers a step")
     if part.settle_steps:
         said.append(f"last {part.settle_steps} steps on safe answers and retain data alone")
@@ -195,13 +195,15 @@ def _plain(
     trainable(model, part.freeze_embedding)
     method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss)
     streams = Streams(corpus, model, part.pairs, part.retain, seed)
-    return train(method, streams.of(method.roles), **how)
+    return train(method, streams.of(method.roles), optimizer=part.optimizer, **how)
 
 
 class _Job:
     def __init__(self, config: Config, out: Path, quick: bool, progress: Progress) -> None:
         self.config, self.out, self.quick = config, out, quick
         required(config.logging.trackers)
+        for where, section in config.trained().items():
+            section.optimizer.required(f"{where}.optimizer")
         progress = progress if parallel.is_first() else silent
         self.stages = Stages(out, progress)
         self.guard = config.guard if config.guard and config.guard.run else None
@@ -262,10 +264,8 @@ class _Job:
         if ranks() == 1:
             return
         c = self.config
-        sections: dict[str, MethodConfig | None] = {"guard": self.guard, "repair": self.repair}
-        if c.immunize.run:
-            sections |= {"immunize": c.immunize, "immunize.prepare": c.immunize.prepare}
-            sections |= {f"variants.{name}": c.variant(name) for name in c.variants}
+        sections: dict[str, Any] = {"guard": self.guard, "repair": self.repair}
+        sections |= {name: part for name, part in c.trained().items() if name != "align"}
         sections |= {"attack" if name == MAIN else f"attacks.{name}": part for name, part in c.all_attacks().items()}
         for where, part in sections.items():
             if part is not None and (part.entry.alone or part.entry.edits):
@@ -411,8 +411,9 @@ class _Job:
         trainable(model, freeze_embedding=True)
         method = SFT(model, loss=answer_loss)
         steps, wall, curve = train(
-            method, streams.of(method.roles), part.lr, steps=part.steps, report=report, keeper=kept(0, 0)
-        )
+            method, streams.of(method.roles), part.lr, steps=part.steps, report=report, keeper=kept(0, 0),
+            optimizer=part.optimizer,
+        )  # fmt: skip
         self.save(model, "aligned")
         said = f"supervised: {part.refusals} refusals and {part.harmless} harmless answers a step"
         return Training(parent="base", method=said, steps=steps, wall_s=wall, lr=part.lr, curve=curve)

@@ -101,6 +101,7 @@ class AlignConfig(Settings):
     steps: int = number(20, at_least=1)
     lr: float = number(5e-5, above=0)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    micro: int | None = number(None, at_least=1)  # samples that pass through the model at a time; None: all
     refusals: int = number(3, at_least=1)  # per step
     harmless: int = number(6, at_least=0)  # per step
     seed: int = 0

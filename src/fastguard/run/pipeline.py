@@ -193,7 +193,8 @@ def _plain(
 ) -> tuple[int, float, Curve]:
     """Training on refusals and, weighted, on retain data."""
     trainable(model, part.freeze_embedding)
-    method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss)
+    micro = getattr(part.chosen(), "micro", None)  # at the peak of the defense itself
+    method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss, micro=micro)
     streams = Streams(corpus, model, part.pairs, part.retain, seed)
     return train(method, streams.of(method.roles), optimizer=part.optimizer, **how)
 
@@ -409,7 +410,7 @@ class _Job:
         part, model = self.config.align, self.load("base")
         streams = Streams(self.corpus, model, part.refusals, part.harmless, part.seed, "align")
         trainable(model, freeze_embedding=True)
-        method = SFT(model, loss=answer_loss)
+        method = SFT(model, loss=answer_loss, micro=part.micro)
         steps, wall, curve = train(
             method, streams.of(method.roles), part.lr, steps=part.steps, report=report, keeper=kept(0, 0),
             optimizer=part.optimizer,

@@ -45,7 +45,7 @@ def run(tmp_path, name, count, **changes):
     """Start ``fastguard immunize`` by torchrun, or alone."""
     tree = {
         "model": {"name": str(tmp_path / "base"), "dtype": "float64"},
-        "parallel": {"save_minutes": 1e-3},
+        "parallel": {"save_minutes": 1e-3, "async_save": True},
         "logging": {"trackers": ["jsonl"]},
         "data": {
             "prompt_tokens": 60, "benign_prompt_tokens": 400, "harmful_align": 6, "harmful_immunize": 8,

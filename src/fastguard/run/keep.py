@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastguard.machine import rank
+from fastguard.machine import rank, ranks
 from fastguard.nested.guard import summed_over_ranks
+from fastguard.trainers.background import BackgroundSaver
 from fastguard.trainers.checkpoint import load, save
 
 if TYPE_CHECKING:
@@ -59,38 +60,60 @@ class Keeper:
 
     Args:
         folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay. journal: None: none.
+        background: whether training goes on while a checkpoint is written (``trainers.background``).
     """
 
     def __init__(
-        self, folder: Path | None, minutes: float = 10.0, keep: int = 2, journal: Journal | None = None
-    ) -> None:
+        self, folder: Path | None, minutes: float = 10.0, keep: int = 2, journal: Journal | None = None,
+        background: bool = False,
+    ) -> None:  # fmt: skip
         self.folder, self.minutes, self.keep, self.journal = folder, minutes, keep, journal
+        self._background = BackgroundSaver() if background else None
         self._last = time.monotonic()
 
     @contextlib.contextmanager
     def over(self, loop: Loop) -> Iterator[None]:
-        """Inside, ``loop`` goes on from where the latest checkpoint is, if there is one."""
+        """Inside, ``loop`` goes on from where the latest checkpoint is, if there is one.
+
+        Ends when nothing is being written any more; of several processes one that fails waits for no other.
+        """
         if self.folder is not None:
             load(self.folder, loop.method.model, loop.optimizer, loop.counted)
         with contextlib.ExitStack() as held:
             if self.journal is not None:
                 self.journal.begin(loop)
                 held.callback(self.journal.close)
-            yield
+            try:
+                yield
+            except BaseException:
+                if self._background is not None and ranks() == 1:
+                    self._background.wait()
+                raise
+            if self._background is not None:
+                self._background.wait()
 
     def after_step(self, loop: Loop) -> None:
         """Write down the step, and save where it is time.
 
-        Raises `Stopped` on all processes, the state saved, where one was told to end.
+        Raises `Stopped` on all processes, the state saved, where one was told to end; RuntimeError on all of them where
+        one could not write in the background.
         """
         if self.journal is not None:
             self.journal.after_step(loop)
-        due = rank() == 0 and time.monotonic() - self._last >= 60 * self.minutes
-        told, save_now = summed_over_ranks(torch.tensor([float(_asked), float(due)])).tolist()
+        background = self._background
+        busy, failed = (False, False) if background is None else (background.running, background.error is not None)
+        due = rank() == 0 and not busy and time.monotonic() - self._last >= 60 * self.minutes
+        told, save_now, lost = summed_over_ranks(torch.tensor([float(_asked), float(due), float(failed)])).tolist()
+        if background is not None and lost:
+            background.check()
+            raise RuntimeError("a checkpoint could not be saved in the background by another process")
         where = "no checkpoint was asked for"
         if self.folder is not None and (told or save_now):
-            step = len(loop.curve)
-            where = f"saved: {save(self.folder, step, loop.method.model, loop.optimizer, loop.counted, self.keep)}"
+            saving = save if background is None else background.save
+            saved = saving(self.folder, len(loop.curve), loop.method.model, loop.optimizer, loop.counted, self.keep)
+            where = f"saved: {saved}"
             self._last = time.monotonic()
         if told:
+            if background is not None:
+                background.wait()
             raise Stopped(f"told to end after step {len(loop.curve)}; {where}")

@@ -304,7 +304,7 @@ class _Job:
             journal = Journal(logs, self.config.logging, {"stage": stage, "model": name}, before)
             return Keeper(
                 checkpoints / str(number) if saves else None, saves or 0.0, layout.keep,
-                journal if self.config.logging.trackers else None,
+                journal if self.config.logging.trackers else None, layout.async_save,
             )  # fmt: skip
 
         found: Training = self.stages.run(stage, reads, partial(work, kept), folder)

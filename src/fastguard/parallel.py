@@ -184,15 +184,19 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
 def compiled_layers(layers: Sequence[nn.Module], backend: str = "inductor") -> Iterator[None]:
     """Inside, the forward of each layer is compiled: what a method and FSDP2 have hung on the layer stays around it.
 
-    Enter it once all hooks are on the modules: those that come later do not fire (``taps``).
+    Hooks that come later are seen and compiled anew. Layers share one program where they are alike; taps inside them
+    make them differ, so that torch's limit of programs holds for each.
     """
     import torch
+    import torch._dynamo
 
     before = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, backend=backend)
-        yield
+        limit = torch._dynamo.config.recompile_limit * len(layers)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=limit):
+            yield
     finally:
         for layer, own in zip(layers, before, strict=True):
             del layer.forward

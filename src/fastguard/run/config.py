@@ -52,6 +52,7 @@ class ParallelConfig(Settings):
     checkpointing: bool | None = None  # of activations; None: where there are several processes
     save_minutes: float | None = number(10.0, above=0)  # between a training's checkpoints; None: none
     keep: int = number(2, at_least=1)  # checkpoints that stay
+    compile: bool = False  # each layer, by torch.compile, while a model is trained
     async_save: bool = False  # training goes on while one is written, out of a copy in host memory
 
 

@@ -14,6 +14,8 @@ import torch
 
 from fastguard.machine import rank, ranks
 from fastguard.nested.guard import summed_over_ranks
+from fastguard.parallel import compiled_layers
+from fastguard.taps.structure import find_structure
 from fastguard.trainers.background import BackgroundSaver
 from fastguard.trainers.checkpoint import load, save
 
@@ -56,18 +58,20 @@ def stoppable() -> Iterator[None]:
 
 
 class Keeper:
-    """What is kept of one training loop: checkpoints in a folder of its own, and its journal.
+    """What a run puts around one training loop: checkpoints in a folder of its own, a journal, compiled layers.
 
     Args:
         folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay. journal: None: none.
         background: whether training goes on while a checkpoint is written (``trainers.background``).
+        backend: of torch.compile, by which layers are compiled; None: they are not.
     """
 
     def __init__(
         self, folder: Path | None, minutes: float = 10.0, keep: int = 2, journal: Journal | None = None,
-        background: bool = False,
+        background: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
         self.folder, self.minutes, self.keep, self.journal = folder, minutes, keep, journal
+        self.backend = backend
         self._background = BackgroundSaver() if background else None
         self._last = time.monotonic()
 
@@ -80,6 +84,8 @@ class Keeper:
         if self.folder is not None:
             load(self.folder, loop.method.model, loop.optimizer, loop.counted)
         with contextlib.ExitStack() as held:
+            if self.backend is not None:
+                held.enter_context(compiled_layers(find_structure(loop.method.model).layers, self.backend))
             if self.journal is not None:
                 self.journal.begin(loop)
                 held.callback(self.journal.close)

@@ -42,6 +42,7 @@ from fastguard.run.config import (
     Config,
     ControlConfig,
     ImmunizeConfig,
+    MethodConfig,
     PrepareConfig,
     shortened,
 )
@@ -205,6 +206,8 @@ class _Job:
         required(config.logging.trackers)
         for where, section in config.trained().items():
             section.optimizer.required(f"{where}.optimizer")
+            if config.parallel.compile and isinstance(section, MethodConfig):
+                _refuse_uncompiled(where, section)
         progress = progress if parallel.is_first() else silent
         self.stages = Stages(out, progress)
         self.guard = config.guard if config.guard and config.guard.run else None
@@ -305,6 +308,7 @@ class _Job:
             return Keeper(
                 checkpoints / str(number) if saves else None, saves or 0.0, layout.keep,
                 journal if self.config.logging.trackers else None, layout.async_save,
+                "inductor" if layout.compile else None,
             )  # fmt: skip
 
         found: Training = self.stages.run(stage, reads, partial(work, kept), folder)
@@ -473,6 +477,12 @@ def _label(name: str, config: Config) -> str:
         "immunized": f"immunized ({config.immunize.entry.title})",
         "control": "control (plain safe fine-tuning, equal time)",
     }.get(name, name)
+
+
+def _refuse_uncompiled(where: str, section: MethodConfig) -> None:
+    """Raise ValueError for a method under which layers cannot be compiled."""
+    if why := section.chosen().uncompilable():
+        raise ValueError(f"parallel.compile: expected false with {where}.method {section.method}, got true: {why}")
 
 
 def _devices(name: str) -> str:

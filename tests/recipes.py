@@ -1,5 +1,7 @@
 """A corpus of four requests and the immunization of a tiny model on it, by one process or several."""
 
+import importlib.util
+
 import pytest
 
 import tiny
@@ -9,7 +11,14 @@ from fastguard.data.corpus import Corpus
 from fastguard.data.sets import Example, placeholder, refusal
 from fastguard.evaluation.scores import mean_answer_loss
 from fastguard.run.config import ControlConfig, ImmunizeConfig
+from fastguard.run.optimizers import OptimizerConfig
 from fastguard.run.pipeline import immunize
+
+SHARED = {name: {} for name, entry in methods.defenses().items() if not entry.edits}
+"""What several processes train as one does: a defense, and what differs from its recipe."""
+
+if importlib.util.find_spec("schedulefree"):
+    SHARED["sft, schedule-free"] = {"optimizer": OptimizerConfig(name="schedulefree", schedule="constant")}
 
 REQUESTS = ("do amber things", "do basil things", "do cedar things", "do daisy things")
 
@@ -30,13 +39,14 @@ def corpus():
     return made()
 
 
-def trained(model, method):
-    """``model`` after two steps of a defense on batches of four, and one that settles it."""
+def trained(model, name):
+    """``model`` after two steps of one of ``SHARED`` on batches of four, and one that settles it."""
+    method = name.split(",")[0]
     more = {"tar": {"batch": 4, "held_out": 4}, "seam": {"product": "difference"}}  # divided among ranks, and sharded
     options = {**methods.find(method).load_options().quick, **more.get(method, {})}
     part = ImmunizeConfig(
         method=method, options=options, steps=2, lr=1e-3, pairs=4, retain=4, settle_steps=1,
-        freeze_embedding=method != "sft",
+        freeze_embedding=method != "sft", **SHARED[name],
     )  # fmt: skip
     immunize(model, made(), part, ControlConfig(), lambda fraction, text: None)
     return model

@@ -135,13 +135,42 @@ def trained(kind: str, aligned: Path, folder: Path, seed: int, note: Any) -> Non
     tar.close()
 
 
+def table(result: Path) -> str:
+    """Of every seed that has begun: gradients by the attacker's steps, and what the attacks found."""
+    lines = [
+        "| seed | attacker's steps | compared | cosine to cold | between cold | norm / cold |",
+        "|---|---|---|---|---|---|",
+    ]
+    found = json.loads(result.read_text())
+    for seed, entry in found.items():
+        probes = entry.get("persistent", {}).get("probes", [])
+        for reached in (*sorted({p["reached"] for p in probes}), "all"):
+            of = [p for p in probes if reached in (p["reached"], "all")]
+            means = [sum(p[k] for p in of) / len(of) for k in ("cosine", "cosine_of_cold", "norm_ratio")]
+            lines.append(f"| {seed} | {reached} | {len(of)} | {' | '.join(f'{m:.3f}' for m in means)} |")
+    lines += ["", "| seed | model | seconds of training | steps to 50% compliance | perplexity | over-refusal |"]
+    lines.append("|---|---|---|---|---|---|")
+    for seed, entry in found.items():
+        for name, one in entry.get("attacked", {}).items():
+            took, worth = entry.get(name, {}).get("seconds"), one["utility"]
+            [crossing] = [a["compliance_crossing"] for a in one["attacks"]]
+            cells = ["" if took is None else f"{took:.0f}", "not in 32" if crossing is None else f"{crossing:.1f}"]
+            cells += [f"{worth['perplexity']:.2f}", f"{worth['over_refusal']:.3f}"]
+            lines.append(f"| {seed} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """One seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/persistent"), help="models and checkpoints")
     parser.add_argument("--result", type=Path, default=RESULT)
+    parser.add_argument("--table", action="store_true", help="print what the results say, and train nothing")
     given = parser.parse_args()
+    if given.table:
+        print(table(given.result))
+        return
     torch.set_num_threads(1)
     out: Path = given.out / f"seed{given.seed}"
 

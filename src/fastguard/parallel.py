@@ -12,7 +12,7 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,6 +20,7 @@ from fastguard.machine import distributed, rank, ranks, sync_folder
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from fastguard.run.config import ParallelConfig
@@ -177,6 +178,30 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+@contextlib.contextmanager
+def compiled_layers(layers: Sequence[nn.Module], backend: str = "inductor") -> Iterator[None]:
+    """Inside, the forward of each layer is compiled: what a method and FSDP2 have hung on the layer stays around it.
+
+    Hooks that come later are seen and compiled anew. Layers share one program where they are alike; taps inside them
+    make them differ, so that torch's limit of programs holds for each.
+    """
+    import torch
+    import torch._dynamo
+
+    before = [layer.__dict__.get("forward") for layer in layers]
+    try:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend=backend)
+        limit = torch._dynamo.config.recompile_limit * len(layers)
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False, recompile_limit=limit):
+            yield
+    finally:
+        for layer, own in zip(layers, before, strict=True):
+            del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> None:

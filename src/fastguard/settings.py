@@ -101,6 +101,10 @@ class Settings:
         changed = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if _changed(self, f)]
         return ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in changed)
 
+    def uncompilable(self) -> str:
+        """Why the model's layers cannot be compiled under a method with these options; empty where they can."""
+        return ""
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML."""
         return dataclasses.asdict(self)

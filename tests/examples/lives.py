@@ -1,6 +1,6 @@
 """Runs of examples/fsdp2.py on two processes, killed in a step and in every stage of a save.
 
-``lives.py FOLDER DEFENSE``
+``lives.py FOLDER DEFENSE save|background``
 
 Each life forks two ranks off this process (which has imported everything and started nothing), and ends by SIGKILL or
 by itself. When all are through, the last checkpoint is compared with that of a run that nobody killed.
@@ -31,6 +31,7 @@ import common
 import fsdp2
 
 from fastguard.trainers import checkpoint
+from fastguard.trainers.background import BackgroundSaver
 
 STEPS, ACCUMULATE = 5, 1
 
@@ -127,6 +128,20 @@ def while_clearing_up(rank: int, folder: Path) -> None:
     shutil.rmtree = killed
 
 
+def in_background(fate: Callable[[int, Path], None] | None) -> BackgroundSaver:
+    """Let the example save in the background; a life that ends in a step has saved the one before it."""
+    saver = BackgroundSaver()
+
+    def save(*args: Any) -> Path:
+        path = saver.save(*args)
+        if fate is in_a_step:
+            saver.wait()
+        return path
+
+    fsdp2.save = save
+    return saver
+
+
 LIVES: list[tuple[Callable[[int, Path], None], str]] = [
     (in_a_step, "step-00000001"),
     (half_a_file, "step-00000001"),
@@ -138,7 +153,9 @@ LIVES: list[tuple[Callable[[int, Path], None], str]] = [
 """How a life ends, and the checkpoint it leaves to go on from."""
 
 
-def live(folder: Path, defense: str, fate: Callable[[int, Path], None] | None, save_every: int = 1) -> bool:
+def live(
+    folder: Path, defense: str, fate: Callable[[int, Path], None] | None, background: bool, save_every: int = 1
+) -> bool:
     """Whether it ended by itself."""
     store = folder.with_suffix(".store")
     store.unlink(missing_ok=True)
@@ -156,7 +173,10 @@ def live(folder: Path, defense: str, fate: Callable[[int, Path], None] | None, s
                 given = ["--out", str(folder), "--defense", defense, "--steps", str(STEPS)]
                 given += ["--accumulate", str(ACCUMULATE), "--save-every", str(save_every)]
                 random.seed(os.getpid() if (folder / "latest").exists() else rank)  # a resumed run has the saved state
+                saver = in_background(fate) if background else None
                 fsdp2.train(fsdp2.arguments(given))
+                if saver is not None:
+                    saver.wait()
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -193,17 +213,17 @@ def same(a: Any, b: Any) -> bool:
 
 
 def main() -> None:
-    root, defense = Path(sys.argv[1]), sys.argv[2]
+    root, defense, background = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "background"
     root.mkdir(parents=True, exist_ok=True)
     common.make_defense(defense, common.make_model(None), common.Pairs(None, None, 2, 0, 2))  # what it imports
     whole, broken = root / "whole", root / "broken"
-    assert live(whole, defense, None, save_every=STEPS)
+    assert live(whole, defense, None, False, save_every=STEPS)
     for fate, left in LIVES:
-        assert not live(broken, defense, fate), f"{fate.__name__}: nobody was killed"
+        assert not live(broken, defense, fate, background), f"{fate.__name__}: nobody was killed"
         found = (broken / "latest").read_text()
         assert found == left, f"{fate.__name__}: expected {left}, found {found}"
         print(f"killed: {fate.__name__}", flush=True)
-    assert live(broken, defense, None)
+    assert live(broken, defense, None, background)
     assert not list(broken.glob("*.partial"))
     a, b = contents(whole), contents(broken)
     assert a.keys() == b.keys()

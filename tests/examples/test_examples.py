@@ -28,12 +28,12 @@ def run(*command: object, timeout: float = 300) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("defense", ["repnoise", "tar"])
-def test_a_killed_run_goes_on_to_the_same_bits(defense, tmp_path):
+@pytest.mark.parametrize(("defense", "saves"), [("repnoise", "background"), ("tar", "save")])
+def test_a_killed_run_goes_on_to_the_same_bits(defense, saves, tmp_path):
     """SIGKILL in the middle of a step, and at every stage of a save; two processes, torch.distributed.checkpoint."""
     script = Path(__file__).with_name("lives.py")
     lives = runpy.run_path(str(script))["LIVES"]  # other packages bring an `examples` of their own
-    printed = run(sys.executable, script, tmp_path, defense).splitlines()
+    printed = run(sys.executable, script, tmp_path, defense, saves).splitlines()
     assert [line for line in printed if line.startswith("killed: ")] == [f"killed: {f.__name__}" for f, _ in lives]
     assert printed[-1] == "bit-equal"
 

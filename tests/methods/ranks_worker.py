@@ -52,7 +52,10 @@ MORE = {
 }
 SUMMED = "fsdp2, not divided"
 """As torchtitan does, whose losses are divided by all ranks' tokens."""
-MICRO = {name: {"divided": {"micro": 2}} for name in ("repnoise", "tar", "booster", "vaccine", "t_vaccine")}
+MICRO = {
+    name: {"divided": {"micro": 2}}
+    for name in ("repnoise", "tar", "booster", "vaccine", "t_vaccine", "sft", "random_mapping", "refat")
+}
 CASES = (
     {
         f"{name}, {how}, {layout}": (entry, {**ONLY.get(name, {}), **changes}, layout)

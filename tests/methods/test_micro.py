@@ -26,13 +26,19 @@ def step(entry, changes, batch, micro, watch=None):
     batches = method.draw(streams(method.roles, batch))
     with watch(model) if watch else torch.enable_grad() as watching:
         figures = method.backward(**batches)
+        if entry.name == "refat":  # which ablates from its second step on
+            model.zero_grad()
+            figures = method.backward(**method.draw(streams(method.roles, batch)))
+            assert watch or 0 < float(figures["ablated"]) < 1
     found = gradients(model)
     method.close()
     return found, {name: float(value) for name, value in figures.items()}, watching
 
 
 def test_the_methods_of_several_passes_divide_batches():
-    assert {entry.name for entry in DIVIDING} == {"repnoise", "tar", "booster", "vaccine", "t_vaccine"}
+    assert {entry.name for entry in DIVIDING} == {
+        "repnoise", "tar", "booster", "vaccine", "t_vaccine", "sft", "random_mapping", "refat"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(("entry", "how", "changes"), CASES, ids=[f"{entry.name}, {how}" for entry, how, _ in CASES])
@@ -50,7 +56,7 @@ def test_divided_batches_make_the_gradient_of_undivided_ones(entry, how, changes
 def test_the_peak_of_live_tensors_falls(entry):
     def long(n, half):
         one = pair(12, length=48, seed=n)[half]
-        return {**one, "labels": one["input_ids"]}
+        return {**one, "labels": one["input_ids"].index_fill(1, torch.tensor(0), -100)}
 
     def peak(micro):
         return step(entry, {}, long, micro, lambda model: Watch(model.parameters()))[2].peak

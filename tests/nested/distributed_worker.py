@@ -479,18 +479,19 @@ def narrow_shards(rank: int) -> None:
 def several_attackers(layout: str, rank: int) -> None:
     """In one forward: their steps make and reduce no gradient of the base; what they do is one process's on both parts.
 
-    Under FSDP2 they come to a model that is sharded already, as a run's do.
+    Under FSDP2 they come to a model that is sharded already, as a run's do; there what is gathered may stay.
     """
-    layers, found = {"num_hidden_layers": 2}, {}
-    for part in (None, rank):
+    layers, found, gathers = {"num_hidden_layers": 2}, {}, {}
+    for part, stays in ((None, False), (rank, False), (rank, True)):
         model = tiny("llama", torch.float64, **layers)
         loss = LanguageModelLoss(model, over_ranks=part is not None)
         wrapped = model if part is None else shard(model, {"layout": layout})
         attackers = LoRAAttackers(model, 2, rank=(1, 2))
         rule = attackers.optimizer([AdamW(lr=LR), AdamW(lr=3 * LR)])
         attack = SimulatedAttack(
-            model, rule, trains=attackers.trains, reads=attackers.reads, beside=attackers.parameters
-        )
+            model, rule, trains=attackers.trains, reads=attackers.reads, beside=attackers.parameters,
+            gathered=stays,
+        )  # fmt: skip
 
         def together(number: int, loss: Any = loss, wrapped: nn.Module = wrapped, part: int | None = part) -> Tensor:
             of_ranks = [[batch(3 * number + i, of) for i in range(2)] for of in ((0, 1) if part is None else (part,))]
@@ -499,18 +500,40 @@ def several_attackers(layout: str, rank: int) -> None:
 
         with attackers.at_work(), attack.at(wrapped) as tampered:
             for i in range(STEPS):
-                with reduced(wrapped) as names:
+                with reduced(wrapped) as names, gathered() as gathers[stays]:
+                    tampered.step(lambda i=i: together(i).sum())
                     tampered.step(lambda i=i: together(i).sum())
                 assert not names or part is None, names
                 with reduced(wrapped) as names:
                     tampered.accumulate(lambda: together(100).mean(), weigh(i))
                 assert names
+        assert all(not m._get_fsdp_state()._fsdp_param_groups[0].is_unsharded for m in fsdp2.groups_of(model.modules()))
         loss.close()
-        found[part] = {
+        found[part, stays] = {
             name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
             for name, g in gradients(wrapped).items()
         }
-    assert_same_gradients(found[rank], found[None], 1e-6)
+    assert_same_gradients(found[rank, False], found[None, False], 1e-6)
+    assert_same_gradients(found[rank, True], found[rank, False], 0.0)
+    if layout != "ddp":  # each group once; else each for the forwards and the backwards of two steps
+        assert sorted(gathers[True]) == sorted(set(gathers[False])) and len(gathers[False]) > 2 * len(gathers[True])
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[list[str]]:
+    """The first parameters of the groups that FSDP2 gathers."""
+    names: list[str] = []
+    gather = fsdp_param_group.foreach_all_gather
+
+    def seen(params: list[Any], *rest: Any) -> Any:
+        names.append(params[0]._param_fqn)
+        return gather(params, *rest)
+
+    fsdp_param_group.foreach_all_gather = seen
+    try:
+        yield names
+    finally:
+        fsdp_param_group.foreach_all_gather = gather
 
 
 class Kept(AdamW):

@@ -144,6 +144,10 @@ def test_an_attacker_who_trains_adapters_reduces_none_of_the_base_and_needs_no_s
     assert tar(s, adversary="lora") == recipe
     one, four = (named(r, "attack: forward") for r in (recipe, tar(s, adversary="lora", adversaries=4)))
     assert four.network == one.network and four.flops == pytest.approx(4 * one.flops)
+    stays = tar(s, adversary="lora", adversaries=4, gathered=True)
+    base, adapters = (named(stays, n).network for n in ("base gathered up to a read", "adapters added up"))
+    assert base == 16 * 2 * a.parameters * s.moved and named(stays, "attack: backward").network == 0
+    assert adapters == pytest.approx(64 * 4 * 2 * 4 * adapter * s.moved)
     with pytest.raises(
         ValueError, match="adversary: expected weights, those of the adapters that are trained, got lora"
     ):

@@ -16,9 +16,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fastguard import methods, parallel
+from fastguard import parallel
 from fastguard.run.config import ParallelConfig
-from recipes import trained
+from recipes import SHARED, trained
 
 UNDIVIDED = ("sn_tune", "rsn_tune")
 """Those that choose rows of whole matrices, and say so where these are divided."""
@@ -45,9 +45,7 @@ def main() -> None:
     )
     layout = ParallelConfig(tensor=tensor)
     first = {k: v.double() for k, v in load_file(Path(source) / "model.safetensors").items()}
-    for name, entry in methods.defenses().items():
-        if entry.edits:
-            continue
+    for name in SHARED:
         shared = parallel.load_model(source, torch.float64, layout)
         if tensor > 1 and name in UNDIVIDED:
             refused(shared, name)

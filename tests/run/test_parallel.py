@@ -15,13 +15,11 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tiny
-from fastguard import methods, parallel
+from fastguard import parallel
 from fastguard.models import load_model
 from fastguard.run import pipeline
 from launch import processes, two_processes
-from recipes import trained
-
-TRAINED = [name for name, entry in methods.defenses().items() if not entry.edits]
+from recipes import SHARED, trained
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,7 @@ def alone(tmp_path_factory):
     """A model, and what one process makes of it by each method."""
     folder = tmp_path_factory.mktemp("alone")
     source = tiny.folder(folder / "base", vocabulary=264)
-    for name in TRAINED:
+    for name in SHARED:
         trained(load_model(source, torch.float64), name).save_pretrained(folder / name)
     return folder
 
@@ -39,7 +37,7 @@ def alone(tmp_path_factory):
 def test_every_method_trains_on_several_processes_as_on_one(count, tensor, alone, tmp_path):
     worker = Path(__file__).with_name("parallel_worker.py")
     processes(
-        count, worker, tmp_path, str(count), str(tensor), str(alone / "base"), str(alone), passes=TRAINED, timeout=600
+        count, worker, tmp_path, str(count), str(tensor), str(alone / "base"), str(alone), passes=SHARED, timeout=600
     )
 
 
@@ -47,7 +45,8 @@ def run(tmp_path, name, count, **changes):
     """Start ``fastguard immunize`` by torchrun, or alone."""
     tree = {
         "model": {"name": str(tmp_path / "base"), "dtype": "float64"},
-        "parallel": {"save_minutes": 1e-3},
+        "parallel": {"save_minutes": 1e-3, "async_save": True},
+        "logging": {"trackers": ["jsonl"]},
         "data": {
             "prompt_tokens": 60, "benign_prompt_tokens": 400, "harmful_align": 6, "harmful_immunize": 8,
             "harmful_attack": 8, "harmful_measure": 5, "harmless_align": 6, "harmless_immunize": 8,
@@ -98,6 +97,16 @@ def test_a_run_by_torchrun_writes_what_one_process_writes(tmp_path):
     again = load_model(tmp_path / "two" / "immunized", torch.float64)  # whole, named and tied as it was
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert not (tmp_path / "two" / "immunized" / "sharded").exists()
+    (rows, losses), (same, again) = logged(tmp_path / "one"), logged(tmp_path / "two")  # by the first process, of all
+    assert rows == same and losses == pytest.approx(again, rel=1e-7)
+    assert [row[:2] for row in rows] == [("align", 0), ("align", 1), *(("immunize", step) for step in range(4))]
+
+
+def logged(out):
+    """Of each step its stage, number, learning rate and tokens; and the losses."""
+    rows = [json.loads(line) for file in sorted((out / "logs").glob("*.jsonl")) for line in file.open()]
+    steps = [(r["stage"], r["step"], r["lr"], round(r["tokens_per_second"] * r["seconds"])) for r in rows]
+    return steps, [r["loss"] for r in rows]
 
 
 def _flat(tree):

@@ -1,4 +1,6 @@
 import itertools
+import shutil
+import threading
 from typing import ClassVar
 
 import pytest
@@ -9,8 +11,9 @@ from fastguard.data.chat import collate, encode
 from fastguard.data.sets import Example
 from fastguard.losses.answer import answer_loss
 from fastguard.methods.training import Role, Training
+from fastguard.run.keep import Keeper
 from fastguard.run.streams import Order
-from fastguard.run.train import train, train_scored, trainable, warmup_cosine
+from fastguard.run.train import train, train_scored, trainable
 
 
 def items(tokenizer):
@@ -68,12 +71,6 @@ def test_what_cannot_be_trained_is_refused():
         train(Fixed(model), data, lr=1e-3, steps=1)
 
 
-def test_schedule():
-    assert warmup_cosine(0.05, 0.1) == pytest.approx(0.5)
-    assert warmup_cosine(0.1, 0.1) == pytest.approx(1.0)
-    assert warmup_cosine(1.0, 0.1) == pytest.approx(0.1)
-
-
 def test_finetuning_is_scored_where_asked_repeats_with_its_seed_and_stops():
     data = items(tiny.tokenizer())
     whole = collate(data, 1)
@@ -113,3 +110,44 @@ def test_every_item_comes_once_before_any_comes_again():
     assert drawn[:10] != drawn[10:]
     with pytest.raises(ValueError, match="batch of 0"):
         Order(3, 0, 0)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_and_learns_that_it_failed(tmp_path, monkeypatch):
+    import torch.distributed.checkpoint as dcp
+
+    write, begun, go_on = dcp.save, threading.Event(), threading.Event()
+
+    def waits(*args, **kwargs):
+        begun.set()
+        assert go_on.wait(60)
+        return write(*args, **kwargs)
+
+    def run(report=lambda fraction, text: None, minutes=1e-9):
+        keeper, model = Keeper(tmp_path, minutes, background=True), tiny.model()
+        keepers.append(keeper)
+        train(Fixed(model), fixed(batch), lr=1e-2, steps=6, report=report, keeper=keeper)
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    def report(fraction, text):  # the save after the first step is let go after the third
+        assert begun.wait(60) and not (tmp_path / "latest").exists()
+        if fraction == 0.5:
+            go_on.set()
+            raise KeyboardInterrupt
+
+    def lost(fraction, text):
+        assert fraction == 1 / 6  # the step after the one whose save failed raises
+        keepers[-1]._background._thread.join()
+
+    batch, keepers = collate(items(tiny.tokenizer()), 1), []
+    monkeypatch.setattr(dcp, "save", waits)
+    with pytest.raises(KeyboardInterrupt):
+        run(report)
+    assert (tmp_path / "latest").read_text() == "step-00000001"
+    resumed = run()
+    shutil.rmtree(tmp_path)
+    assert torch.equal(resumed, run(minutes=1e9))  # what was written is what the weights were at the save
+
+    monkeypatch.setattr(dcp, "save", lambda *args, **kwargs: (tmp_path / "no" / "room").read_text())
+    with pytest.raises(RuntimeError, match=r"a checkpoint could not be saved in the background: .*room"):
+        run(lost)
+    assert not (tmp_path / "latest").exists()

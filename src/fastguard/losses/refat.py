@@ -24,7 +24,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -33,12 +34,16 @@ from torch import Tensor, nn
 from fastguard.directions.estimate import estimate
 from fastguard.directions.stream import Ablation, Stream
 from fastguard.losses import guards, tapped
+from fastguard.losses.pieces import divided, pieces
 from fastguard.nested.guard import derived_seed
 from fastguard.ops.class_moments import class_moments_
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.over_ranks import gathered, mean, several, summed, totals
 from fastguard.ranks import DataRanks, data_ranks
 from fastguard.taps import Lens, find_structure
+
+CHOSEN = "chosen"
+"""A batch's entry that goes with its samples where they are divided: which run ablated."""
 
 HARMFUL, HARMLESS, ABLATED = range(3)
 """Classes of samples; the last are harmful ones that ran ablated."""
@@ -237,16 +242,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         """
         tokens, ends = zip(*(_answers(b, n) for n, b in (("refusal", refusal), ("retain", retain))), strict=True)
         training = torch.is_grad_enabled()
-        count, ranks = len(refusal["input_ids"]), data_ranks(self._tapped.model if model is None else model)
-        if training and self.every is not None and (self._ablation is None or int(self.since) >= self.every):
-            self._renew(ranks)
-        before, whole = count * ranks.rank, None
-        if self._tapped.over_ranks and training and several(ranks):
-            sizes = [size for (size,) in gathered([count], ranks)]
-            before, whole = sum(sizes[: ranks.rank]), sum(sizes)
-        offset = before if sample_offset is None else sample_offset
-        chosen = self._drawn(count, offset)
-        every = chosen if whole is None else self._drawn(whole, offset - before)
+        chosen, every = self._begun(len(refusal["input_ids"]), model, sample_offset)
         with self._tapped.call(model, self._lens) as call:
             with self._ablated(chosen, every) as first:
                 harmful = call.read(refusal, _Scope(call.lens, tokens[0], ends[0], self.layers))
@@ -267,6 +263,49 @@ class ReFATLoss(guards.Uncopied, nn.Module):
             else:
                 self.evaluation = figures
             return self._stream.gated(call.gated(loss), (first, second))
+
+    def passes(
+        self, *, refusal: Mapping[str, Tensor], retain: Mapping[str, Tensor], micro: int,
+        model: nn.Module | None = None,
+    ) -> list[Callable[[], Tensor]]:  # fmt: skip
+        """The loss of a training call as a sum of several, each what a function returns that runs a forward of its own.
+
+        They are run and differentiated in their order, so that the activations of at most ``micro`` samples are there
+        at a time. After the last, ``components`` are those of the call, and the counters have moved.
+
+        Args and errors: as in a call.
+        """
+        ranks = data_ranks(self._tapped.model if model is None else model) if self._tapped.over_ranks else None
+        chosen, every = self._begun(len(refusal["input_ids"]), model, None)
+        found: list[Callable[[], Tensor]] = []
+        read: dict[str, list[Tensor]] = {"refusal": [], "retain": [], "where": []}
+
+        def plain(name: str, batch: dict[str, Tensor], total: Tensor, weight: float) -> Tensor:
+            ablated = batch.pop(CHOSEN)
+            tokens, ends = _answers(batch, name)
+            with self._tapped.call(model, self._lens) as call:
+                with self._ablated(ablated, every) if name == "refusal" else self._stream.plain() as scope:
+                    got = call.read(batch, _Scope(call.lens, tokens, ends, self.layers))
+                kinds = torch.where(ablated, ABLATED, HARMFUL) if name == "refusal" else torch.full_like(ends, HARMLESS)
+                self._take(got.prompts, kinds)
+                read[name].append(got.ce.detach())
+                if name == "refusal":
+                    read["where"].append(ablated.to(got.ce.device)[tokens[0] // batch["input_ids"].shape[1]])
+                if sum(map(len, (read["refusal"], read["retain"]))) == len(found):
+                    harmful, harmless, where = (torch.cat(read[part]) for part in read)
+                    self.components = self._parts(harmful, harmless, where, every, call.ranks)
+                    self.call += 1
+                    self.since += 1
+                ce, number = totals(call.ranks, got.ce.sum(), total)
+                loss = weight * (ce / number) + call.zero.to(ce.dtype)
+                return self._stream.gated(call.gated(loss), (scope,))
+
+        for name, batch, weight in (("refusal", refusal, 1.0), ("retain", retain, self.retain_weight)):
+            total = tapped.carrying(batch, name).sum()
+            marked = {**batch, CHOSEN: chosen if name == "refusal" else torch.zeros(len(batch["input_ids"]))}
+            for piece in divided(marked, pieces(batch, micro, ranks)):
+                found.append(partial(plain, name, piece, total, weight))
+        return found
 
     def check(self, **batches: Mapping[str, Tensor]) -> None:
         """Raise the ValueError that a call would raise for batches that do not fit."""
@@ -305,6 +344,19 @@ class ReFATLoss(guards.Uncopied, nn.Module):
 
     def _lens(self) -> Lens:
         return Lens(self.structure, output_tol=self.filter_tol)
+
+    def _begun(self, count: int, model: nn.Module | None, sample_offset: int | None) -> tuple[Tensor, Tensor]:
+        """Which of ``count`` samples of a call run ablated, and which of all ranks'; directions are renewed in time."""
+        training, ranks = torch.is_grad_enabled(), data_ranks(self._tapped.model if model is None else model)
+        if training and self.every is not None and (self._ablation is None or int(self.since) >= self.every):
+            self._renew(ranks)
+        before, whole = count * ranks.rank, None
+        if self._tapped.over_ranks and training and several(ranks):
+            sizes = [size for (size,) in gathered([count], ranks)]
+            before, whole = sum(sizes[: ranks.rank]), sum(sizes)
+        offset = before if sample_offset is None else sample_offset
+        chosen = self._drawn(count, offset)
+        return chosen, chosen if whole is None else self._drawn(whole, offset - before)
 
     def _drawn(self, count: int, offset: int) -> Tensor:
         """[B] bool: which samples run ablated in this call."""

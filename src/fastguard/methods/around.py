@@ -32,12 +32,15 @@ class AroundLoss(Training):
     """Gradients of one step of a loss; a subclass constructs it and says in `roles` what it reads.
 
     Args:
-        model: as the loss was given it. loss_fn: the loss. seed: see `Training`. loss: of a plain batch, in `evaluate`.
+        model: as the loss was given it. loss_fn: the loss. loss: of a plain batch, in `evaluate`. seed, micro: see
+            `Training`; who has ``micro`` says in `losses` what it divides.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Any, *, loss: Loss | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, model: nn.Module, loss_fn: Any, *, loss: Loss | None = None, micro: int | None = None, seed: int = 0
+    ) -> None:
         self.loss_fn: LossModule = loss_fn
-        super().__init__(model, loss=loss, seed=seed, structure=self.loss_fn.structure)
+        super().__init__(model, loss=loss, seed=seed, structure=self.loss_fn.structure, micro=micro)
 
     def inspect(self, **batches: Any) -> None:
         """See `Training.inspect`; the loss knows."""

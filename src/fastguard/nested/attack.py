@@ -69,6 +69,8 @@ class SimulatedAttack:
         reduce_dtype: in which FSDP2 adds up the gradients of the attacker's steps, not those that the defender reads.
             How far that moves them is measured at the first step of an attack, by a pass more
             (``Tampered.reduction_cosine``). None: as the model was sharded.
+        gathered: FSDP2 keeps the weights that it gathers over the attacker's steps, until the defender reads; for one
+            who trains none of them (``nested.LoRAAttackers``), where a whole model has room on each rank.
         seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, data rank).
 
     The only state is the number of attacks so far: ``state_dict()``, ``load_state_dict()``.
@@ -90,6 +92,7 @@ class SimulatedAttack:
         masters: str | None = None,
         allow_lost: bool = False,
         reduce_dtype: torch.dtype | None = None,
+        gathered: bool = False,
         seed: int = 0,
     ) -> None:
         _expect_module(model)
@@ -99,7 +102,7 @@ class SimulatedAttack:
         self.model = model
         self.optimizer: Optimizer = AdamW() if optimizer is None else as_rule(optimizer)
         self.trains, self.reads, self.where, self.seed = trains, reads, snapshot, seed
-        self.beside, self.reduce_dtype = beside, reduce_dtype
+        self.beside, self.reduce_dtype, self.gathered = beside, reduce_dtype, gathered
         self.calls = 0
         self._host: tuple[list[int], Snapshot] | None = None
         self._warned: set[str] = set()
@@ -146,13 +149,14 @@ class SimulatedAttack:
             )
         snapshot.take()
         running = self._start(rule, tensors)
-        tampered = Tampered(every, trains, reads, running, self._judge(rule), self.reduce_dtype)
+        tampered = Tampered(every, trains, reads, running, self._judge(rule), self.reduce_dtype, self.gathered)
         left: dict[str, Any] = {}
         with Restoring() as guard:
             earlier = every.take_gradients()
 
             def restore(finished: bool) -> None:
                 tampered.over = True
+                every.scatter()
                 every.prepare()
                 snapshot.restore_()
                 with torch.no_grad():
@@ -241,8 +245,9 @@ class Tampered:
         running: Running,
         judge: Callable[[Realised, int], None],
         reduce_dtype: torch.dtype | None = None,
+        gathered: bool = False,
     ) -> None:
-        self._reduce_dtype = reduce_dtype
+        self._reduce_dtype, self._gathered = reduce_dtype, gathered
         self.reduction_cosine: Tensor | None = None
         self._every, self._trains, self._reads = every, trains, reads
         self._running, self._judge = running, judge
@@ -259,6 +264,8 @@ class Tampered:
             being the weighted sum; or a loss whose forward has run, of which more may be differentiated than is wanted.
         """
         what = f"attacker's loss at step {self.steps}"
+        if self._gathered and not isinstance(loss, Tensor):
+            self._trains.gather()
         usual: list[Tensor | None] | None = None
         if self._reduce_dtype is not None and self._every.sharded and not self.steps and not isinstance(loss, Tensor):
             loss = list(loss) if isinstance(loss, Iterable) else loss
@@ -281,6 +288,7 @@ class Tampered:
         if not math.isfinite(weight):
             raise ValueError(f"weight: expected a finite number, got {weight!r}")
         what = f"defender's loss after {self.steps} steps of the attacker"
+        self._every.scatter()
         value, gradients = self._gradients(loss, self._reads, what)
         self.check()
         for i, grad in enumerate(gradients):

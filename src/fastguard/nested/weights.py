@@ -58,6 +58,7 @@ class Weights:
             _refuse_other_sharding(model)
             modules = list(model.modules())
             self._groups = fsdp2.groups_of(modules)
+            self._gathered: list[Callable[[], None]] = []  # shared with what is chosen among them
             self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
             self.refuse_waiting_gradients()
             self._flags = fsdp2.flags(self._groups)
@@ -153,6 +154,21 @@ class Weights:
             guard.on_exit(lambda finished: give_back())
             guard.release()
             yield
+
+    def gather(self) -> None:
+        """Let FSDP2 keep what it gathers, from pass to pass, until `scatter`: for passes that leave the weights alone.
+
+        Raises ValueError where what was chosen is sharded, which whoever chose it is going to write to.
+        """
+        if self.sharded:
+            raise ValueError(f"gathered: expected an attacker who trains no shards, got {self.names[0]} among others")
+        if self._groups and not self._gathered:
+            self._gathered.append(fsdp2.keep_gathered(self._groups))
+
+    def scatter(self) -> None:
+        """The end of `gather`, if it was called."""
+        while self._gathered:
+            self._gathered.pop()()
 
     def average(self, gradients: Sequence[Tensor | None], resting: bool = False) -> None:
         """Make those that nobody else averages the mean over the data ranks, in place and in one piece a dtype.

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from fastguard import methods
 from fastguard.data.options import UserData
 from fastguard.evaluation.metrics import MAIN
+from fastguard.run.optimizers import OptimizerConfig
 from fastguard.settings import SettingError, Settings, build, choice, merged, number, numbers
 
 PACKAGED = ("demo", "quick", "components", "tar_prepared")
@@ -51,6 +52,25 @@ class ParallelConfig(Settings):
     checkpointing: bool | None = None  # of activations; None: where there are several processes
     save_minutes: float | None = number(10.0, above=0)  # between a training's checkpoints; None: none
     keep: int = number(2, at_least=1)  # checkpoints that stay
+    compile: bool = False  # each layer, by torch.compile, while a model is trained
+    async_save: bool = False  # training goes on while one is written, out of a copy in host memory
+
+
+TRACKERS = ("jsonl", "tensorboard", "wandb")
+"""What can write down the figures of a training as it goes: see ``run.journal``."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig(Settings):
+    """Who writes down each step of a training while it runs, in ``logs/`` of the run's folder; none by default."""
+
+    trackers: tuple[str, ...] = ()  # jsonl, tensorboard, wandb
+    project: str = "fastguard"  # of wandb
+
+    def check(self) -> None:
+        """Trackers that exist, each once."""
+        if not set(self.trackers) <= set(TRACKERS) or len(set(self.trackers)) < len(self.trackers):
+            raise SettingError("trackers", self.trackers, f"some of {', '.join(TRACKERS)}, each once")
 
 
 @dataclass(frozen=True)
@@ -82,6 +102,8 @@ class AlignConfig(Settings):
     run: bool = True
     steps: int = number(20, at_least=1)
     lr: float = number(5e-5, above=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    micro: int | None = number(None, at_least=1)  # samples that pass through the model at a time; None: all
     refusals: int = number(3, at_least=1)  # per step
     harmless: int = number(6, at_least=0)  # per step
     seed: int = 0
@@ -116,6 +138,7 @@ class PrepareConfig(MethodConfig):
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = number(20, at_least=1)
     lr: float = number(1.5e-4, above=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
 
     def check(self) -> None:
         """A method that exists, with options that it has."""
@@ -134,6 +157,7 @@ class ImmunizeConfig(MethodConfig):
     options: Mapping[str, Any] = field(default_factory=dict)  # the method's own (its folder's options.py)
     steps: int = number(40, at_least=1)
     lr: float = number(1.5e-4, above=0)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     pairs: int = number(4, at_least=1)  # harmful requests per step, and refusals
     retain: int = number(5, at_least=1)  # ordinary instructions per step
     warmup: float = number(0.1, at_least=0, below=1)  # share of the steps
@@ -258,6 +282,7 @@ class Config(Settings):
     title: str = "RepNoise on SmolLM2-135M-Instruct"
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
     data: DataConfig = field(default_factory=DataConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
     immunize: ImmunizeConfig = field(default_factory=ImmunizeConfig)
@@ -297,6 +322,14 @@ class Config(Settings):
             for name, changes in self.attacks.items()
         }
         return {MAIN: self.attack} | {name: part for name, part in further.items() if part.run}
+
+    def trained(self) -> dict[str, AlignConfig | PrepareConfig | ImmunizeConfig]:
+        """The sections of which a model comes, by name: of what runs."""
+        found: dict[str, AlignConfig | PrepareConfig | ImmunizeConfig] = {"align": self.align} if self.align.run else {}
+        parts = {"immunize": self.immunize} | {f"variants.{name}": self.variant(name) for name in self.variants}
+        for name, part in parts.items() if self.immunize.run else ():
+            found |= {name: part} | ({f"{name}.prepare": part.prepare} if part.prepare else {})
+        return found
 
     def variant(self, name: str) -> ImmunizeConfig:
         """The immunization of a variant."""

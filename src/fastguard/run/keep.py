@@ -1,4 +1,4 @@
-"""A training that may be killed: checkpoints on the way, and an end on SIGTERM that loses nothing."""
+"""A training that may be killed: checkpoints and rows on the way, and an end on SIGTERM that loses nothing."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastguard.machine import rank
+from fastguard.machine import rank, ranks
 from fastguard.nested.guard import summed_over_ranks
+from fastguard.parallel import compiled_layers
+from fastguard.taps.structure import find_structure
+from fastguard.trainers.background import BackgroundSaver
 from fastguard.trainers.checkpoint import load, save
 
 if TYPE_CHECKING:
+    from fastguard.run.journal import Journal
     from fastguard.run.train import Loop
 
 
@@ -54,29 +58,68 @@ def stoppable() -> Iterator[None]:
 
 
 class Keeper:
-    """Checkpoints of one training loop in a folder of its own.
+    """What a run puts around one training loop: checkpoints in a folder of its own, a journal, compiled layers.
 
     Args:
-        folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay.
+        folder: None: nothing is saved. minutes: between checkpoints. keep: how many stay. journal: None: none.
+        background: whether training goes on while a checkpoint is written (``trainers.background``).
+        backend: of torch.compile, by which layers are compiled; None: they are not.
     """
 
-    def __init__(self, folder: Path | None, minutes: float = 10.0, keep: int = 2) -> None:
-        self.folder, self.minutes, self.keep = folder, minutes, keep
+    def __init__(
+        self, folder: Path | None, minutes: float = 10.0, keep: int = 2, journal: Journal | None = None,
+        background: bool = False, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        self.folder, self.minutes, self.keep, self.journal = folder, minutes, keep, journal
+        self.backend = backend
+        self._background = BackgroundSaver() if background else None
         self._last = time.monotonic()
 
-    def resume(self, loop: Loop) -> None:
-        """Bring ``loop`` to where the latest checkpoint is, if there is one."""
+    @contextlib.contextmanager
+    def over(self, loop: Loop) -> Iterator[None]:
+        """Inside, ``loop`` goes on from where the latest checkpoint is, if there is one.
+
+        Ends when nothing is being written any more; of several processes one that fails waits for no other.
+        """
         if self.folder is not None:
             load(self.folder, loop.method.model, loop.optimizer, loop.counted)
+        with contextlib.ExitStack() as held:
+            if self.backend is not None:
+                held.enter_context(compiled_layers(find_structure(loop.method.model).layers, self.backend))
+            if self.journal is not None:
+                self.journal.begin(loop)
+                held.callback(self.journal.close)
+            try:
+                yield
+            except BaseException:
+                if self._background is not None and ranks() == 1:
+                    self._background.wait()
+                raise
+            if self._background is not None:
+                self._background.wait()
 
     def after_step(self, loop: Loop) -> None:
-        """Save where it is time. Raises `Stopped` on all processes, the state saved, where one was told to end."""
-        due = rank() == 0 and time.monotonic() - self._last >= 60 * self.minutes
-        told, save_now = summed_over_ranks(torch.tensor([float(_asked), float(due)])).tolist()
+        """Write down the step, and save where it is time.
+
+        Raises `Stopped` on all processes, the state saved, where one was told to end; RuntimeError on all of them where
+        one could not write in the background.
+        """
+        if self.journal is not None:
+            self.journal.after_step(loop)
+        background = self._background
+        busy, failed = (False, False) if background is None else (background.running, background.error is not None)
+        due = rank() == 0 and not busy and time.monotonic() - self._last >= 60 * self.minutes
+        told, save_now, lost = summed_over_ranks(torch.tensor([float(_asked), float(due), float(failed)])).tolist()
+        if background is not None and lost:
+            background.check()
+            raise RuntimeError("a checkpoint could not be saved in the background by another process")
         where = "no checkpoint was asked for"
         if self.folder is not None and (told or save_now):
-            step = len(loop.curve)
-            where = f"saved: {save(self.folder, step, loop.method.model, loop.optimizer, loop.counted, self.keep)}"
+            saving = save if background is None else background.save
+            saved = saving(self.folder, len(loop.curve), loop.method.model, loop.optimizer, loop.counted, self.keep)
+            where = f"saved: {saved}"
             self._last = time.monotonic()
         if told:
+            if background is not None:
+                background.wait()
             raise Stopped(f"told to end after step {len(loop.curve)}; {where}")

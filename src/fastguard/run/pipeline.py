@@ -47,6 +47,7 @@ from fastguard.run.config import (
     shortened,
 )
 from fastguard.run.evaluate import Services
+from fastguard.run.journal import Journal, required
 from fastguard.run.keep import Keeper
 from fastguard.run.stages import Stages
 from fastguard.run.streams import Streams, evidence
@@ -58,11 +59,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fastguard")
 
-Kept = Callable[[int], Keeper]
+Kept = Callable[[int, int], Keeper]
+"""What keeps a training of a stage, from the training's number and how many steps the stage made before it."""
 
 
-def unkept(number: int) -> Keeper:
-    """Saves nothing."""
+def unkept(number: int, before: int) -> Keeper:
+    """Keeps nothing."""
     return Keeper(None)
 
 
@@ -111,7 +113,7 @@ def immunize(
 ) -> Training:  # fmt: skip
     """Train or edit ``model`` IN PLACE with the defense that ``part.method`` names; settle it if asked to.
 
-    kept: from a part's number to what saves it on the way.
+    kept: what saves each part on the way.
     """
     trainable(model, part.freeze_embedding)  # before a method looks at what is trained
     device = str(model.device)
@@ -138,7 +140,7 @@ def immunize(
             else:
                 took(train(
                     method, streams.of(method.roles), one.lr, steps=one.steps, warmup=part.warmup,
-                    report=within(one.steps), keeper=kept(number),
+                    report=within(one.steps), keeper=kept(number, steps), optimizer=one.optimizer,
                 ))  # fmt: skip
         finally:
             method.close()
@@ -147,11 +149,12 @@ def immunize(
     if part.settle_steps:
         took(_plain(
             model, corpus, part, control, part.seed + 2, lr=part.settle_lr, warmup=0.1, steps=part.settle_steps,
-            report=within(part.settle_steps), keeper=kept(len(parts)),
+            report=within(part.settle_steps), keeper=kept(len(parts), steps),
         ))  # fmt: skip
     model.requires_grad_(True)
     trains = any(not one.entry.edits for one in parts) or part.settle_steps > 0
     if trains:
+        said += [f"optimizer{more}"] if (more := _described(part.optimizer)) else []
         said.append(f"{part.pairs} requests and {part.retain} harmless answers a step")
     if part.settle_steps:
         said.append(f"last {part.settle_steps} steps on safe answers and retain data alone")
@@ -179,7 +182,7 @@ def plain_control(
         warmup=part.warmup,
         seconds=seconds,
         report=report,
-        keeper=kept(0),
+        keeper=kept(0, 0),
     )
     model.requires_grad_(True)
     method = f"supervised: {part.pairs} refusals and {part.retain} harmless answers a step, equal wall-clock"
@@ -191,14 +194,20 @@ def _plain(
 ) -> tuple[int, float, Curve]:
     """Training on refusals and, weighted, on retain data."""
     trainable(model, part.freeze_embedding)
-    method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss)
+    micro = getattr(part.chosen(), "micro", None)  # at the peak of the defense itself
+    method = SFT(model, retain_weight=control.retain_weight, loss=answer_loss, micro=micro)
     streams = Streams(corpus, model, part.pairs, part.retain, seed)
-    return train(method, streams.of(method.roles), **how)
+    return train(method, streams.of(method.roles), optimizer=part.optimizer, **how)
 
 
 class _Job:
     def __init__(self, config: Config, out: Path, quick: bool, progress: Progress) -> None:
         self.config, self.out, self.quick = config, out, quick
+        required(config.logging.trackers)
+        for where, section in config.trained().items():
+            section.optimizer.required(f"{where}.optimizer")
+            if config.parallel.compile and isinstance(section, MethodConfig):
+                _refuse_uncompiled(where, section)
         progress = progress if parallel.is_first() else silent
         self.stages = Stages(out, progress)
         self.guard = config.guard if config.guard and config.guard.run else None
@@ -259,10 +268,8 @@ class _Job:
         if ranks() == 1:
             return
         c = self.config
-        sections: dict[str, MethodConfig | None] = {"guard": self.guard, "repair": self.repair}
-        if c.immunize.run:
-            sections |= {"immunize": c.immunize, "immunize.prepare": c.immunize.prepare}
-            sections |= {f"variants.{name}": c.variant(name) for name in c.variants}
+        sections: dict[str, Any] = {"guard": self.guard, "repair": self.repair}
+        sections |= {name: part for name, part in c.trained().items() if name != "align"}
         sections |= {"attack" if name == MAIN else f"attacks.{name}": part for name, part in c.all_attacks().items()}
         for where, part in sections.items():
             if part is not None and (part.entry.alone or part.entry.edits):
@@ -295,9 +302,14 @@ class _Job:
         reads = {"parent": self.digests[parent], "parts": parts, "dtype": self.computes, "data": self._training_data}
         layout, checkpoints = self.config.parallel, self.stages.checkpoints(stage, reads)
 
-        def kept(number: int) -> Keeper:
-            saves = layout.save_minutes
-            return Keeper(checkpoints / str(number) if saves else None, saves or 0.0, layout.keep)
+        def kept(number: int, before: int) -> Keeper:
+            saves, logs = layout.save_minutes, self.out / "logs" / f"{checkpoints.name}-{number}"
+            journal = Journal(logs, self.config.logging, {"stage": stage, "model": name}, before)
+            return Keeper(
+                checkpoints / str(number) if saves else None, saves or 0.0, layout.keep,
+                journal if self.config.logging.trackers else None, layout.async_save,
+                "inductor" if layout.compile else None,
+            )  # fmt: skip
 
         found: Training = self.stages.run(stage, reads, partial(work, kept), folder)
         agreed(lambda: shutil.rmtree(checkpoints, ignore_errors=True))  # the model is there: they are needed no more
@@ -402,10 +414,11 @@ class _Job:
         part, model = self.config.align, self.load("base")
         streams = Streams(self.corpus, model, part.refusals, part.harmless, part.seed, "align")
         trainable(model, freeze_embedding=True)
-        method = SFT(model, loss=answer_loss)
+        method = SFT(model, loss=answer_loss, micro=part.micro)
         steps, wall, curve = train(
-            method, streams.of(method.roles), part.lr, steps=part.steps, report=report, keeper=kept(0)
-        )
+            method, streams.of(method.roles), part.lr, steps=part.steps, report=report, keeper=kept(0, 0),
+            optimizer=part.optimizer,
+        )  # fmt: skip
         self.save(model, "aligned")
         said = f"supervised: {part.refusals} refusals and {part.harmless} harmless answers a step"
         return Training(parent="base", method=said, steps=steps, wall_s=wall, lr=part.lr, curve=curve)
@@ -464,6 +477,12 @@ def _label(name: str, config: Config) -> str:
         "immunized": f"immunized ({config.immunize.entry.title})",
         "control": "control (plain safe fine-tuning, equal time)",
     }.get(name, name)
+
+
+def _refuse_uncompiled(where: str, section: MethodConfig) -> None:
+    """Raise ValueError for a method under which layers cannot be compiled."""
+    if why := section.chosen().uncompilable():
+        raise ValueError(f"parallel.compile: expected false with {where}.method {section.method}, got true: {why}")
 
 
 def _devices(name: str) -> str:

@@ -17,6 +17,7 @@ from fastguard.methods.training import Data, Training
 from fastguard.nested.weights import Weights
 from fastguard.parallel import first_of
 from fastguard.run.keep import Keeper
+from fastguard.run.optimizers import OptimizerConfig, averaged
 from fastguard.taps.structure import reshard
 
 if TYPE_CHECKING:
@@ -35,31 +36,26 @@ def trainable(model: PreTrainedModel, freeze_embedding: bool) -> list[nn.Paramet
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def warmup_cosine(progress: float, warmup: float) -> float:
-    """Learning-rate factor at ``progress`` in [0, 1]: linear up to ``warmup``, then a cosine down to a tenth."""
-    if progress < warmup:
-        return max(progress / warmup, 0.1)
-    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
-
-
 class Loop:
-    """Steps of AdamW on a method's gradients, clipped to norm 1. No weight decay: the steps here are too few for it.
+    """Steps of an optimizer on a method's gradients, clipped.
 
     Args:
         method: made on the model, of which the parameters that require a gradient are trained.
-        data: streams of the method's roles. clip: the gradient's largest norm.
+        data: streams of the method's roles. optimizer: what steps. By default AdamW without weight decay, for which the
+            steps of a defense are too few.
 
     Attributes:
         curve: figures of the steps so far. seconds: that they took, by the first process's clock.
     """
 
-    def __init__(self, method: Training, data: Data, clip: float = 1.0) -> None:
-        self.method, self.data, self.clip = method, data, clip
+    def __init__(self, method: Training, data: Data, optimizer: OptimizerConfig | None = None) -> None:
+        optimizer = optimizer or OptimizerConfig()
+        self.method, self.data, self.clip = method, data, optimizer.clip
         reshard(method.model)
         self.parameters = [p for p in method.model.parameters() if p.requires_grad]
         if not self.parameters:
             raise ValueError("model: no parameter requires a gradient, so that there is nothing to train")
-        self.optimizer = torch.optim.AdamW(_by_mesh(self.parameters), lr=1.0, weight_decay=0.0, fused=True)
+        self.optimizer = optimizer.build(self.parameters)
         self.curve: Curve = []
         self.seconds = 0.0
         method.trained_by(self.optimizer)
@@ -112,14 +108,6 @@ class Loop:
         return norm
 
 
-def _by_mesh(parameters: Sequence[nn.Parameter]) -> list[dict[str, Any]]:
-    """Groups of parameters that are sharded over one mesh: an optimizer's fused step takes no others together."""
-    found: dict[Any, list[nn.Parameter]] = {}
-    for p in parameters:
-        found.setdefault(getattr(p, "device_mesh", None), []).append(p)
-    return [{"params": group} for group in found.values()]
-
-
 def train(
     method: Training,
     data: Data,
@@ -129,27 +117,30 @@ def train(
     warmup: float = 0.1,
     report: Report = lambda fraction, text: None,
     keeper: Keeper | None = None,
+    optimizer: OptimizerConfig | None = None,
 ) -> tuple[int, float, Curve]:
     """Train for a number of steps, or for a number of seconds.
 
-    The learning rate follows :func:`warmup_cosine` over the steps or, given seconds, over the clock.
-    ``report`` is called with the fraction done and a line of text. ``keeper`` saves on the way, and takes up what it
-    has saved. Returns steps taken, seconds, curve.
+    The learning rate follows the schedule of ``optimizer`` over the steps or, given seconds, over the clock.
+    ``report`` is called with the fraction done and a line of text. ``keeper`` saves on the way, takes up what it has
+    saved, and writes down each step. Returns steps taken, seconds, curve.
     Raises ValueError unless exactly one of ``steps`` and ``seconds`` is given; else as `Loop.step`, or `keep.Stopped`.
     """
     if (steps is None) == (seconds is None):
         raise ValueError(f"train: got steps={steps} and seconds={seconds}, expected exactly one of them")
-    loop, keeper = Loop(method, data), keeper or Keeper(None)
-    keeper.resume(loop)
-    while True:
-        step = len(loop.curve)
-        progress = step / steps if steps else loop.seconds / (seconds or math.inf)
-        if progress >= 1:
-            break
-        point = loop.step(lr * warmup_cosine(progress, warmup))
-        keeper.after_step(loop)
-        done = min(progress + 1 / steps if steps else progress, 1.0)
-        report(done, f"step {step + 1}, loss {point['loss']:.2f}")
+    optimizer = optimizer or OptimizerConfig()
+    loop, keeper = Loop(method, data, optimizer), keeper or Keeper(None)
+    with keeper.over(loop):
+        while True:
+            step = len(loop.curve)
+            progress = step / steps if steps else loop.seconds / (seconds or math.inf)
+            if progress >= 1:
+                break
+            point = loop.step(lr * optimizer.factor(progress, warmup))
+            keeper.after_step(loop)
+            done = min(progress + 1 / steps if steps else progress, 1.0)
+            report(done, f"step {step + 1}, loss {point['loss']:.2f}")
+    averaged(loop.optimizer)
     return step, loop.seconds, loop.curve
 
 

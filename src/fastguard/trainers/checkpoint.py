@@ -18,7 +18,7 @@ import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,33 +56,56 @@ def save(
         counted: by name, what else has a state: the defense, a scheduler, a data loader.
         keep: checkpoints that stay, the new one included.
     """
-    import torch.distributed.checkpoint as dcp
+    job = begun(folder, step, model, optimizer, counted, keep)
+    written(job)
+    return job.final
 
-    folder = Path(folder)
-    final = folder / f"step-{step:08d}"
-    partial = final.with_suffix(".partial")
-    if _pointed_to(folder) == final:
-        return final
-    if rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in (*folder.glob("*.partial"), final):
-            if leftover.is_dir():
-                shutil.rmtree(leftover)
-    _barrier()
+
+class Job(NamedTuple):
+    """A checkpoint to be written as ``final``, of which ``keep`` stay; ``state`` is None where it is there already."""
+
+    final: Path
+    keep: int
+    state: dict[str, Any] | None
+
+
+def begun(
+    folder: str | Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer,
+    counted: Mapping[str, Counted] | None, keep: int,
+) -> Job:  # fmt: skip
+    """What `save` will write: the live tensors by name, and this rank's own part."""
+    final = Path(folder) / f"step-{step:08d}"
+    if _pointed_to(final.parent) == final:
+        return Job(final, keep, None)
     reshard(model)
     own, moments, large = _own_state(step, model, optimizer, counted or {})
     tensors = {**{name: contiguous(t) for name, t in {**_moving(model), **moments}.items()}, **large}
-    dcp.save({**tensors, f"rank {rank()}": own}, checkpoint_id=partial)
-    _barrier()
+    return Job(final, keep, {**tensors, f"rank {rank()}": own})
+
+
+def written(job: Job, group: Any = None) -> None:
+    """Write it; called by every rank, which meet in collectives of ``group``."""
+    import torch.distributed.checkpoint as dcp
+
+    if job.state is None:
+        return
+    folder, partial = job.final.parent, job.final.with_suffix(".partial")
+    if rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*folder.glob("*.partial"), job.final):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+    _barrier(group)
+    dcp.save(job.state, checkpoint_id=partial, process_group=group)
+    _barrier(group)
     if rank() == 0:
         sync_folder(partial)
-        os.rename(partial, final)
+        os.rename(partial, job.final)
         sync_folder(folder)
-        write_atomically(folder / POINTER, final.name.encode())
-        for old in sorted(folder.glob("step-????????"))[:-keep]:
+        write_atomically(folder / POINTER, job.final.name.encode())
+        for old in sorted(folder.glob("step-????????"))[: -job.keep]:
             shutil.rmtree(old)
-    _barrier()
-    return final
+    _barrier(group)
 
 
 def contiguous(t: Tensor) -> Tensor:
@@ -266,6 +289,6 @@ def _pointed_to(folder: Path) -> Path | None:
     return folder / pointer.read_text().strip() if pointer.exists() else None
 
 
-def _barrier() -> None:
+def _barrier(group: Any = None) -> None:
     if distributed():
-        torch.distributed.barrier()
+        torch.distributed.barrier(group)

@@ -48,7 +48,7 @@ class RandomMapping(Training):
         figures = mapping.backward(harmful=batch, retain=other)
 
     Cost: a forward and backward of each batch, one after the other. Memory above a training step: the directions of the
-    harmful batch, B T D elements, in fp32 (`direction_bytes`).
+    harmful samples that pass at a time, B T D elements, in fp32 (`direction_bytes`).
 
     Args:
         model: a Hugging Face causal language model, also PEFT.
@@ -56,6 +56,7 @@ class RandomMapping(Training):
         mask_padding: keep padding out of the mapping; published: it counts.
         loss: the retain batch's, of (model, batch); None: cross-entropy.
         reads: whose gradients are wanted; None: every parameter's that requires one.
+        micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
         seed: of the directions.
     """
 
@@ -71,10 +72,11 @@ class RandomMapping(Training):
         mask_padding: bool = Options.mask_padding,
         loss: Loss | None = None,
         reads: Select = None,
+        micro: int | None = None,
         seed: int = 0,
     ) -> None:
         Options(mapping_weight=mapping_weight, retain_weight=retain_weight, mask_padding=mask_padding)
-        super().__init__(model, loss=loss, seed=seed, reads=reads)
+        super().__init__(model, loss=loss, seed=seed, reads=reads, micro=micro)
         self.mapping_weight, self.retain_weight, self.mask_padding = mapping_weight, retain_weight, mask_padding
         head = self.language.structure.head
         self._features = int(head.weight.shape[1])  # type: ignore[union-attr, index]
@@ -86,19 +88,26 @@ class RandomMapping(Training):
 
         Returns ``loss``, ``retain_ce``, ``mapping``. Errors as in ``LanguageModelLoss``.
         """
-        ce = step.differentiate(step.loss(retain), "retain batch", step.scale * self.retain_weight)
-        mapped = step.differentiate(
-            self._mapping(harmful, step.model), "harmful batch", step.scale * self.mapping_weight
-        )
+        retained = step.passes(step.loss, retain)
+        ce = step.differentiate(retained, "retain batch", step.scale * self.retain_weight)
+        mapping = step.passes(lambda piece: self._mapping(piece, step.model), harmful, self._places)
+        mapped = step.differentiate(mapping, "harmful batch", step.scale * self.mapping_weight)
         return {
             "loss": self.retain_weight * ce + self.mapping_weight * mapped, "retain_ce": ce, "mapping": mapped,
         }  # fmt: skip
 
+    def _mask(self, batch: Batch) -> Tensor | None:
+        return batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
+
+    def _places(self, batch: Batch) -> Tensor | int:
+        """Over how many tokens the mean of a batch's mapping is."""
+        mask = self._mask(batch)
+        return batch["input_ids"].numel() if mask is None else mask.sum()
+
     def _mapping(self, batch: Batch, model: nn.Module) -> Tensor:
         directions = token_directions(batch["input_ids"], self._features, self.seed, self._dtype)
         self.direction_bytes = directions.numel() * directions.element_size()
-        mask = batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
         states = [directions] * (len(self.language.structure.layers) + 1)
         return self.language(
-            batch, None, model, distance_to=states, distance_kind="absolute_cosine", distance_mask=mask
+            batch, None, model, distance_to=states, distance_kind="absolute_cosine", distance_mask=self._mask(batch)
         )

@@ -21,6 +21,7 @@ class Options(Settings):
     directions: int = number(1, at_least=1, at_most=64)  # a layer; more than the paper's one: see the loss
     samples: int = number(32, at_least=1)  # prompts' weight that earlier means have at most
     retain_weight: float = number(1.0, at_least=0)
+    micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
 
     def check(self) -> None:
         """Layers that are named once."""

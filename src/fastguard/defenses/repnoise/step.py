@@ -35,10 +35,9 @@ class RepNoise(AroundLoss):
 
     def __init__(self, model: nn.Module, *, micro: int | None = None, seed: int = 0, **changes: Any) -> None:
         super().__init__(
-            model, RepNoiseLoss(model, seed=seed, over_ranks=True, **changes), loss=_no_plain_loss, seed=seed
-        )
-
-        self.micro = micro
+            model, RepNoiseLoss(model, seed=seed, over_ranks=True, **changes), loss=_no_plain_loss, seed=seed,
+            micro=micro,
+        )  # fmt: skip
 
     def losses(self, step: Step, **batches: Any) -> Tensor | Passes:
         """See `AroundLoss.losses`."""

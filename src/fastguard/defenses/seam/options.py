@@ -20,3 +20,8 @@ class Options(Settings):
     product: str = choice("tangent", *PRODUCTS)  # published: difference
     mask_padding: bool = False  # published: padding where answers differ in length carries loss
     boundary: str = choice("constant", *BOUNDARIES)  # constant: the first differing token gives no gradient
+
+    def uncompilable(self) -> str:
+        """See `Settings.uncompilable`."""
+        twice = "a compiled backward cannot be differentiated again (product: difference does without it)"
+        return twice if self.product == "tangent" else ""

@@ -12,3 +12,4 @@ class Options(Settings):
     """See ``fastguard.defenses.sft.step.SFT``."""
 
     retain_weight: float | None = number(None, at_least=0)  # None: refusals and retain samples as one batch
+    micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole

@@ -23,3 +23,7 @@ class Options(Settings):
     probe_every: int = number(200, at_least=1)  # steps between measurements of the layers' gradients
     trains: str = choice("published", *TRAINS)
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
+
+    def uncompilable(self) -> str:
+        """See `Settings.uncompilable`."""
+        return "what perturbs activations inside of layers leaves nothing of them to compile"

@@ -65,10 +65,11 @@ def attacking(s: Setting, o: Options, count: int) -> Work:
     """An attacker's steps, ``count`` of them, and what he holds.
 
     One who trains the defender's weights lends them and puts them back; those who train adapters move no weight, and
-    pass in one forward, from a copy of their start. Adapters are fp32 and whole on each GPU; that an all-reduce adds
-    their gradients up is as many bytes as if they were gathered twice and reduced. One in each node has a node's part
-    of the batch, on a base that is gathered for the attack. One who is kept from step to step waits, with his
-    optimizer, where a snapshot does; what waits stays as it was until an attack has ended well.
+    pass in one forward, from a copy of their start, on a base that is gathered for each pass or stays. Adapters are
+    fp32 and whole on each GPU; that an all-reduce adds their gradients up is as many bytes as if they were gathered
+    twice and reduced. One in each node has a node's part of the batch, on a base that is gathered for the attack. One
+    who is kept from step to step waits, with his optimizer, where a snapshot does; what waits stays as it was until an
+    attack has ended well.
     """
     his, w = attacker(s), s.precision.weights
     during = moments_of("attack", "tamper")
@@ -82,7 +83,14 @@ def attacking(s: Setting, o: Options, count: int) -> Work:
         work, items = passes.fused(his, "attack", batches(s, o)[0] * together(s, o), count / together(s, o))
     if s.adversary == "lora":
         his = replace(his, gpus=1)
-        added = (o.adversaries - 1) * FP32 * 2 * his.trainable * s.moved  # beside the first's, which is in the passes
+        beside = o.adversaries - 1  # the first's are in the passes
+        if o.gathered and s.gpus > 1:
+            beside = o.adversaries
+            base, runs = s.architecture.parameters * float(s.precision.compute), steps_of(s, o)[1]
+            work = [replace(part, network=0.0) if part.kind == "model" else part for part in work]
+            work.append(Part("base gathered up to a read", "weights", runs, network=runs * base * s.moved))
+            items = [i for i in items if i.name != "gathered weights"] + [item("base", base, *moments_of("attack"))]
+        added = beside * FP32 * 2 * his.trainable * s.moved
         work.append(Part("adapters added up", "weights", count / o.adversaries, network=added * count / o.adversaries))
         gradients = o.adversaries * his.shard * FP32 - his.shard / s.gpus * w
         items.append(item("attackers' gradients", gradients, *moments_of("attack")))

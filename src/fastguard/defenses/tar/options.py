@@ -36,6 +36,7 @@ class Options(Settings):
     adversaries: int = number(1, at_least=1)  # per step
     adversary: str = choice("weights", *ADVERSARIES)  # what they train; lora is no published attacker
     adversary_rank: int = number(16, at_least=1)  # of the adapters of lora
+    gathered: bool = False  # for lora: the whole base stays on every GPU in an attack's steps
     read_every: int = number(4, at_least=1)
     tamper_loss: str = choice("max_entropy", *TAMPER_LOSSES)
     grad_scale: float = number(4.0, at_least=0)
@@ -50,6 +51,8 @@ class Options(Settings):
         """The gradient must be read at least once, and attackers who pass together each have a sample in a pass."""
         if self.read_every > self.inner_steps:
             raise SettingError("read_every", self.read_every, f"at most inner_steps ({self.inner_steps})")
+        if self.gathered and self.adversary != "lora":
+            raise SettingError("gathered", True, "False unless adversary is lora")
         if self.adversary == "lora" and self.micro is not None and self.micro < self.adversaries:
             raise SettingError("micro", self.micro, f"with adversary lora at least adversaries ({self.adversaries})")
         if self.adversary == "lora" and self.bf16_reductions:

@@ -123,6 +123,8 @@ class TAR(Training):
             of it. Every n-th of the fresh steps is read, or the last where there are fewer than n, with the weight of
             the step that he has reached: reads too are fresh / K as many, and ``grad_scale`` weighs so much less
             beside the retain loss. Takes weights in fp32, or ``masters``.
+        gathered: for ``lora``, where the whole model has room on each GPU: FSDP2 gathers it once for the attackers'
+            steps from one read to the next, instead of twice a step.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
         micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
@@ -172,6 +174,7 @@ class TAR(Training):
         reduce_dtype: torch.dtype | None = None,
         persistent: bool = False,
         fresh: int = Options.fresh,
+        gathered: bool = Options.gathered,
         batch: int | None = None,
         held_out: int | None = None,
         micro: int | None = None,
@@ -191,6 +194,7 @@ class TAR(Training):
             for name, value in own.items():
                 _require(value is None, name, value, "none with adversary='lora'")
             _require(micro is None or micro >= count, "micro", micro, f"a sample of each of {count} attackers at least")
+        _require(not gathered or adversary == "lora", "gathered", gathered, "False unless adversary is 'lora'")
         super().__init__(model, loss=loss, seed=seed, reads=reads, micro=micro)
         self.steps, self.every, self.count = steps, every, count
         self.persistent, self.fresh = persistent, fresh if persistent else steps
@@ -214,7 +218,7 @@ class TAR(Training):
             reads = self.attackers.reads if reads is None else reads
         self.attack = SimulatedAttack(
             model, trains=trains, reads=reads, beside=beside, snapshot=snapshot, masters=masters,
-            allow_lost=allow_lost, reduce_dtype=reduce_dtype, seed=seed,
+            allow_lost=allow_lost, reduce_dtype=reduce_dtype, gathered=gathered, seed=seed,
         )  # fmt: skip
         corpora = dict.fromkeys(name for kind in self.kinds for name in kind)
         self.roles = {
@@ -239,7 +243,7 @@ class TAR(Training):
         o = options
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
-            adversary=o.adversary, adversary_rank=o.adversary_rank,
+            adversary=o.adversary, adversary_rank=o.adversary_rank, gathered=o.gathered,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
             outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro,
             reduce_dtype=torch.bfloat16 if o.bf16_reductions else None,

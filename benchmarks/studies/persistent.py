@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,9 +48,10 @@ HARMFUL = "adversary harmful"
 RESULT = Path(__file__).parents[1] / "results" / "persistent-study.json"
 
 
-def mean_weight(tar: TAR, at: Sequence[int], steps: int) -> float:
-    """What the reads after these steps of the attacker weigh, over an attacker's outer steps."""
-    return sum(map(tar.weight, at)) / steps
+def matched() -> float:
+    """How much more a persistent read weighs, so that an attacker's outer steps have the mean weight of cold ones."""
+    cold, kept = (sum(math.exp(0.0625 * (i - (K - 1))) for i in range(n - 1, K, n)) for n in (EVERY, FRESH))
+    return cold / (kept * FRESH / K)
 
 
 class Probed(TAR):
@@ -94,7 +96,10 @@ class Probed(TAR):
 
 
 def compared(weights: Weights, own: Any, colds: Any, still: Any) -> dict[str, float]:
-    """Cosines and ratios of norms: the persistent gradient, two cold ones, that of an attacker who stands still."""
+    """Cosines and ratios of norms: the persistent gradient, two cold ones, that of an attacker who stands still.
+
+    All have the persistent run's ``grad_scale``; a cold run's is smaller by `matched`, which `table` takes into account.
+    """
 
     def among(a: Any, b: Any) -> float:
         both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
@@ -123,8 +128,7 @@ def trained(kind: str, aligned: Path, folder: Path, seed: int, note: Any) -> Non
         persistent=kind == "persistent", fresh=FRESH,
     )  # fmt: skip
     if tar.persistent:
-        cold, legs = range(EVERY - 1, K, EVERY), range(FRESH - 1, K, FRESH)
-        tar.grad_scale *= mean_weight(tar, cold, 1) / mean_weight(tar, legs, len(legs))
+        tar.grad_scale *= matched()
     data = Streams(build_corpus(tokenizer, base.data), model, REFUSALS, HARMLESS, seed).of(tar.roles)
     tar.source = data[HARMFUL]
     start = time.time()
@@ -145,7 +149,7 @@ COMPARED = ("cosine", "cosine_of_cold", "cosine_of_still", "norm_ratio")
 
 def mean(probes: Sequence[dict[str, float]], name: str) -> str:
     """Over those that have it: seed 0's run began without the attacker who stands still."""
-    values = [p[name] for p in probes if name in p]
+    values = [p[name] * (matched() if name == "norm_ratio" else 1) for p in probes if name in p]
     return f"{sum(values) / len(values):.3f}" if values else ""
 
 

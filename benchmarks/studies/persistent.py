@@ -98,7 +98,7 @@ class Probed(TAR):
 def compared(weights: Weights, own: Any, colds: Any, still: Any) -> dict[str, float]:
     """Cosines and ratios of norms: the persistent gradient, two cold ones, that of an attacker who stands still.
 
-    All have the persistent run's ``grad_scale``; a cold run's is smaller by `matched`, which `table` takes into account.
+    All have the persistent run's ``grad_scale``; a cold run's is smaller by `matched`, which `table` allows for.
     """
 
     def among(a: Any, b: Any) -> float:

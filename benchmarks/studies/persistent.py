@@ -9,7 +9,8 @@ life.
 
 At every fifth step of the persistent run, at the same weights and with the same held-out batch, its tamper gradient is
 compared with that of two cold attackers, who differ in their batches alone: the cosine between these two is what the
-noise of the batches leaves of 1. Then both models and the aligned one are attacked as in the demo.
+noise of the batches leaves of 1, and that of an attacker who does not move is what no attack at all gives.
+Then both models and the aligned one are attacked as in the demo.
 
 Killed and started again it goes on where it was. Results are written as they come, by seed.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,9 +48,10 @@ HARMFUL = "adversary harmful"
 RESULT = Path(__file__).parents[1] / "results" / "persistent-study.json"
 
 
-def mean_weight(tar: TAR, at: Sequence[int], steps: int) -> float:
-    """What the reads after these steps of the attacker weigh, over an attacker's outer steps."""
-    return sum(map(tar.weight, at)) / steps
+def matched() -> float:
+    """How much more a persistent read weighs, so that an attacker's outer steps have the mean weight of cold ones."""
+    cold, kept = (sum(math.exp(0.0625 * (i - (K - 1))) for i in range(n - 1, K, n)) for n in (EVERY, FRESH))
+    return cold / (kept * FRESH / K)
 
 
 class Probed(TAR):
@@ -65,16 +68,19 @@ class Probed(TAR):
         super()._attack(step, adversary, held_out, share, figures, kept)
         if not self.persistent or self.step % PROBED:
             return
-        calls, own = self.attack.calls, step.take()
-        colds: list[list[Tensor | None]] = []
-        for number in range(2):
-            first = 1_000_000 + (2 * self.step + number) * K  # batches that the run itself does not come to
-            cold = Adversary("cold", adversary.lr, [self.source(first + i) for i in range(K)])
-            super()._attack(step, cold, held_out, share, type(figures)(), None)
-            colds.append(step.take())
-        self.attack.calls = calls
+        calls, fresh, own = self.attack.calls, self.fresh, step.take()
+
+        def cold(lr: float, count: int, first: int) -> list[Tensor | None]:
+            self.fresh = count
+            batches = [self.source(1_000_000 + first + i) for i in range(count)]  # that the run does not come to
+            super(Probed, self)._attack(step, Adversary("cold", lr, batches), held_out, share, type(figures)(), None)
+            return step.take()
+
+        colds = [cold(adversary.lr, K, (2 * self.step + number) * K) for number in range(2)]
+        still = cold(0.0, 1, 0)
+        self.attack.calls, self.fresh = calls, fresh
         self.probes.append(
-            {"step": float(self.step), "reached": float(kept.taken), **compared(step.weights, own, colds)}
+            {"step": float(self.step), "reached": float(kept.taken), **compared(step.weights, own, colds, still)}
         )
         print(self.probes[-1], flush=True)
         step.put(own)
@@ -89,16 +95,20 @@ class Probed(TAR):
         self.probes = list(state["probes"])
 
 
-def compared(weights: Weights, own: Any, colds: Any) -> dict[str, float]:
-    """Cosines and ratios of norms of the persistent gradient and two cold ones."""
+def compared(weights: Weights, own: Any, colds: Any, still: Any) -> dict[str, float]:
+    """Cosines and ratios of norms: the persistent gradient, two cold ones, that of an attacker who stands still.
+
+    All have the persistent run's ``grad_scale``; a cold run's is smaller by `matched`, which `table` allows for.
+    """
 
     def among(a: Any, b: Any) -> float:
         both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
         return float(weights.subset(both).dot([a[i] for i in both], [b[i] for i in both]))
 
-    norms = [among(g, g) ** 0.5 for g in (own, *colds)]
+    norms = [among(g, g) ** 0.5 for g in (own, *colds, still)]
     return {
         "cosine": sum(among(own, cold) / norms[0] / norms[1 + i] for i, cold in enumerate(colds)) / 2,
+        "cosine_of_still": sum(among(still, cold) / norms[3] / norms[1 + i] for i, cold in enumerate(colds)) / 2,
         "cosine_of_cold": among(*colds) / norms[1] / norms[2],
         "norm_ratio": norms[0] / (norms[1] * norms[2]) ** 0.5,
         "norm_ratio_of_cold": norms[2] / norms[1],
@@ -118,8 +128,7 @@ def trained(kind: str, aligned: Path, folder: Path, seed: int, note: Any) -> Non
         persistent=kind == "persistent", fresh=FRESH,
     )  # fmt: skip
     if tar.persistent:
-        cold, legs = range(EVERY - 1, K, EVERY), range(FRESH - 1, K, FRESH)
-        tar.grad_scale *= mean_weight(tar, cold, 1) / mean_weight(tar, legs, len(legs))
+        tar.grad_scale *= matched()
     data = Streams(build_corpus(tokenizer, base.data), model, REFUSALS, HARMLESS, seed).of(tar.roles)
     tar.source = data[HARMFUL]
     start = time.time()
@@ -135,19 +144,27 @@ def trained(kind: str, aligned: Path, folder: Path, seed: int, note: Any) -> Non
     tar.close()
 
 
+COMPARED = ("cosine", "cosine_of_cold", "cosine_of_still", "norm_ratio")
+
+
+def mean(probes: Sequence[dict[str, float]], name: str) -> str:
+    """Over those that have it: seed 0's run began without the attacker who stands still."""
+    values = [p[name] * (matched() if name == "norm_ratio" else 1) for p in probes if name in p]
+    return f"{sum(values) / len(values):.3f}" if values else ""
+
+
 def table(result: Path) -> str:
     """Of every seed that has begun: gradients by the attacker's steps, and what the attacks found."""
     lines = [
-        "| seed | attacker's steps | compared | cosine to cold | between cold | norm / cold |",
-        "|---|---|---|---|---|---|",
+        "| seed | attacker's steps | compared | cosine to cold | between cold | no attack, to cold | norm / cold |",
+        "|---|---|---|---|---|---|---|",
     ]
     found = json.loads(result.read_text())
     for seed, entry in found.items():
         probes = entry.get("persistent", {}).get("probes", [])
         for reached in (*sorted({p["reached"] for p in probes}), "all"):
             of = [p for p in probes if reached in (p["reached"], "all")]
-            means = [sum(p[k] for p in of) / len(of) for k in ("cosine", "cosine_of_cold", "norm_ratio")]
-            lines.append(f"| {seed} | {reached} | {len(of)} | {' | '.join(f'{m:.3f}' for m in means)} |")
+            lines.append(f"| {seed} | {reached} | {len(of)} | {' | '.join(mean(of, name) for name in COMPARED)} |")
     lines += ["", "| seed | model | seconds of training | steps to 50% compliance | perplexity | over-refusal |"]
     lines.append("|---|---|---|---|---|---|")
     for seed, entry in found.items():

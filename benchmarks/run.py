@@ -150,7 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
     parser.add_argument(
-        "--name", help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-directions, cpu-saliency, gpu"
+        "--name",
+        help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-attackers, cpu-directions, cpu-saliency, gpu",
     )
     parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
@@ -165,6 +166,7 @@ def main() -> None:
                         if str(p.relative_to(ROOT)) not in SALIENCY],
             "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],
             "cpu-nested": [NESTED],
+            "cpu-attackers": ["benchmarks/end_to_end/bench_attackers.py"],
             "cpu-directions": ["benchmarks/end_to_end/bench_directions.py"],
             "cpu-saliency": SALIENCY,
         }  # fmt: skip

@@ -15,12 +15,16 @@ Nothing here imports FSDP2: a group is recognised by what it can do.
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+
+STAYS = "_fastguard_stays_gathered"
+"""The attribute of a group that `keep_gathered` has in hand."""
 
 
 def groups_of(modules: Iterable[nn.Module]) -> list[Any]:
@@ -84,7 +88,7 @@ def prepare(groups: list[Any]) -> None:
     for group in groups:
         for holder, name in _waiting_gradients(group):
             setattr(holder, name, None)
-        group.reshard()
+        reshard([group])
         group.set_requires_gradient_sync(True, recurse=False)
         group.set_is_last_backward(True)
     for parameters in parameter_groups(groups):
@@ -113,6 +117,50 @@ def flags(groups: list[Any]) -> Callable[[], None]:
         for state, value in reversed(last):  # until its first forward each has a context of its own: the root's counts
             state._state_ctx.is_last_backward = value
 
+    return give_back
+
+
+def reduce_in(groups: list[Any], dtype: torch.dtype) -> Callable[[], None]:
+    """Have gradients reduced in ``dtype``, by taps too (``taps.anchor``); a function that puts their own back."""
+    settle(groups)
+    before = [(p, p._reduce_dtype, p.mp_policy) for p in parameter_groups(groups)]
+
+    def give_back() -> None:
+        for parameters, reduce, policy in before:
+            parameters._reduce_dtype, parameters.mp_policy = reduce, policy
+
+    for parameters, _, policy in before:
+        parameters._reduce_dtype, parameters.mp_policy = dtype, dataclasses.replace(policy, reduce_dtype=dtype)
+    return give_back
+
+
+def reshard(groups: Iterable[Any]) -> None:
+    """Shard groups again, but for those that stay gathered for a while (`keep_gathered`)."""
+    for group in groups:
+        if not getattr(group, STAYS, False):
+            group.reshard()
+
+
+def keep_gathered(groups: list[Any]) -> Callable[[], None]:
+    """Have weights that nobody writes to stay gathered after passes; a function that shards them, now and as before.
+
+    What is gathered already is sharded first: it may be stale.
+    """
+    settle(groups)
+    before = [(p, p.post_forward_mesh_info, p.reshard_after_backward) for p in parameter_groups(groups)]
+
+    def give_back() -> None:
+        for parameters, after_forward, after_backward in before:
+            parameters.post_forward_mesh_info, parameters.reshard_after_backward = after_forward, after_backward
+        for group in groups:
+            setattr(group, STAYS, False)
+        reshard(groups)
+
+    reshard(groups)
+    for group in groups:
+        setattr(group, STAYS, True)
+    for parameters, *_ in before:
+        parameters.post_forward_mesh_info, parameters.reshard_after_backward = None, False
     return give_back
 
 

@@ -19,6 +19,21 @@ from fastguard.evaluation.metrics import Metrics
 EXAMPLE = Path(__file__).parent / "example_metrics.json"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def drawn_once():
+    """matplotlib takes seconds a page: what a test before has had drawn is not drawn again."""
+    known = {}
+
+    def once(panel):
+        if repr(panel) not in known:
+            known[repr(panel)] = svg(panel)
+        return known[repr(panel)]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(report, "svg", once)
+        yield
+
+
 @pytest.fixture
 def metrics():
     return json.loads(EXAMPLE.read_text())
@@ -237,7 +252,8 @@ def test_text_from_a_model_cannot_become_markup(metrics):
     Page(page)
 
 
-def test_the_same_metrics_give_the_same_page(page, metrics):
+def test_the_same_metrics_give_the_same_page(page, metrics, monkeypatch):
+    monkeypatch.setattr(report, "svg", svg)  # drawn again
     assert report.render(metrics) == page
 
 

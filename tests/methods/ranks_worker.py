@@ -56,16 +56,27 @@ MICRO = {
     name: {"divided": {"micro": 2}}
     for name in ("repnoise", "tar", "booster", "vaccine", "t_vaccine", "sft", "random_mapping", "refat")
 }
-CASES = {
-    f"{name}, {how}, {layout}": (entry, {**ONLY.get(name, {}), **changes}, layout)
-    for name, entry in methods.entries().items()
-    if not entry.edits
-    for how, changes in {"plain": {}, **MORE.get(name, {}), **MICRO.get(name, {})}.items()
-    for layout in (("ddp", "fsdp2") if how == "plain" else ("fsdp2",))
-} | {
-    f"{name}, plain, {SUMMED}": (methods.find(name), ONLY.get(name, {}), SUMMED)
-    for name in ("repnoise", "tar", "vaccine", "crl")
-}
+CASES = (
+    {
+        f"{name}, {how}, {layout}": (entry, {**ONLY.get(name, {}), **changes}, layout)
+        for name, entry in methods.entries().items()
+        if not entry.edits
+        for how, changes in {"plain": {}, **MORE.get(name, {}), **MICRO.get(name, {})}.items()
+        for layout in (("ddp", "fsdp2") if how == "plain" else ("fsdp2",))
+    }
+    | {
+        f"{name}, plain, {SUMMED}": (methods.find(name), ONLY.get(name, {}), SUMMED)
+        for name in ("repnoise", "tar", "vaccine", "crl")
+    }
+    | {
+        f"tar, lora, {layout}": (
+            methods.find("tar"),
+            {"adversary": "lora", "adversaries": 2, "adversary_rank": 2},
+            layout,
+        )
+        for layout in ("ddp", SUMMED)
+    }
+)
 
 
 def whole(n: int, half: int) -> dict[str, Tensor]:

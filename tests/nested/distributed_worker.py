@@ -11,10 +11,11 @@ import copy
 import functools
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -27,16 +28,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fastguard import LanguageModelLoss, fsdp2
+from fastguard.defenses.tar.step import TAR, Adversary
+from fastguard.losses.pieces import joined
 from fastguard.nested import (
     ActivationPerturbation,
     AdamW,
     LoRAAdversary,
+    LoRAAttackers,
+    PersistentAttacker,
     PerturbationLostError,
     Reference,
     SimulatedAttack,
     Weights,
     perturbed,
 )
+from fastguard.trainers import load, save
 from tiny_models import assert_same_gradients, gradients, pair, tiny
 
 STEPS, LR, DECAY, NORM, RHO = 3, 1e-2, 0.1, 0.7, 2.0
@@ -274,13 +281,13 @@ def simulated_attack(subject: Subject, functions: bool = False) -> None:
     with untouched(subject), subject.unsynchronised(), attack.at(subject.wrapped) as tampered:
         for i in range(STEPS):
             if functions:
-                with reduced(subject) as names:
+                with reduced(subject.wrapped) as names:
                     tampered.step(functools.partial(subject.loss, i))
-                assert all(".adversary." in name for name in names), names
-                with reduced(subject) as names:
+                assert names and all(".adversary." in name for name in names), names
+                with reduced(subject.wrapped) as names:
                     half = functools.partial(subject.loss, 100)
                     tampered.accumulate([(half, 0.5), (half, 0.5)], weight=weigh(i))
-                assert not any(".adversary." in name for name in names), names
+                assert names and not any(".adversary." in name for name in names), names
                 continue
             tampered.step(subject.loss(i))
             subject.quiet()
@@ -305,12 +312,12 @@ def adapters_alone(subject: Subject) -> None:
 
 
 @contextlib.contextmanager
-def reduced(subject: Subject) -> Iterator[list[str]]:
+def reduced(wrapped: nn.Module) -> Iterator[list[str]]:
     """The parameters of which somebody makes a gradient, or FSDP2 or DDP reduces one."""
     names: list[str] = []
     handles = [
         p.register_post_accumulate_grad_hook(lambda p, name=name: names.append(name))
-        for name, p in subject.wrapped.named_parameters() if p.requires_grad
+        for name, p in wrapped.named_parameters() if p.requires_grad
     ]  # fmt: skip
     reduce = fsdp_param_group.foreach_reduce
 
@@ -325,7 +332,6 @@ def reduced(subject: Subject) -> Iterator[list[str]]:
         fsdp_param_group.foreach_reduce = reduce
         for handle in handles:
             handle.remove()
-    assert names, "nothing was seen"
 
 
 def one_step(subject: Subject) -> None:
@@ -470,6 +476,159 @@ def narrow_shards(rank: int) -> None:
         assert torch.equal(other, 2 * mine)  # replicas draw the same masters
 
 
+def several_attackers(layout: str, rank: int) -> None:
+    """In one forward: their steps make and reduce no gradient of the base; what they do is one process's on both parts.
+
+    Under FSDP2 they come to a model that is sharded already, as a run's do; there what is gathered may stay.
+    """
+    layers, found, gathers = {"num_hidden_layers": 2}, {}, {}
+    for part, stays in ((None, False), (rank, False), (rank, True)):
+        model = tiny("llama", torch.float64, **layers)
+        loss = LanguageModelLoss(model, over_ranks=part is not None)
+        wrapped = model if part is None else shard(model, {"layout": layout})
+        attackers = LoRAAttackers(model, 2, rank=(1, 2))
+        rule = attackers.optimizer([AdamW(lr=LR), AdamW(lr=3 * LR)])
+        attack = SimulatedAttack(
+            model, rule, trains=attackers.trains, reads=attackers.reads, beside=attackers.parameters,
+            gathered=stays,
+        )  # fmt: skip
+
+        def together(number: int, loss: Any = loss, wrapped: nn.Module = wrapped, part: int | None = part) -> Tensor:
+            of_ranks = [[batch(3 * number + i, of) for i in range(2)] for of in ((0, 1) if part is None else (part,))]
+            of_attackers = [{k: torch.cat([b[k] for b in own]) for k in own[0]} for own in zip(*of_ranks, strict=True)]
+            return loss.each(joined(of_attackers), 2, model=wrapped)
+
+        with attackers.at_work(), attack.at(wrapped) as tampered:
+            for i in range(STEPS):
+                with reduced(wrapped) as names, gathered() as gathers[stays]:
+                    tampered.step(lambda i=i: together(i).sum())
+                    tampered.step(lambda i=i: together(i).sum())
+                assert not names or part is None, names
+                with reduced(wrapped) as names:
+                    tampered.accumulate(lambda: together(100).mean(), weigh(i))
+                assert names
+        assert all(not m._get_fsdp_state()._fsdp_param_groups[0].is_unsharded for m in fsdp2.groups_of(model.modules()))
+        loss.close()
+        found[part, stays] = {
+            name.removeprefix("module."): g.full_tensor() if isinstance(g, DTensor) else g
+            for name, g in gradients(wrapped).items()
+        }
+    assert_same_gradients(found[rank, False], found[None, False], 1e-6)
+    assert_same_gradients(found[rank, True], found[rank, False], 0.0)
+    if layout != "ddp":  # each group once; else each for the forwards and the backwards of two steps
+        assert sorted(gathers[True]) == sorted(set(gathers[False])) and len(gathers[False]) > 2 * len(gathers[True])
+
+
+@contextlib.contextmanager
+def gathered() -> Iterator[list[str]]:
+    """The first parameters of the groups that FSDP2 gathers."""
+    names: list[str] = []
+    gather = fsdp_param_group.foreach_all_gather
+
+    def seen(params: list[Any], *rest: Any) -> Any:
+        names.append(params[0]._param_fqn)
+        return gather(params, *rest)
+
+    fsdp_param_group.foreach_all_gather = seen
+    try:
+        yield names
+    finally:
+        fsdp_param_group.foreach_all_gather = gather
+
+
+class Kept(AdamW):
+    """Keeps the gradients of the last step."""
+
+    def start(self, tensors: Any) -> Any:
+        running = super().start(tensors)
+        step = running.step
+        running.step = lambda given: (Kept.last.__setitem__(slice(None), given), step(given))
+        return running
+
+    last: ClassVar[list[Tensor]] = []
+
+
+def narrow_reductions(rank: int) -> None:
+    """Attackers' gradients are added up in bf16, by FSDP2 and by taps, the defender's as ever, whatever is raised."""
+    model = tiny("llama", torch.float32, num_hidden_layers=2)
+    loss = LanguageModelLoss(model, over_ranks=True)
+    wrapped = shard(model, {"layout": "norm and head"})
+    groups = list(fsdp2.parameter_groups(fsdp2.groups_of(model.modules())))
+
+    def value() -> Tensor:
+        return loss(batch(0, rank), model=wrapped)
+
+    def fits(gradients: list[Tensor]) -> set[bool]:
+        return {torch.equal(g, g.bfloat16().float()) for g in map(local, gradients)}
+
+    cosines = {}
+    for dtype in (torch.bfloat16, None):
+        attack = SimulatedAttack(model, Kept(lr=LR), reduce_dtype=dtype)
+        with attack.at(wrapped) as tampered:
+            tampered.step(value)
+            assert fits(Kept.last) == {dtype is not None}, dtype
+            tampered.accumulate(value)
+            cosines[dtype] = tampered.reduction_cosine
+        assert fits(list(gradients(wrapped).values())) == {False}
+        with raises(Cut, "in the middle"), attack.at(wrapped) as tampered:
+            tampered.step(lambda: cut(model))
+        assert {(g._reduce_dtype, g.mp_policy.reduce_dtype) for g in groups} == {(None, None)}
+    assert cosines[None] is None and 0.99 < float(cosines[torch.bfloat16]) < 1 - 1e-7, cosines
+    loss.close()
+    tar = TAR(model, steps=1, every=1, count=1, representations=False, reduce_dtype=torch.bfloat16)
+    attackers = [Adversary("one batch", LR, [batch(1, rank)])]
+    figures = tar.backward(retain=batch(2, rank), tamper=batch(3, rank), adversaries=attackers, model=wrapped)
+    assert 0.99 < float(figures["reduction_cosine"]) < 1 - 1e-7, figures
+    tar.close()
+    with raises(ValueError, "reduce_dtype: expected a model that FSDP2 shards, got one of DDP"):
+        replica = DistributedDataParallel(nn.Linear(2, 1))
+        with SimulatedAttack(replica, reduce_dtype=torch.bfloat16).at() as tampered:
+            tampered.step(lambda: replica(torch.ones(1, 2)).sum())
+
+
+def goes_on(attack: SimulatedAttack, attacker: PersistentAttacker, ranks: range, first: int, steps: int) -> Grads:
+    """What the attacker's next steps give the defender, from the mean over the batches of these ranks."""
+
+    def loss(i: int) -> Tensor:
+        return sum(attack.model(**batch(i, rank)).loss for rank in ranks) / len(ranks)
+
+    with attack.at(attacker=attacker) as tampered:
+        for i in range(first, first + steps):
+            tampered.step(functools.partial(loss, i))
+        tampered.accumulate(functools.partial(loss, 100))
+    return {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in gradients(attack.model).items()}
+
+
+def kept_attacker(rank: int) -> None:
+    """Beside shards as beside whole weights; the checkpoint is left for as many ranks, and for one."""
+    found: list[Grads] = []
+    folder = Path(sys.argv[2]).with_name("kept")
+    for sharded in (False, True, "again"):
+        model = tiny("llama", torch.float64, num_hidden_layers=2)
+        if sharded:
+            fully_shard(model)
+        attack, attacker = SimulatedAttack(model, AdamW(lr=LR)), PersistentAttacker()
+        optimizer, counted = torch.optim.AdamW(model.parameters(), lr=LR), {"attacker": attacker}
+        ranks = range(rank, rank + 1) if sharded else range(2)
+        if sharded == "again":
+            assert load(folder, model, optimizer, counted) == 1 and attacker.taken == 2
+        else:
+            for p, g in goes_on(attack, attacker, ranks, 0, 2).items():
+                assert g.isfinite().all(), p
+            optimizer.step()
+        if sharded is True:
+            save(folder, 1, model, optimizer, counted)
+        found.append(goes_on(attack, attacker, ranks, 2, 1))
+    states = [{}, {}]
+    dist.all_gather_object(states, attacker.state_dict())
+    attacker.load_state_dict(states[0])  # as a trainer does that saves on the first rank
+    with warnings.catch_warnings(record=True) as caught:
+        goes_on(attack, attacker, ranks, 3, 1)
+    assert attacker.taken == 1 and "begun anew" in str(caught[-1].message)
+    assert_same_gradients(found[1], found[0], 1e-9)
+    assert all(torch.equal(g, found[1][name]) for name, g in found[2].items())
+
+
 @contextlib.contextmanager
 def raises(kind: type[BaseException], pattern: str):
     try:
@@ -505,6 +664,10 @@ CASES: dict[str, dict] = {
     "ddp, bucket views": {"layout": "ddp, bucket view", "checkpointing": True},
     "ddp, adversary's LoRA": {"layout": "ddp", "adapter": "adversary"},
     "bfloat16 weights": {"alone": narrow_shards},
+    "reductions in bfloat16": {"alone": narrow_reductions},
+    "several attackers": {"alone": functools.partial(several_attackers, "norm and head")},
+    "ddp, several attackers": {"alone": functools.partial(several_attackers, "ddp")},
+    "persistent attacker": {"alone": kept_attacker},
 }
 
 

@@ -41,7 +41,7 @@ def test_one_plan_is_shown_in_full():
         "bound by network network",
         "attackers' batch: 32 sequences are rounded up to 64, 1 a GPU.",
         "published exact reductions moments adversary adversary adversary",
-        "persistent adversary (not built)", "head gathered at first use",
+        "persistent adversary", "node adversary (not built)", "head gathered at first use",
     ):  # fmt: skip
         assert said in flat(result), said
 
@@ -279,7 +279,7 @@ def test_a_table_needs_its_markers(tmp_path):
     text = (tmp_path / "page.md").read_text()
     assert text.startswith("a\n") and text.endswith("\nb\n") and "old" not in text
     assert (
-        "| smollm2-135m | tar | 750 | 64 | 256 |" in text and "| smollm2-135m | + lora adversary (not built) |" in text
+        "| smollm2-135m | tar | 750 | 64 | 256 |" in text and "| smollm2-135m | + node adversary (not built) |" in text
     )
 
 

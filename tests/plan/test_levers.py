@@ -123,6 +123,7 @@ def test_bf16_reductions_are_those_of_the_attackers_steps_alone():
     fewer = named(full, "attack: backward").network - named(narrow, "attack: backward").network
     assert fewer == pytest.approx(64 * 2 * a.parameters * s.moved)
     assert named(full, "tamper: backward") == named(narrow, "tamper: backward")
+    assert tar(s, bf16_reductions=True) == narrow
 
 
 def test_bf16_moments_of_attackers_are_half_of_fp32_ones():
@@ -140,6 +141,13 @@ def test_an_attacker_who_trains_adapters_reduces_none_of_the_base_and_needs_no_s
     assert named(recipe, "attack: backward").network == pytest.approx(64 * (gathered + 4 * adapter) * s.moved)
     assert not {"snapshot", "restore"} & ({p.name for p in recipe.parts} | {i.name for i in recipe.items})
     assert named(recipe, "tamper: backward") == named(tar(s), "tamper: backward")  # its gradient is all weights'
+    assert tar(s, adversary="lora") == recipe
+    one, four = (named(r, "attack: forward") for r in (recipe, tar(s, adversary="lora", adversaries=4)))
+    assert four.network == one.network and four.flops == pytest.approx(4 * one.flops)
+    stays = tar(s, adversary="lora", adversaries=4, gathered=True)
+    base, adapters = (named(stays, n).network for n in ("base gathered up to a read", "adapters added up"))
+    assert base == 16 * 2 * a.parameters * s.moved and named(stays, "attack: backward").network == 0
+    assert adapters == pytest.approx(64 * 4 * 2 * 4 * adapter * s.moved)
     with pytest.raises(
         ValueError, match="adversary: expected weights, those of the adapters that are trained, got lora"
     ):
@@ -167,6 +175,8 @@ def test_attackers_who_are_kept_go_a_few_steps_further_and_wait_with_their_optim
     assert named(tar(kept, inner_steps=4), "attack: forward").count == 4
     [waits] = [i for i in tar(kept).items if i.name == "attackers who wait"]
     assert waits.host and waits.bytes == pytest.approx(12 * s.shard)
+    assert tar(s, persistent=True, fresh=8) == tar(kept)  # the option of a run, by which it is planned too
+    assert not [i for i in tar(s, persistent=True, fresh=64).items if i.name == "attackers who wait"]
 
 
 def test_deviations_can_be_had_together_and_unknown_names_are_refused():

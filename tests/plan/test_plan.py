@@ -100,6 +100,7 @@ def test_a_step_of_the_published_program_multiplies_and_holds_what_the_plan_says
         ("tar", {"inner_steps": 5, "read_every": 2}),
         ("tar", {"batch": 3}),
         ("tar", {"adversaries": 2, "tamper_loss": "dpo"}),
+        ("tar", {"adversaries": 3, "adversary": "lora", "adversary_rank": 4}),
         ("seam", {"product": "difference"}),
         ("circuit_breaker", {"retain_states": "all"}),
     ],

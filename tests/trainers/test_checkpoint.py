@@ -106,3 +106,28 @@ def test_another_number_of_ranks_goes_on_with_random_numbers_of_its_own(tmp_path
         assert load(tmp_path, model, optimizer, {"defense": Counter()}) == 1
         drawn.append(torch.rand(3))
     assert torch.equal(*drawn) and not torch.equal(drawn[0], after)
+
+
+def test_large_tensors_of_what_is_counted_are_not_packed_but_written_as_they_are(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    class Kept:
+        def __init__(self, state):
+            self.state = state
+
+        def state_dict(self):
+            return self.state
+
+        def load_state_dict(self, state):
+            self.state = state
+
+    model, optimizer = fresh()
+    large, small = torch.randn(64, 64).bfloat16(), torch.randn(3)
+    path = save(tmp_path, 1, model, optimizer, {"kept": Kept({"of": [{"delta": large, "steps": 2}], 3: (small,)})})
+    names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    assert [name for name in names if "kept" in name] == ["rank.0.kept.of.0.delta"]
+    other = Kept({})
+    assert load(tmp_path, model, optimizer, {"kept": other}) == 1
+    found = other.state["of"][0]
+    assert torch.equal(found["delta"], large) and found["delta"].dtype == torch.bfloat16 and found["steps"] == 2
+    assert torch.equal(other.state[3][0], small)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastguard.losses import guards, tapped
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.ops.representation_distance import representation_distance
-from fastguard.over_ranks import mean, weighted
+from fastguard.over_ranks import mean, totals, weighted
 from fastguard.ranks import DataRanks
 from fastguard.taps import Lens, Structure, find_structure
 
@@ -238,12 +238,7 @@ class LanguageModelLoss(guards.Uncopied):
                 head, norm or layers were replaced after construction; the loss was closed.
         """
         self._check(batch, kind, positions, distance_to, distance_kind, distance_mask)
-        tokens: tuple[Tensor, Tensor] | None = None
-        if kind == "max_entropy" and positions == "all":  # no target matters to the entropy, but a row needs one
-            rows = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
-            tokens = rows, torch.zeros_like(rows)
-        elif kind is not None:
-            tokens = tapped.next_tokens(batch, "batch")
+        tokens = None if kind is None else _rows(batch, kind, positions)
         distance = None if distance_to is None else _Distance(distance_to, distance_kind, distance_mask)
         states = len(self.structure.layers) + 1 if distance_to is not None else 0
         with self.tapped.call(model, None if tokens is None else self._lens) as call:
@@ -251,7 +246,7 @@ class LanguageModelLoss(guards.Uncopied):
             stats, distances = call.read(batch, scope)
             loss, parts = call.zero, dict[str, Tensor]()
             if kind is not None and stats is not None:
-                parts[kind] = _of_rows(stats, kind, cut, call.ranks)
+                parts[kind] = mean(_of_rows(stats, kind, cut), call.ranks)
                 loss = loss + parts[kind]
             if distance is not None:
                 local = torch.stack([distances[i] for i in range(len(distances))])
@@ -262,6 +257,40 @@ class LanguageModelLoss(guards.Uncopied):
             if self.check_finite:
                 tapped.check_finite("LanguageModelLoss", _named(parts))
             self.components = {name: value.detach() for name, value in parts.items()}
+            return call.gated(loss)
+
+    def each(
+        self, batch: Mapping[str, Tensor], count: int, kind: str = "cross_entropy", model: nn.Module | None = None, *,
+        positions: str = "all",
+    ) -> Tensor:  # fmt: skip
+        """The losses of ``count`` batches that follow one another in ``batch``, in one forward: [count].
+
+        Args:
+            batch: as for a call, [count * B, T]: B samples of the first batch, then B of the second (``joined``).
+            kind, model, positions: as for a call.
+
+        Raises ValueError where the samples cannot be divided by ``count`` or one of the batches has no token that
+        carries loss; else as a call.
+        """
+        self._check(batch, kind, positions, None, "l2", None)
+        ids = batch["input_ids"]
+        if count < 1 or ids.shape[0] % count:
+            raise ValueError(f"count: expected a number of batches that divides {ids.shape[0]} samples, got {count}")
+        tokens = _rows(batch, kind, positions)
+        with self.tapped.call(model, self._lens) as call:
+            stats = call.read(batch, OutputScope(call.lens, tokens, kind == "max_entropy")).stats
+            assert stats is not None
+            values = _of_rows(stats, kind, -15.0)
+            both = values.new_zeros(2, ids.numel())  # no two rows share a place: sums in one order
+            own = both[0].index_copy(0, tokens[0], values).view(count, -1).sum(1)
+            carried = both[1].index_fill(0, tokens[0], 1).view(count, -1).sum(1)
+            if count > 1 and not carried.all():  # of one it is known
+                raise ValueError(f"batch: {tapped.NOTHING} in number {int(carried.argmin())} of {count}")
+            total, number = totals(call.ranks, own, carried)
+            loss = total / number + call.zero
+            if self.check_finite:
+                tapped.check_finite("LanguageModelLoss", {f"{kind} of batch {i}": v for i, v in enumerate(loss)})
+            self.components = {kind: loss.detach()}
             return call.gated(loss)
 
     def sequence_logp(self, batch: Mapping[str, Tensor], model: nn.Module | None = None) -> Tensor:
@@ -359,16 +388,24 @@ def _named(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return named
 
 
-def _of_rows(stats: LMHeadStats, kind: str, cut: float, ranks: DataRanks | None) -> Tensor:
-    """The loss of ``kind`` from the statistics of the rows that carry it."""
+def _rows(batch: Mapping[str, Tensor], kind: str, positions: str) -> tuple[Tensor, Tensor]:
+    """Rows of the output that a loss of ``kind`` reads, and their targets."""
+    if kind != "max_entropy" or positions != "all":
+        return tapped.next_tokens(batch, "batch")
+    rows = torch.arange(batch["input_ids"].numel(), device=batch["input_ids"].device)
+    return rows, torch.zeros_like(rows)  # no target matters to the entropy, but a row needs one
+
+
+def _of_rows(stats: LMHeadStats, kind: str, cut: float) -> Tensor:
+    """The loss of ``kind`` of each of the rows that carry it."""
     if kind == "cross_entropy":
-        return mean(stats.cross_entropy(), ranks)
+        return stats.cross_entropy()
     if kind == "max_entropy":
         assert stats.mean_logit is not None
-        return mean(stats.mean_logit - stats.lse, ranks)
+        return stats.mean_logit - stats.lse
     # -log(1 - p) as a softplus of logits: lse - rest_lse would cancel, value and gradient, where p is small.
     loss = torch.nn.functional.softplus(stats.target_logit - stats.rest_lse, threshold=40.0)
-    return mean(torch.where(-stats.cross_entropy() < cut, 0, loss), ranks)  # this way round a NaN stays one
+    return torch.where(-stats.cross_entropy() < cut, 0, loss)  # this way round a NaN stays one
 
 
 def dpo_loss(

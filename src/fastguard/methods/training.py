@@ -264,7 +264,9 @@ class Step:
         """The mean of all ranks' batches, from that of this one's over its tokens that carry loss."""
         return weighted(value, tokens(batch), self.ranks)
 
-    def pieces(self, batch: Mapping[str, Any], count: Callable[..., Tensor | int] = tokens) -> list[tuple[Any, float]]:
+    def pieces(
+        self, batch: Mapping[str, Any], count: Callable[..., Tensor | int] = tokens, beside: int = 1
+    ) -> list[tuple[Any, float]]:
         """The batch in pieces of at most `Training.micro` samples, and the share of the mean that is over each.
 
         As many pieces on every rank, whose shares are those of all ranks' pieces together.
@@ -272,12 +274,13 @@ class Step:
         Args:
             batch: tensors [B, ...] by name, or several batches by name.
             count: from a batch to how many entries the mean of its loss is over.
+            beside: batches whose pieces pass together, this one's among them.
 
         Raises ValueError, on every rank alike, where a piece has none of these entries, or no sample.
         """
         if self.method.micro is None:
             return [(batch, 1.0)]
-        found = divided(batch, pieces(batch, self.method.micro, self.ranks))
+        found = divided(batch, pieces(batch, self.method.micro // beside, self.ranks))
         counts = torch.stack([torch.as_tensor(count(piece)) for piece in found]).tolist()
         every = gathered(counts, self.ranks) if several(self.ranks) else [counts]
         if not all(map(all, every)):

@@ -28,14 +28,16 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers
+from fastguard.nested.guard import Restoring, derived_seed, on_every_rank, own_random_numbers, same_random_numbers
 from fastguard.nested.narrow import ADVICE, Mastered, Sampled, narrow
 from fastguard.nested.optimizers import AdamW, Optimizer, Running, as_rule
+from fastguard.nested.persistent import PersistentAttacker
 from fastguard.nested.perturbation import WARN_BELOW, Realised
 from fastguard.nested.profile import span
 from fastguard.nested.snapshot import Snapshot, Where
@@ -56,12 +58,19 @@ class SimulatedAttack:
         optimizer: the attacker's (``nested.AdamW``, ``nested.SGD``, or anything with ``start``).
         trains: what the attacker moves: a predicate on (name, parameter), parameters, or None for all that require a
             gradient. A LoRA adversary moves its adapter alone (``nested.LoRAAdversary.trains``).
+        beside: parameters by name that are none of the model's (``nested.LoRAAttackers.parameters``), which ``trains``
+            may choose.
         reads: what the defender's gradient is read for; None as above.
         snapshot: ``device``, ``host``, a budget in bytes, or fp32 masters (see ``nested.Snapshot``).
         masters: ``fp32``: weights in bf16 or fp16 are the roundings of fp32 numbers that the attacker moves, so that no
             step is lost; these start from the masters that ``snapshot`` gives, or else evenly drawn from all numbers
             that round to the weights. None: the attacker writes to the weights.
         allow_lost: go on where most of the attacker's steps is rounded away.
+        reduce_dtype: in which FSDP2 adds up the gradients of the attacker's steps, not those that the defender reads.
+            How far that moves them is measured at the first step of an attack, by a pass more
+            (``Tampered.reduction_cosine``). None: as the model was sharded.
+        gathered: FSDP2 keeps the weights that it gathers over the attacker's steps, until the defender reads; for one
+            who trains none of them (``nested.LoRAAttackers``), where a whole model has room on each rank.
         seed: of the random numbers (dropout) inside attacks; call k of `at` uses a function of (seed, k, data rank).
 
     The only state is the number of attacks so far: ``state_dict()``, ``load_state_dict()``.
@@ -78,9 +87,12 @@ class SimulatedAttack:
         *,
         trains: Select = None,
         reads: Select = None,
+        beside: Mapping[str, nn.Parameter] | None = None,
         snapshot: Where = "device",
         masters: str | None = None,
         allow_lost: bool = False,
+        reduce_dtype: torch.dtype | None = None,
+        gathered: bool = False,
         seed: int = 0,
     ) -> None:
         _expect_module(model)
@@ -90,15 +102,22 @@ class SimulatedAttack:
         self.model = model
         self.optimizer: Optimizer = AdamW() if optimizer is None else as_rule(optimizer)
         self.trains, self.reads, self.where, self.seed = trains, reads, snapshot, seed
+        self.beside, self.reduce_dtype, self.gathered = beside, reduce_dtype, gathered
         self.calls = 0
         self._host: tuple[list[int], Snapshot] | None = None
         self._warned: set[str] = set()
 
     @contextlib.contextmanager
-    def at(self, model: nn.Module | None = None, optimizer: Optimizer | None = None) -> Iterator[Tampered]:
+    def at(
+        self,
+        model: nn.Module | None = None,
+        optimizer: Optimizer | None = None,
+        attacker: PersistentAttacker | None = None,
+    ) -> Iterator[Tampered]:
         """An attack from the current weights of ``model`` (None: the constructor's).
 
-        optimizer: for this attack instead of the constructor's.
+        optimizer: for this attack instead of the constructor's. attacker: who goes on from where he was beside these
+            weights, and is left further on, unless something is raised; he needs fp32 weights or ``masters``.
 
         On leaving, parameters and buffers are bit for bit what they were, whatever was raised inside, and torch's
         random numbers go on as if there had been no attack. Left without an exception, every parameter that is read
@@ -108,11 +127,13 @@ class SimulatedAttack:
             FloatingPointError: a loss or the accumulated gradient is not finite; on every rank, if it is so on one.
             PerturbationLostError: the weights' dtype keeps too little of the attacker's steps; see ``masters``.
             RuntimeError: gradients of FSDP2 wait unsynchronised.
-            ValueError: the model has nothing that requires a gradient, or ``trains`` or ``reads`` choose nothing of it.
+            TypeError: an attacker whose optimizer cannot be gone on with.
+            ValueError: the model has nothing that requires a gradient, or ``trains`` or ``reads`` choose nothing of it;
+                an attacker on weights in bf16 or fp16 without masters.
         """
         model = self.model if model is None else model
         _expect_module(model)
-        every = Weights(model)
+        every = Weights(model, beside=self.beside)
         trains, reads = every.among(self.trains, "trains"), every.among(self.reads, "reads")
         seed = derived_seed(self.seed, self.calls, data_ranks(model).rank)
         self.calls += 1
@@ -121,13 +142,21 @@ class SimulatedAttack:
         buffers = [b for b in model.buffers() if b.device.type != "meta"]
         kept = [b.detach().clone() for b in buffers]
         rule = self.optimizer if optimizer is None else as_rule(optimizer)
+        if attacker is not None and self.masters is None and narrow(tensors):
+            raise ValueError(
+                "attacker: expected weights in fp32, or masters='fp32', since what he has changed would be rounded "
+                f"away; got weights in {tensors[narrow(tensors)[0]].dtype}"
+            )
         snapshot.take()
-        tampered = Tampered(every, trains, reads, self._start(rule, tensors), self._judge(rule))
+        running = self._start(rule, tensors)
+        tampered = Tampered(every, trains, reads, running, self._judge(rule), self.reduce_dtype, self.gathered)
+        left: dict[str, Any] = {}
         with Restoring() as guard:
             earlier = every.take_gradients()
 
             def restore(finished: bool) -> None:
                 tampered.over = True
+                every.scatter()
                 every.prepare()
                 snapshot.restore_()
                 with torch.no_grad():
@@ -138,12 +167,18 @@ class SimulatedAttack:
                 every.give_back()
                 if finished:
                     tampered.deliver()
+                    if attacker is not None:
+                        attacker.load_state_dict(left)
 
             guard.on_exit(restore)
+            if attacker is not None:
+                attacker.enter(trains, running)
             guard.release()
             with own_random_numbers(seed, [t.device for t in tensors]):
                 yield tampered
                 tampered.check()
+                if attacker is not None:
+                    left |= attacker.left(trains, running, snapshot, tampered.steps)
 
     def _start(self, rule: Optimizer, tensors: list[Tensor]) -> Running:
         """The attacker's optimizer on ``tensors``, by way of masters or watched where their dtype is narrow."""
@@ -198,6 +233,8 @@ class Tampered:
         steps: steps that the attacker has taken.
         over: whether the attack has ended, and the model is the original again.
         realised: what bf16 or fp16 kept of the first of them, when last measured; None where nothing was.
+        reduction_cosine: of the first step's gradient, added up in ``reduce_dtype``, to what it is otherwise, over all
+            parameters; 0-dim. None before that step, and where nothing is sharded or no such dtype is given.
     """
 
     def __init__(
@@ -207,7 +244,11 @@ class Tampered:
         reads: Weights,
         running: Running,
         judge: Callable[[Realised, int], None],
+        reduce_dtype: torch.dtype | None = None,
+        gathered: bool = False,
     ) -> None:
+        self._reduce_dtype, self._gathered = reduce_dtype, gathered
+        self.reduction_cosine: Tensor | None = None
         self._every, self._trains, self._reads = every, trains, reads
         self._running, self._judge = running, judge
         self.realised: Realised | None = None
@@ -222,7 +263,18 @@ class Tampered:
         loss: a function that runs the forward and returns a 0-dim loss; pairs of such a function and a weight, the loss
             being the weighted sum; or a loss whose forward has run, of which more may be differentiated than is wanted.
         """
-        value, gradients = self._gradients(loss, self._trains, f"attacker's loss at step {self.steps}")
+        what = f"attacker's loss at step {self.steps}"
+        if self._gathered and not isinstance(loss, Tensor):
+            self._trains.gather()
+        usual: list[Tensor | None] | None = None
+        if self._reduce_dtype is not None and self._every.sharded and not self.steps and not isinstance(loss, Tensor):
+            loss = list(loss) if isinstance(loss, Iterable) else loss
+            with same_random_numbers(self._every.local()):
+                usual = self._gradients(loss, self._trains, what)[1]
+        with self._every.reducing_in(self._reduce_dtype):
+            value, gradients = self._gradients(loss, self._trains, what)
+        if usual is not None:
+            self.reduction_cosine = self._trains.cosine(gradients, usual)
         self._running.step(gradients)
         torch.clear_autocast_cache()  # an enclosing autocast holds the weights, cast, for all forwards inside it
         self.steps += 1
@@ -236,6 +288,7 @@ class Tampered:
         if not math.isfinite(weight):
             raise ValueError(f"weight: expected a finite number, got {weight!r}")
         what = f"defender's loss after {self.steps} steps of the attacker"
+        self._every.scatter()
         value, gradients = self._gradients(loss, self._reads, what)
         self.check()
         for i, grad in enumerate(gradients):
@@ -267,8 +320,7 @@ class Tampered:
             value = torch.stack(values).sum(0)
         gradients = weights.take_gradients()
         self._every.take_gradients()
-        if not isinstance(losses, Tensor) and len(weights) < len(self._every):
-            self._every.average(gradients)
+        weights.average(gradients, resting=not isinstance(losses, Tensor) and len(weights) < len(self._every))
         return value, gradients
 
     def _backward(self, loss: Tensor, weight: float, weights: Weights, what: str) -> Tensor:

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
@@ -119,9 +119,7 @@ def own_random_numbers(seed: int, devices: list[torch.device]) -> Iterator[None]
 
     Dropout inside an attack then depends on the seed alone, and the training around it on no attack.
     """
-    cuda = sorted(
-        {d.index if d.index is not None else torch.cuda.current_device() for d in devices if d.type == "cuda"}
-    )
+    cuda = _cuda(devices)
     with contextlib.ExitStack() as before:
         with span("random numbers"):
             before.enter_context(torch.random.fork_rng(devices=cuda))
@@ -134,3 +132,14 @@ def own_random_numbers(seed: int, devices: list[torch.device]) -> Iterator[None]
         finally:
             with span("random numbers"):
                 before.close()
+
+
+def same_random_numbers(tensors: Sequence[Tensor]) -> contextlib.AbstractContextManager[None]:
+    """What comes after it draws the same random numbers as what is inside, on the devices of ``tensors``."""
+    return torch.random.fork_rng(devices=_cuda([t.device for t in tensors]))
+
+
+def _cuda(devices: Sequence[torch.device]) -> list[int]:
+    """The numbers of the GPUs among the devices."""
+    gpus = (d for d in devices if d.type == "cuda")
+    return sorted({d.index if d.index is not None else torch.cuda.current_device() for d in gpus})

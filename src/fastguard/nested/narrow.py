@@ -9,12 +9,13 @@ fp32 copies of which the weights are the roundings (`Mastered`).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastguard.nested.guard import derived_seed, summed_over_ranks
-from fastguard.nested.optimizers import Optimizer, Running
+from fastguard.nested.optimizers import Optimizer, Running, resumable
 from fastguard.nested.perturbation import Realised, realised
 from fastguard.nested.profile import span
 
@@ -93,18 +94,35 @@ class Mastered:
 
     def __init__(self, rule: Optimizer, tensors: Sequence[Tensor], masters: Sequence[Tensor] | None, seed: int) -> None:
         at = narrow(tensors)
-        if masters is None:
-            wide = [dithered(tensors[i], derived_seed("masters", seed, i)) for i in at]
-        else:
-            wide = [masters[i].detach().to(tensors[i].device, torch.float32, copy=True) for i in at]
-        moved = dict(zip(at, wide, strict=True))
-        self._weights, self._masters = [tensors[i] for i in at], wide
-        self._running = rule.start([moved.get(i, t) for i, t in enumerate(tensors)])
+        self._given, self._seed = masters, seed
+        self.tensors = [self.start_of(i, t) for i, t in enumerate(tensors)]
+        self._weights, self._masters = [tensors[i] for i in at], [self.tensors[i] for i in at]
+        self._running = rule.start(self.tensors)
 
-    @torch.no_grad()
+    def start_of(self, i: int, weight: Tensor) -> Tensor:
+        """Where the attacker's i-th begins: the master of an original weight in bf16 or fp16, else the weight."""
+        if weight.dtype not in NARROW:
+            return weight
+        if self._given is None:
+            return dithered(weight, derived_seed("masters", self._seed, i))
+        return self._given[i].detach().to(weight.device, torch.float32, copy=True)
+
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         """See `Running.step`."""
         self._running.step(gradients)
+        self.round_()
+
+    def state(self) -> list[dict[str, Any]]:
+        """See `Resumable.state`."""
+        return resumable(self._running).state()
+
+    def resume(self, state: Sequence[dict[str, Any]]) -> None:
+        """See `Resumable.resume`; the masters are as they were given."""
+        resumable(self._running).resume(state)
+
+    @torch.no_grad()
+    def round_(self) -> None:
+        """Make the weights what the masters round to."""
         with span("weights from masters", [*self._weights, *self._masters], 1):
             torch._foreach_copy_(self._weights, self._masters)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -21,6 +21,20 @@ class Running(Protocol):
         """Move the tensors it was started on; a None gradient leaves its tensor alone."""
 
 
+@runtime_checkable
+class Resumable(Running, Protocol):
+    """One that another attack can go on from; see ``nested.persistent``."""
+
+    tensors: Sequence[Tensor]
+    """What it moves."""
+
+    def state(self) -> list[dict[str, Any]]:
+        """What it knows of each of its tensors: tensors, of that one's shape where they are large, and numbers."""
+
+    def resume(self, state: Sequence[dict[str, Any]]) -> None:
+        """Go on from there; the tensors become its own."""
+
+
 class Optimizer(Protocol):
     """What an attacker is given: a rule without state.
 
@@ -30,6 +44,17 @@ class Optimizer(Protocol):
 
     def start(self, tensors: Sequence[Tensor]) -> Running:
         """A fresh optimizer on ``tensors``, which it will write to."""
+
+
+def resumable(running: Running) -> Resumable:
+    """``running`` itself; raises a TypeError where it cannot be gone on from."""
+    if isinstance(running, Resumable):
+        return running
+    raise TypeError(
+        "optimizer: expected one that a persistent attacker can go on with, such as fastguard.nested.AdamW, whose "
+        f"start(tensors) gives tensors, state() and resume(state); got a {type(running).__module__}."
+        f"{type(running).__qualname__}"
+    )
 
 
 def as_rule(optimizer: object, name: str = "optimizer") -> Optimizer:
@@ -99,6 +124,19 @@ class _AdamW:
                     weight_decay=self.rule.weight_decay,
                 )  # fmt: skip
 
+    def state(self) -> list[dict[str, Any]]:
+        """See `Resumable.state`; empty for a tensor that had no gradient yet."""
+        return [
+            {"first": self.first[i], "second": self.second[i], "steps": self.steps[i]} if i in self.first else {}
+            for i in range(len(self.tensors))
+        ]
+
+    def resume(self, state: Sequence[dict[str, Any]]) -> None:
+        """See `Resumable.resume`."""
+        for i, own in enumerate(state):
+            if own:
+                self.first[i], self.second[i], self.steps[i] = own["first"], own["second"], own["steps"]
+
     def _count(self, given: Sequence[int]) -> None:
         """One more step of these tensors; before the first, their moments."""
         for i in given:
@@ -133,3 +171,10 @@ class _SGD:
         tensors = [t for t, _ in given]
         with span("inner SGD", tensors, 3):
             accumulate_(tensors, [g for _, g in given], -self.rule.lr)
+
+    def state(self) -> list[dict[str, Any]]:
+        """See `Resumable.state`: there is none."""
+        return [{} for _ in self.tensors]
+
+    def resume(self, state: Sequence[dict[str, Any]]) -> None:
+        """See `Resumable.resume`."""

@@ -72,6 +72,18 @@ class Snapshot:
             return torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
         return torch.empty(t.shape, dtype=t.dtype, device="cpu" if self.location == "host" else t.device)
 
+    def original(self, i: int) -> Tensor:
+        """The i-th as it was taken, on the device of the tensor; not to be written to."""
+        if self._copy is None and self._masters is None:
+            raise RuntimeError("snapshot: original before take")
+        held = self._masters if self._copy is None else self._copy
+        assert held is not None
+        return held[i].to(self.tensors[i].device, self.tensors[i].dtype)
+
+    def parked(self, t: Tensor) -> Tensor:
+        """``t`` where the copy waits: itself, or a copy in host memory."""
+        return self._like(t).copy_(t) if self.location == "host" else t
+
     @torch.no_grad()
     def restore_(self) -> None:
         """Write the tensors back, bit for bit; the copy on a device is let go of."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from fastguard import fsdp2
 from fastguard.nested.guard import Restoring
 from fastguard.nested.profile import span
 from fastguard.ops.multi_tensor import dot, squared_norm
-from fastguard.ranks import refuse_other_parallelism
+from fastguard.over_ranks import several, summed
+from fastguard.ranks import DataRanks, data_ranks, refuse_other_parallelism
 
 Select = Callable[[str, nn.Parameter], bool] | Iterable[nn.Parameter] | None
 
@@ -33,6 +34,8 @@ class Weights:
         model: plain, PEFT, or wrapped by FSDP2 or DDP.
         select: a predicate on (name, parameter), the parameters themselves, or None for all that require a gradient.
         argument: what ``select`` is called in messages.
+        beside: parameters by name that are trained with the model and are none of its own: whole on every rank, and
+            averaged by `average` alone.
 
     Attributes:
         names, parameters: what was selected; a tied parameter counts once.
@@ -45,12 +48,17 @@ class Weights:
         RuntimeError: gradients wait in FSDP2's private accumulators.
     """
 
-    def __init__(self, model: nn.Module, select: Select = None, argument: str = "select") -> None:
+    def __init__(
+        self, model: nn.Module, select: Select = None, argument: str = "select",
+        beside: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
         with span(LISTS):
-            self.model = model
+            self.model, self._beside = model, beside or {}
+            self._ranks: DataRanks | None = None
             _refuse_other_sharding(model)
             modules = list(model.modules())
             self._groups = fsdp2.groups_of(modules)
+            self._gathered: list[Callable[[], None]] = []  # shared with what is chosen among them
             self._replicas: list[Any] = [m for m in modules if hasattr(m, "require_backward_grad_sync")]
             self.refuse_waiting_gradients()
             self._flags = fsdp2.flags(self._groups)
@@ -61,13 +69,14 @@ class Weights:
 
     def _choose(self, select: Select, argument: str) -> None:
         model = self.model
+        every = [*model.named_parameters(), *self._beside.items()]
         if select is None:
-            chosen = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+            chosen = [(n, p) for n, p in every if p.requires_grad]
         elif callable(select):
-            chosen = [(n, p) for n, p in model.named_parameters() if select(n, p)]
+            chosen = [(n, p) for n, p in every if select(n, p)]
         else:
             wanted = {id(p) for p in select}
-            chosen = [(n, p) for n, p in model.named_parameters() if id(p) in wanted]
+            chosen = [(n, p) for n, p in every if id(p) in wanted]
             if len(chosen) != len(wanted):
                 missing = len(wanted) - len(chosen)
                 raise ValueError(f"{argument}: {missing} of {len(wanted)} parameters are not the model's")
@@ -129,18 +138,57 @@ class Weights:
             guard.release()
             yield
 
-    def average(self, gradients: Sequence[Tensor | None]) -> None:
-        """Make each the mean over the replicas of DDP, in place and in one piece a dtype."""
+    @contextlib.contextmanager
+    def reducing_in(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """FSDP2 reduces the gradients of backwards inside in ``dtype``; None, and a model that is not sharded: as ever.
+
+        Raises ValueError under DDP, which reduces in the gradients' own dtype.
+        """
+        if dtype is None or not (self._replicas or self._groups):
+            yield
+            return
+        if self._replicas:
+            raise ValueError("reduce_dtype: expected a model that FSDP2 shards, got one of DDP")
+        with Restoring() as guard:
+            give_back = fsdp2.reduce_in(self._groups, dtype)
+            guard.on_exit(lambda finished: give_back())
+            guard.release()
+            yield
+
+    def gather(self) -> None:
+        """Let FSDP2 keep what it gathers, from pass to pass, until `scatter`: for passes that leave the weights alone.
+
+        Raises ValueError where what was chosen is sharded, which whoever chose it is going to write to.
+        """
+        if self.sharded:
+            raise ValueError(f"gathered: expected an attacker who trains no shards, got {self.names[0]} among others")
+        if self._groups and not self._gathered:
+            self._gathered.append(fsdp2.keep_gathered(self._groups))
+
+    def scatter(self) -> None:
+        """The end of `gather`, if it was called."""
+        while self._gathered:
+            self._gathered.pop()()
+
+    def average(self, gradients: Sequence[Tensor | None], resting: bool = False) -> None:
+        """Make those that nobody else averages the mean over the data ranks, in place and in one piece a dtype.
+
+        resting: whether the passes were made with some parameters at rest, so that DDP has averaged none.
+        """
+        every = resting and bool(self._replicas)
+        beside = {id(p) for p in self._beside.values()}
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for g in gradients:
-            if g is not None:
+        for p, g in zip(self.parameters, gradients, strict=True):
+            if g is not None and (every or id(p) in beside):
                 by_dtype.setdefault(g.dtype, []).append(g)
-        for group in (replica.process_group for replica in self._replicas):
-            for same in by_dtype.values():
-                flat = torch.cat([g.flatten() for g in same]) / torch.distributed.get_world_size(group)
-                torch.distributed.all_reduce(flat, group=group)
-                parts = flat.split([g.numel() for g in same])
-                torch._foreach_copy_(same, [part.view(g.shape) for part, g in zip(parts, same, strict=True)])
+        if not by_dtype:
+            return
+        if self._ranks is None:
+            self._ranks = data_ranks(self.model)
+        for same in by_dtype.values() if several(self._ranks) else ():
+            flat = summed(torch.cat([g.flatten() for g in same]), self._ranks) / self._ranks.divisor
+            parts = flat.split([g.numel() for g in same])
+            torch._foreach_copy_(same, [part.view(g.shape) for part, g in zip(parts, same, strict=True)])
 
     def __len__(self) -> int:
         return len(self.parameters)
@@ -231,6 +279,13 @@ class Weights:
         """The inner product over all tensors and all ranks' shards; 0-dim."""
         with span("norms", a, 2):
             return self._sum(lambda at: dot([a[i] for i in at], [b[i] for i in at]))
+
+    def cosine(self, a: Sequence[Tensor | None], b: Sequence[Tensor | None]) -> Tensor:
+        """Of the angle between two gradients, one a parameter and None where there is none in either; 0-dim."""
+        held = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
+        some = self.subset(held)
+        one, other = ([t for i in held if (t := of[i]) is not None] for of in (a, b))
+        return some.dot(one, other) / (some.norm(one) * some.norm(other))
 
     def _sum(self, local: Callable[[list[int]], Tensor]) -> Tensor:
         """The sum of ``local(indices)`` over parameters of one sharding, reduced over its ranks, over all shardings."""

@@ -42,7 +42,11 @@ _EXACT = (
 _DEVIATIONS = (
     Lever("bf16_reductions", {"attack_reduce": 2}, "attackers' gradients are added up in bf16"),
     Lever("bf16_moments", {"attack_moments": 2}, "attackers' optimizers keep their moments in bf16"),
-    Lever("lora_adversary", {"adversary": "lora"}, "attackers train adapters; the base is frozen and has no gradient"),
+    Lever(
+        "lora_adversary",
+        {"adversary": "lora"},
+        "attackers train adapters, all in one forward; the base has no gradient",
+    ),
     Lever("node_adversary", {"adversary": "resident"}, "one such attacker in each node, on a bf16 base divided in it"),
     Lever("persistent_adversary", {"persistent": True}, "attackers are kept, and go a few steps further each time"),
 )
@@ -52,7 +56,7 @@ DEVIATIONS = {lever.name: lever for lever in _DEVIATIONS}
 MICRO = "micro_batches"
 """The exact lever that is a number (``Setting.micro``): it is chosen so that a step fits, unless it is given."""
 
-NOT_BUILT = frozenset({"bf16_reductions", "lora_adversary", "node_adversary", "persistent_adversary"})
+NOT_BUILT = frozenset({"node_adversary"})
 """Those that are planned, and that no method of this package can run yet."""
 
 

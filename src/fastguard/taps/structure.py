@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastguard import fsdp2
 from fastguard.ops import final_norm
 from fastguard.ops.vocabulary import Norm
 from fastguard.taps.anchor import full
@@ -235,9 +236,7 @@ def evaluated(model: nn.Module) -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """Shard every FSDP2 group again: after a forward without backward the root computes on a stale full copy."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]
+    fsdp2.reshard(fsdp2.groups_of(model.modules()))
 
 
 def _run(base: nn.Module, arguments: frozenset[str], vocabulary: int) -> Tensor:

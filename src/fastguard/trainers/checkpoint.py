@@ -1,7 +1,7 @@
 """Save a run and go on with it, bit for bit: what a kill at any moment leaves can be used, on any number of ranks.
 
 A checkpoint holds what training moves: parameters that require a gradient, persistent buffers, the optimizer's state
-and settings, the counters of defenses and losses, and each rank's random numbers. Sharded tensors go through
+and settings, the states of defenses and losses, and each rank's random numbers. Sharded tensors go through
 torch.distributed.checkpoint, each rank writing its own part. It is written to ``step-N.partial``, synced, renamed to
 ``step-N``, and then the file ``latest`` is replaced, in one rename, by one that names it.
 
@@ -31,7 +31,7 @@ POINTER = "latest"
 
 
 class Counted(Protocol):
-    """A defense, a loss, a scheduler: anything with a small state, equal on every rank or not."""
+    """A defense, a loss, a scheduler: anything with a state of plain values and tensors, equal on every rank or not."""
 
     def state_dict(self) -> Mapping[str, Any]:
         """What it needs to go on."""
@@ -78,8 +78,8 @@ def begun(
     if _pointed_to(final.parent) == final:
         return Job(final, keep, None)
     reshard(model)
-    own, moments = _own_state(step, model, optimizer, counted or {})
-    tensors = {name: contiguous(t) for name, t in {**_moving(model), **moments}.items()}
+    own, moments, large = _own_state(step, model, optimizer, counted or {})
+    tensors = {**{name: contiguous(t) for name, t in {**_moving(model), **moments}.items()}, **large}
     return Job(final, keep, {**tensors, f"rank {rank()}": own})
 
 
@@ -155,7 +155,9 @@ def load(
         for slot, dtype in slots.items()
     }
     live = {**_moving(model), **moments}
-    pieces = {name: contiguous(t) for name, t in live.items()}
+    large: dict[str, Tensor] = {}
+    states = {name: _with(state, f"rank.{saved['whose']}.{name}", large) for name, state in saved["counted"].items()}
+    pieces = {**{name: contiguous(t) for name, t in live.items()}, **large}
     dcp.load(pieces, checkpoint_id=path)
     with torch.no_grad():
         for name, t in live.items():
@@ -163,7 +165,7 @@ def load(
                 t.copy_(pieces[name].redistribute(placements=t.placements))  # type: ignore[attr-defined]
     _load_optimizer(optimizer, saved, named, moments)
     for name, thing in counted.items():
-        thing.load_state_dict(saved["counted"][name])
+        thing.load_state_dict(states[name])
     random.setstate(saved["python"])
     if saved["ranks"] == ranks():
         torch.set_rng_state(saved["torch"])
@@ -198,10 +200,41 @@ def _key(name: str, slot: str) -> str:
     return f"optimizer.{name}.{slot}"
 
 
+LARGE = 2**10
+"""Numbers of a tensor in the state of something counted beyond which it is written as it is, and not packed first."""
+
+
+def _without(state: Any, key: str, large: dict[str, Tensor]) -> Any:
+    """A state whose large tensors are put into ``large``; a meta tensor stands for each."""
+    if type(state) is Tensor and state.numel() > LARGE:
+        large[key] = state.detach()
+        return torch.empty_like(state, device="meta")
+    if isinstance(state, dict):
+        return {name: _without(value, f"{key}.{name}", large) for name, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(_without(value, f"{key}.{i}", large) for i, value in enumerate(state))
+    return state
+
+
+def _with(state: Any, key: str, large: dict[str, Tensor]) -> Any:
+    """The state with tensors to be read into where `_without` took them out; they are put into ``large`` too."""
+    if type(state) is Tensor and state.is_meta:
+        large[key] = torch.empty_like(state, device="cpu")
+        return large[key]
+    if isinstance(state, dict):
+        return {name: _with(value, f"{key}.{name}", large) for name, value in state.items()}
+    if type(state) in (list, tuple):
+        return type(state)(_with(value, f"{key}.{i}", large) for i, value in enumerate(state))
+    return state
+
+
 def _own_state(
     step: int, model: nn.Module, optimizer: torch.optim.Optimizer, counted: Mapping[str, Counted]
-) -> tuple[bytes, dict[str, Tensor]]:
-    """This rank's part that is no shard, and the optimizer's tensors that are shaped, and sharded, like parameters."""
+) -> tuple[bytes, dict[str, Tensor], dict[str, Tensor]]:
+    """This rank's part that is no shard; the optimizer's tensors that are shaped, and sharded, like parameters; and
+    large tensors of what is counted, which are this rank's own.
+    """
+    large: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     slots: dict[str, dict[str, torch.dtype]] = {}
     scalars: dict[str, dict[str, Any]] = {}
@@ -218,12 +251,14 @@ def _own_state(
         "moments": slots,
         "scalars": scalars,
         "groups": [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups],
-        "counted": {name: dict(thing.state_dict()) for name, thing in counted.items()},
+        "counted": {
+            name: _without(dict(thing.state_dict()), f"rank.{rank()}.{name}", large) for name, thing in counted.items()
+        },
         "python": random.getstate(),
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
-    return packed(own), moments
+    return packed(own), moments, large
 
 
 def _read_own(path: Path) -> dict[str, Any]:
@@ -234,7 +269,7 @@ def _read_own(path: Path) -> dict[str, Any]:
     own: dict[str, Any] = {f"rank {whose}": b""}
     dcp.load(own, checkpoint_id=path)
     found: dict[str, Any] = unpacked(own[f"rank {whose}"])
-    return found
+    return {**found, "whose": whose}
 
 
 def _load_optimizer(

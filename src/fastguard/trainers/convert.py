@@ -45,7 +45,7 @@ PREFIXES = ("model.", "", "state_dict.", "module.", "model.module.")
 
 WRAPPERS = re.compile(r"(_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
-BESIDE = re.compile(r"(optim|optimizer|lr_scheduler|scheduler|dataloader|train_state|rank |step|rng|epoch|loss)")
+BESIDE = re.compile(r"(optim|optimizer|lr_scheduler|scheduler|dataloader|train_state|rank[ .]|step|rng|epoch|loss)")
 """What a checkpoint holds besides a model."""
 
 

@@ -37,6 +37,18 @@ def attacker(s: Setting) -> Setting:
     return replace(s, lora=s.adversary_rank, gpus=node(s) if s.adversary == "resident" else s.gpus)
 
 
+def of_options(s: Setting, o: Options) -> Setting:
+    """The job with what a run's own options say of its attackers."""
+    if o.adversary != "weights":
+        s = replace(s, adversary=o.adversary, adversary_rank=o.adversary_rank)
+    return replace(s, attack_reduce=2) if o.bf16_reductions else s
+
+
+def together(s: Setting, o: Options) -> int:
+    """Attackers in one forward."""
+    return o.adversaries if s.adversary == "lora" else 1
+
+
 def node(s: Setting) -> int:
     """GPUs of a node."""
     return min(s.gpus, s.gpu.per_node)
@@ -44,19 +56,23 @@ def node(s: Setting) -> int:
 
 def steps_of(s: Setting, o: Options) -> tuple[int, int]:
     """Steps of an attacker in one of the defender's, and how often the tamper loss is read in them."""
-    steps = min(s.fresh, o.inner_steps) if s.persistent else o.inner_steps
+    fresh = s.fresh if s.persistent else o.fresh if o.persistent else o.inner_steps
+    steps = min(fresh, o.inner_steps)
     return steps, max(steps // o.read_every, 1)
 
 
 def attacking(s: Setting, o: Options, count: int) -> Work:
     """An attacker's steps, ``count`` of them, and what he holds.
 
-    One who trains the defender's weights lends them and puts them back; one who trains adapters moves no weight. One in
-    each node has a node's part of the batch, on a base that is gathered for the attack. One who is kept from step to
-    step waits, with his optimizer, where a snapshot does.
+    One who trains the defender's weights lends them and puts them back; those who train adapters move no weight, and
+    pass in one forward, from a copy of their start, on a base that is gathered for each pass or stays. Adapters are
+    fp32 and whole on each GPU; that an all-reduce adds their gradients up is as many bytes as if they were gathered
+    twice and reduced. One in each node has a node's part of the batch, on a base that is gathered for the attack. One
+    who is kept from step to step waits, with his optimizer, where a snapshot does; what waits stays as it was until an
+    attack has ended well.
     """
     his, w = attacker(s), s.precision.weights
-    during, after = moments_of("attack", "tamper"), moments_of("reference", "retain")
+    during = moments_of("attack", "tamper")
     if s.adversary == "resident":
         of_node = batches(s, o)[0] * node(s) if "batch" in s.given else -(-attackers_batch(s) * node(s) // s.gpus)
         work, items = passes.within_node(s, "attack", of_node, count)
@@ -64,22 +80,50 @@ def attacking(s: Setting, o: Options, count: int) -> Work:
         work.append(Part("base gathered into the nodes", "weights", 1, network=base * s.moved))
         items.append(item("base in the node", base / node(s), *during))
     else:
-        work, items = passes.fused(his, "attack", batches(s, o)[0], count)
+        work, items = passes.fused(his, "attack", batches(s, o)[0] * together(s, o), count / together(s, o))
+    if s.adversary == "lora":
+        his = replace(his, gpus=1)
+        beside = o.adversaries - 1  # the first's are in the passes
+        if o.gathered and s.gpus > 1:
+            beside = o.adversaries
+            base, runs = s.architecture.parameters * float(s.precision.compute), steps_of(s, o)[1]
+            work = [replace(part, network=0.0) if part.kind == "model" else part for part in work]
+            work.append(Part("base gathered up to a read", "weights", runs, network=runs * base * s.moved))
+            items = [i for i in items if i.name != "gathered weights"] + [item("base", base, *moments_of("attack"))]
+        added = beside * FP32 * 2 * his.trainable * s.moved
+        work.append(Part("adapters added up", "weights", count / o.adversaries, network=added * count / o.adversaries))
+        gradients = o.adversaries * his.shard * FP32 - his.shard / s.gpus * w
+        items.append(item("attackers' gradients", gradients, *moments_of("attack")))
+    held = together(s, o) * his.shard
     work.append(adamw(his, "inner AdamW", s.attack_moments, count))
-    items.append(item("inner optimizer", 2 * his.shard * s.attack_moments, *during))
+    items.append(item("inner optimizer", 2 * held * s.attack_moments, *during))
     if s.adversary == "weights":
         work[:0] = [parts.snapshot(s).times(o.adversaries)]
         work.append(parts.restore(s).times(o.adversaries))
         items.append(parts.snapshot_item(s, *during))
     else:
-        items.append(item("attacker's adapters", his.shard * w, *during))
-    if s.persistent and s.fresh < o.inner_steps:
+        copies = 2 if s.adversary == "lora" else 1  # a snapshot is there
+        items.append(item("attackers' adapters", copies * held * FP32, *during))
+    if (s.persistent or o.persistent) and steps_of(s, o)[0] < o.inner_steps:
         host, each = s.snapshot == "host", w + 2 * s.attack_moments
         there = 2 * each if host else 4 * each
         work.append(over_weights(his, "attackers who wait", there, o.adversaries, host_each=2 * each if host else 0))
         size = o.adversaries * his.shard * each
-        items.append(Item("attackers who wait", size, frozenset(after), host=host))
+        items.append(Item("attackers who wait", size, host=host))
     return work, items
+
+
+def through_adapters(s: Setting, samples: int, count: float) -> list[Part]:
+    """What the attackers' adapters add to the passes that read the tamper loss: products, and no gradient of theirs.
+
+    A layer that is computed again no longer stops before its last product, which is in front of an adapter.
+    """
+    if s.adversary != "lora":
+        return []
+    a, m = s.architecture, float(samples * s.tokens)
+    each = 2 * m * a.adapter(s.adversary_rank) * (3 if s.checkpointing else 2)
+    again = 2 * m * a.layers * a.down if s.checkpointing else 0.0
+    return [Part("tamper: adapters", "model", 1, each + again).times(count)]
 
 
 def here(s: Setting, o: Options) -> Recipe:
@@ -90,8 +134,11 @@ def here(s: Setting, o: Options) -> Recipe:
     the length of a forward (LoRA: the adapter is switched off). DPO asks the initial weights too, before each attack.
     The tamper loss is read by FSDP2 wherever the attacker trains: its gradient is all weights'.
     """
-    _, held_out = batches(s, o)
+    s = of_options(s, o)
+    beside = together(s, o)
+    held_out = batches(s, o)[1] * beside
     steps, reads = (o.adversaries * n for n in steps_of(s, o))
+    reads //= beside
     attack, after = moments_of("attack", "tamper"), moments_of("reference", "retain")
     w, host = s.precision.weights, s.outer == "host"
     exchange = 4 * w if s.lora is None else 0  # there and back, both ways
@@ -99,8 +146,8 @@ def here(s: Setting, o: Options) -> Recipe:
     asked_items: list[Item] = []
     if o.tamper_loss == "dpo":
         name = "preferences of the reference"
-        asked, asked_items = passes.fused(s, name, held_out, o.adversaries, gradients="none", adapted=False)
-        asked.append(over_weights(s, f"{name}: exchange", exchange, o.adversaries, host_each=exchange))
+        asked, asked_items = passes.fused(s, name, held_out, o.adversaries / beside, gradients="none", adapted=False)
+        asked.append(over_weights(s, f"{name}: exchange", exchange, o.adversaries / beside, host_each=exchange))
     attacks, attacks_items = attacking(s, o, steps)
     tamper, tamper_items = passes.fused(s, "tamper", held_out, reads)
     retain, retain_items = passes.fused(s, "retain", s.batch, earlier=True)
@@ -109,6 +156,7 @@ def here(s: Setting, o: Options) -> Recipe:
         *asked,
         *attacks,
         *tamper,
+        *through_adapters(s, held_out, reads),
         parts.accumulate(s, "accumulate", reads),
         over_weights(s, "outer optimizer to the host and back", 0, host_each=4 * s.precision.moments if host else 0),
         over_weights(s, "exchange with the initial weights", exchange, host_each=exchange),
@@ -117,7 +165,7 @@ def here(s: Setting, o: Options) -> Recipe:
         representation_distance(s),
         parts.outer_adamw(s),
     ]
-    earlier = [item("gradients of the attacks before", s.shard * w, *attack)] if o.adversaries > 1 else []
+    earlier = [item("gradients of the attacks before", s.shard * w, *attack)] if o.adversaries > beside else []
     return Recipe(
         [part for part in work if part.flops + part.memory + part.network + part.host > 0],
         [

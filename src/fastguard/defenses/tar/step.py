@@ -42,14 +42,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastguard.defenses.tar.options import PRESETS, TAMPER_LOSSES, Options
+from fastguard.defenses.tar.options import ADVERSARIES, PRESETS, TAMPER_LOSSES, Options
 from fastguard.losses.language_model import dpo_loss
-from fastguard.losses.pieces import size
+from fastguard.losses.pieces import joined, size
 from fastguard.methods.passes import Batch, Loss, inspect, positions, tokens
 from fastguard.methods.training import Data, Figures, Passes, Role, Step, Training
-from fastguard.nested.attack import SimulatedAttack
+from fastguard.nested.attack import SimulatedAttack, Tampered
+from fastguard.nested.attackers import LoRAAttackers
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.optimizers import AdamW, Optimizer
+from fastguard.nested.persistent import PersistentAttacker
 from fastguard.nested.reference import Reference
 from fastguard.nested.snapshot import Where
 from fastguard.nested.waiting import Waiting
@@ -92,6 +94,11 @@ class TAR(Training):
             point. The defaults are those of the released cyber run, `preset` has the biology run's.
         switch: (a, b); the switch point is floor(Beta(a, b) * K).
         count: A, adversaries a step.
+        adversary: what they train. ``weights``: those that the defender trains, published. ``lora``, a deviation:
+            adapters of rank ``adversary_rank``, scaled by 2, on all linear maps but the head, each his own. The base
+            has no gradient in their steps, and all of them pass in one forward (``nested.LoRAAttackers``), as does what
+            is read at their models. They are other attackers than the published ones; adapters want learning rates
+            some ten times those of ``lrs``.
         schedule: lambda of the weights; None weighs every read by 1 / K, as the code without its schedule.
         grad_scale: s. The DPO script takes 0.1, with K = 8, every step read and two adversaries.
         tamper_loss: ``max_entropy`` (the released weaponisation runs), ``dpo``, or a callable of (model, batch).
@@ -105,8 +112,19 @@ class TAR(Training):
             adversaries attack; the others wait in host memory. None: all stay.
         loss: the language-model loss of attackers and retain batch, of (model, batch); None: cross-entropy.
         optimizer: from a learning rate to the attackers' optimizer.
-        trains, reads, snapshot, masters, allow_lost: see ``nested.SimulatedAttack``; for a LoRA attacker
+        trains, reads, snapshot, masters, allow_lost: see ``nested.SimulatedAttack``; for a LoRA attacker of one's own
             ``nested.LoRAAdversary``'s.
+        reduce_dtype: in which FSDP2 adds up the gradients of the attackers' steps; a deviation, whose size the figure
+            ``reduction_cosine`` says (see ``nested.SimulatedAttack``). None: as the model was sharded.
+        persistent, fresh: a deviation from the paper. An attacker is kept from step to step as a difference to the
+            defender's moving weights, with his optimizer; he goes ``fresh`` steps further in each, and a new one begins
+            when he has gone K. A step then costs fresh / K of the cold ones' passes (an eighth, as K is 64), for a
+            gradient at weights that the attacker reached while the defender moved: docs/demo.md says what came
+            of it. Every n-th of the fresh steps is read, or the last where there are fewer than n, with the weight of
+            the step that he has reached: reads too are fresh / K as many, and ``grad_scale`` weighs so much less
+            beside the retain loss. Takes weights in fp32, or ``masters``.
+        gathered: for ``lora``, where the whole model has room on each GPU: FSDP2 gathers it once for the attackers'
+            steps from one read to the next, instead of twice a step.
         batch, held_out: samples of the attackers' batches and of the one read at their weights, where a run draws
             them (published: 4 and 8); None: the run's pairs.
         micro: samples that pass through the model at a time, at most; see ``methods.training.Training``.
@@ -116,7 +134,9 @@ class TAR(Training):
         step: backwards so far. state_bytes: of the reference's states in the last step, (L + 1) B T D elements.
 
     Raises:
-        ValueError: an argument outside its range, or a model whose structure is not found.
+        ValueError: an argument outside its range, or a model whose structure is not found; with ``lora`` also ``loss``,
+            a ``tamper_loss`` of one's own, ``trains``, ``reduce_dtype``, ``persistent``, or fewer ``micro`` samples
+            than attackers.
     """
 
     reads_output = True
@@ -131,6 +151,8 @@ class TAR(Training):
         kinds: Sequence[Sequence[str]] = (("harmful",), ("retain", "harmful")),
         switch: tuple[float, float] = (6.0, 3.0),
         count: int = Options.adversaries,
+        adversary: str = Options.adversary,
+        adversary_rank: int = Options.adversary_rank,
         schedule: float | None = 0.0625,
         grad_scale: float = Options.grad_scale,
         tamper_loss: str | Loss = Options.tamper_loss,
@@ -149,19 +171,34 @@ class TAR(Training):
         snapshot: Where = "device",
         masters: str | None = None,
         allow_lost: bool = False,
+        reduce_dtype: torch.dtype | None = None,
+        persistent: bool = False,
+        fresh: int = Options.fresh,
+        gathered: bool = Options.gathered,
         batch: int | None = None,
         held_out: int | None = None,
         micro: int | None = None,
         seed: int = 0,
     ) -> None:
         _require(1 <= every <= steps, "every", every, f"1 to steps ({steps}): the gradient must be read at least once")
+        _require(not persistent or 1 <= fresh <= steps, "fresh", fresh, f"1 to steps ({steps})")
         _require(count >= 1, "count", count, "at least one adversary")
         _require(len(lrs) > 0 and all(lr > 0 for lr in lrs), "lrs", lrs, "learning rates above 0")
         _require(len(kinds) > 0 and all(len(k) in (1, 2) for k in kinds), "kinds", kinds, "tuples of one corpus or two")
         _require(all(x > 0 for x in switch), "switch", switch, "two numbers above 0")
         _require(callable(tamper_loss) or tamper_loss in TAMPER_LOSSES, "tamper_loss", tamper_loss, str(TAMPER_LOSSES))
+        _require(adversary in ADVERSARIES, "adversary", adversary, str(ADVERSARIES))
+        if adversary == "lora":
+            own = {"loss": loss, "tamper_loss": tamper_loss if callable(tamper_loss) else None, "trains": trains,
+                   "reduce_dtype": reduce_dtype, "persistent": persistent or None}  # fmt: skip
+            for name, value in own.items():
+                _require(value is None, name, value, "none with adversary='lora'")
+            _require(micro is None or micro >= count, "micro", micro, f"a sample of each of {count} attackers at least")
+        _require(not gathered or adversary == "lora", "gathered", gathered, "False unless adversary is 'lora'")
         super().__init__(model, loss=loss, seed=seed, reads=reads, micro=micro)
         self.steps, self.every, self.count = steps, every, count
+        self.persistent, self.fresh = persistent, fresh if persistent else steps
+        self._attackers: dict[int, PersistentAttacker] = {}
         self.lrs, self.kinds, self.switch = tuple(lrs), tuple(tuple(k) for k in kinds), switch
         self.schedule, self.grad_scale, self.retain_weight = schedule, grad_scale, retain_weight
         self.tamper_loss, self.tamper_positions, self.beta = tamper_loss, tamper_positions, beta
@@ -173,9 +210,16 @@ class TAR(Training):
             reference = Reference(model, reads)
         self.reference = reference
         self.state_bytes = 0
+        self.attackers: LoRAAttackers | None = None
+        beside = None
+        if adversary == "lora":
+            self.attackers = LoRAAttackers(model, count, adversary_rank, alpha=2 * adversary_rank, seed=seed)
+            trains, beside = self.attackers.trains, self.attackers.parameters
+            reads = self.attackers.reads if reads is None else reads
         self.attack = SimulatedAttack(
-            model, trains=trains, reads=reads, snapshot=snapshot, masters=masters, allow_lost=allow_lost, seed=seed
-        )
+            model, trains=trains, reads=reads, beside=beside, snapshot=snapshot, masters=masters,
+            allow_lost=allow_lost, reduce_dtype=reduce_dtype, gathered=gathered, seed=seed,
+        )  # fmt: skip
         corpora = dict.fromkeys(name for kind in self.kinds for name in kind)
         self.roles = {
             "retain": Role("safe"),
@@ -199,8 +243,11 @@ class TAR(Training):
         o = options
         return cls(
             model, steps=o.inner_steps, every=o.read_every, lrs=o.inner_lr, count=o.adversaries,
+            adversary=o.adversary, adversary_rank=o.adversary_rank, gathered=o.gathered,
             grad_scale=o.grad_scale, tamper_loss=o.tamper_loss, batch=o.batch, held_out=o.held_out,
-            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro, seed=seed,
+            outer_states=o.outer_states, masters="fp32" if o.masters else None, micro=o.micro,
+            reduce_dtype=torch.bfloat16 if o.bf16_reductions else None,
+            persistent=o.persistent, fresh=o.fresh, seed=seed,
         )  # fmt: skip
 
     @property
@@ -211,6 +258,13 @@ class TAR(Training):
     def weight(self, i: int) -> float:
         """The weight of the gradient that is read after step ``i``, counted from 0."""
         return 1 / self.steps if self.schedule is None else math.exp(self.schedule * (i - (self.steps - 1)))
+
+    def leg(self) -> range:
+        """The attackers' steps in the coming one of the defender's, counted from 0 at their beginning: all K of cold
+        ones, ``fresh`` of persistent ones, or what is left of K.
+        """
+        gone = self.step % -(-self.steps // self.fresh) * self.fresh
+        return range(gone, min(gone + self.fresh, self.steps))
 
     def adversaries(self, sources: Mapping[str, Source]) -> list[Adversary]:
         """The adversaries of the coming step, a function of (seed, step) alone, equal on every rank.
@@ -229,11 +283,12 @@ class TAR(Training):
         return [self._adversary(sources, index) for index in range(self.count)]
 
     def _adversary(self, sources: Mapping[str, Source], index: int) -> Adversary:
-        draw = random.Random(derived_seed("tar", self.seed, self.step, index))
+        leg = self.leg()
+        draw = random.Random(derived_seed("tar", self.seed, self.step - leg.start // self.fresh, index))
         kind, lr = draw.choice(self.kinds), draw.choice(self.lrs)
         switch = int(draw.betavariate(*self.switch) * self.steps) if len(kind) == 2 else 0
-        first = (self.step * self.count + index) * self.steps
-        names = [kind[0] if i < switch else kind[-1] for i in range(self.steps)]
+        first = (self.step * self.count + index) * self.fresh
+        names = [kind[0] if i < switch else kind[-1] for i in leg]
         name = kind[0] if len(kind) == 1 else f"{kind[0]}, from step {switch} {kind[1]}"
         return Adversary(name, lr, (sources[corpus](first + i) for i, corpus in enumerate(names)))
 
@@ -259,14 +314,29 @@ class TAR(Training):
             raise ValueError(f"adversaries: expected a list of Adversary (TAR.adversaries), got {adversaries!r}")
         held_out = list(tamper) if isinstance(tamper, Sequence) else [tamper] * len(adversaries)
         _require(len(adversaries) > 0, "adversaries", len(adversaries), "at least one")
+        together = self.attackers is None or len(adversaries) == self.count
+        _require(together, "adversaries", len(adversaries), f"count ({self.count}) with adversary='lora'")
         _require(len(held_out) == len(adversaries), "tamper", len(held_out), f"one batch, or {len(adversaries)}")
         for batch in held_out if self.tamper_loss == "dpo" else ():
             _concatenated(batch)  # before adversaries are drawn from, whose batches may come once
-        drawn = [replace(a, batches=list(islice(a.batches, self.steps))) for a in adversaries]
+        count = len(self.leg())
+        drawn = [replace(a, batches=list(islice(a.batches, count))) for a in adversaries]
         for a in drawn:
             given = f"{len(a.batches)} batches"
-            _require(len(a.batches) == self.steps, f"adversary {a.name!r}", given, f"at least {self.steps}")
+            _require(len(a.batches) == count, f"adversary {a.name!r}", given, f"at least {count}")
+        if self.attackers is not None:
+            self._fit_together(drawn, held_out)
         return {"adversaries": drawn, "tamper": held_out}
+
+    def _fit_together(self, adversaries: Sequence[Adversary], held_out: Sequence[Batch | Pairs]) -> None:
+        """Raise, before the first pass, what keeps batches from passing in one forward."""
+        for i, batches in enumerate(zip(*(a.batches for a in adversaries), strict=True)):
+            joined(batches, f"adversaries, batch {i}")
+        read: list[Any] = [_concatenated(b) if self.tamper_loss == "dpo" else b for b in held_out]
+        joined(read, "tamper")
+        if self.tamper_loss == "max_entropy" and self.tamper_positions == "all":
+            shapes = sorted({tuple(b["input_ids"].shape) for b in read})
+            _require(len(shapes) == 1, "tamper", shapes, "batches of one shape, of which padding counts")
 
     def inspect(self, *, retain: Batch, tamper: Sequence[Any], adversaries: Sequence[Adversary]) -> None:  # type: ignore[override]
         """See `Training.inspect`."""
@@ -291,20 +361,24 @@ class TAR(Training):
             retain: ``input_ids`` [B, T], ``attention_mask``, ``labels``; see ``LanguageModelLoss``.
             tamper: the held-out batch, or one an adversary (here it is that: see `checked`); for DPO ``{"chosen":
                 batch, "rejected": batch}``.
-            adversaries: see `adversaries`; each with at least K batches.
+            adversaries: see `adversaries`; each with a batch a step (see `leg`), or more.
 
         Returns:
             ``loss``, the sum that was differentiated; ``retain_ce`` and ``representation_distance``; ``tamper``, the
             mean of what was read, unweighted; ``attacker_first`` and ``attacker_last``, the attackers' mean loss before
-            their first and last step.
+            their first and last step; ``reduction_cosine``, where ``reduce_dtype`` is given and the model sharded, of
+            their first steps' gradients to those that are added up as ever, the mean.
 
         Raises:
             ValueError: batches that do not fit, or too few. FloatingPointError: a loss is not finite.
         """
         figures = _Figures()
         with self._aside():
-            for adversary, batch in zip(adversaries, tamper, strict=True):
-                self._attack(step, adversary, batch, 1 / len(adversaries), figures)
+            if self.attackers is not None:
+                self._attack_together(step, self.attackers, adversaries, tamper, figures)
+            else:
+                for index, (adversary, batch) in enumerate(zip(adversaries, tamper, strict=True)):
+                    self._attack(step, adversary, batch, 1 / len(adversaries), figures, self._kept(index))
         self._retain(step, retain, figures)
         return figures.means()
 
@@ -321,37 +395,96 @@ class TAR(Training):
         )
         return contextlib.nullcontext()
 
-    def _attack(
-        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures
-    ) -> None:
-        model = step.model
-        read = self._prepared(step, held_out)
-        with self.attack.at(model, self.optimizer(adversary.lr)) as tampered:
-            for i, batch in enumerate(adversary.batches):
-                loss = tampered.step(step.passes(step.loss, batch))
-                if i in (0, self.steps - 1):
-                    figures.note("attacker_last" if i else "attacker_first", loss)
-                if (i + 1) % self.every == 0:
-                    weight = self.grad_scale * self.weight(i) * share
-                    loss = tampered.accumulate(read, step.scale * weight)
-                    figures.note("tamper", loss)
-                    figures.add("loss", weight * loss)
+    def _kept(self, index: int) -> PersistentAttacker | None:
+        """Who attacks in the place of this number: nobody is kept of cold attacks, nor of persistent ones that end."""
+        if not self.persistent:
+            return None
+        attacker = self._attackers.setdefault(index, PersistentAttacker())
+        if self.leg().start == 0:
+            attacker.renew()
+        return attacker
 
-    def _prepared(self, step: Step, batch: Batch | Pairs) -> Passes:
-        """The tamper loss of a batch; DPO asks the reference now, at the original weights."""
-        kind, model = self.tamper_loss, step.model
+    def _attack(
+        self, step: Step, adversary: Adversary, held_out: Batch | Pairs, share: float, figures: _Figures,
+        attacker: PersistentAttacker | None,
+    ) -> None:  # fmt: skip
+        read = self._prepared(step, [held_out])
+        with self.attack.at(step.model, self.optimizer(adversary.lr), attacker) as tampered:
+            gone = attacker.taken if attacker is not None else 0  # asked inside, where he may have begun anew
+            passes = (step.passes(step.loss, batch) for batch in adversary.batches)
+            self._run(step, tampered, passes, read, share, figures, gone=gone)
+
+    def _attack_together(
+        self, step: Step, attackers: LoRAAttackers, adversaries: Sequence[Adversary], held_out: Sequence[Batch | Pairs],
+        figures: _Figures,
+    ) -> None:  # fmt: skip
+        """All attackers in one forward: their losses are summed, what is read at their models is averaged."""
+        read = self._prepared(step, held_out)
+        rule = attackers.optimizer([self.optimizer(a.lr) for a in adversaries])
+        each = zip(*(a.batches for a in adversaries), strict=True)
+        with attackers.at_work(), self.attack.at(step.model, rule) as tampered:
+            passes = (self._each(step, batches, "cross_entropy") for batches in each)
+            self._run(step, tampered, passes, read, 1.0, figures, len(adversaries))
+
+    def _run(
+        self, step: Step, tampered: Tampered, passes: Iterable[Passes], read: Passes, share: float, figures: _Figures,
+        attackers: int = 1, gone: int = 0,
+    ) -> None:  # fmt: skip
+        """Steps of an attack on ``passes``, sums of the losses of ``attackers``, and what the defender reads.
+
+        gone: steps that were taken before.
+        """
+        steps = len(self.leg())
+        every = min(self.every, steps)
+        for i, own in enumerate(passes):
+            loss = tampered.step(own)
+            if i == 0 and tampered.reduction_cosine is not None:
+                figures.note("reduction_cosine", tampered.reduction_cosine)
+            if i in (0, steps - 1):
+                figures.note("attacker_last" if i else "attacker_first", loss / attackers)
+            if (i + 1) % every == 0:
+                weight = self.grad_scale * self.weight(gone + i) * share
+                loss = tampered.accumulate(read, step.scale * weight)
+                figures.note("tamper", loss)
+                figures.add("loss", weight * loss)
+
+    def _each(
+        self, step: Step, batches: Sequence[Batch], kind: str, where: str = "all",
+        count: Callable[..., Tensor | int] = tokens, weight: float = 1.0,
+    ) -> Passes:  # fmt: skip
+        """``weight`` times the sum of the losses of batches of which each is another attacker's, in one forward."""
+        pieces = zip(*(step.pieces(batch, count, len(batches)) for batch in batches), strict=True)
+
+        def loss(own: Sequence[tuple[Batch, float]]) -> Tensor:
+            together = joined([piece for piece, _ in own])
+            each = self.language.each(together, len(own), kind, step.model, positions=where)
+            return torch.stack([share * value for (_, share), value in zip(own, each, strict=True)]).sum()
+
+        return [(partial(loss, own), weight) for own in pieces]
+
+    def _prepared(self, step: Step, batches: Sequence[Any]) -> Passes:
+        """The mean of the tamper losses of each attacker's batch; DPO asks the reference now, at the original weights.
+
+        A loss of the caller's is of one attacker's alone.
+        """
+        kind, model, n = self.tamper_loss, step.model, len(batches)
         if callable(kind):
-            return step.passes(lambda piece: step.mean(kind(model, piece), piece), batch)
+            return step.passes(lambda piece: step.mean(kind(model, piece), piece), batches[0])
         if kind == "max_entropy":
             where = self.tamper_positions
-            count = positions if where == "all" else tokens
-            return step.passes(lambda piece: self.language(piece, kind, model, positions=where), batch, count)
-        pieces = [(_concatenated(piece), share) for piece, share in step.pieces(batch, size)]
+            return self._each(step, batches, kind, where, positions if where == "all" else tokens, 1 / n)
+        each = zip(*(step.pieces(batch, size, n) for batch in batches), strict=True)
+        pieces = [(joined([_concatenated(piece) for piece, _ in own]), own[0][1]) for own in each]
+
+        def pairs_logp(pairs: Batch, model: nn.Module) -> Iterable[Tensor]:
+            """Of the chosen and of the rejected answers, which follow one another in each attacker's rows."""
+            return self.language.sequence_logp(pairs, model).view(n, 2, -1).unbind(1)
+
         with self._reference(model) as reference:
-            before = [self.language.sequence_logp(pairs, reference).chunk(2) for pairs, _ in pieces]
+            before = [pairs_logp(pairs, reference) for pairs, _ in pieces]
 
         def preference(pairs: Batch, chosen_before: Tensor, rejected_before: Tensor) -> Tensor:
-            chosen, rejected = self.language.sequence_logp(pairs, model).chunk(2)
+            chosen, rejected = pairs_logp(pairs, model)
             return dpo_loss(chosen, rejected, chosen_before, rejected_before, self.beta, step.ranks)
 
         return [(partial(preference, pairs, *own), share) for (pairs, share), own in zip(pieces, before, strict=True)]
@@ -407,18 +540,29 @@ class TAR(Training):
         assert self.reference is not None
         return self.reference.consulted(model)
 
+    def close(self) -> None:
+        """See `Training.close`."""
+        super().close()
+        if self.attackers is not None:
+            self.attackers.remove()
+
     def state_dict(self) -> dict[str, Any]:
         """Counters, with which a new object goes on as this one would.
 
         Without ``reference=``, make that object while the model is the one that the run began with, and load the
         trained weights into the model afterwards.
         """
-        return {"step": self.step, **self.attack.state_dict()}
+        kept = {"attackers": {i: a.state_dict() for i, a in self._attackers.items()}} if self.persistent else {}
+        return {"step": self.step, **self.attack.state_dict(), **kept}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See `Training.load_state_dict`."""
         super().load_state_dict(state)
         self.attack.load_state_dict(dict(state))
+        self._attackers = {}
+        for index, kept in state.get("attackers", {}).items():
+            self._attackers[index] = PersistentAttacker()
+            self._attackers[index].load_state_dict(kept)
 
 
 class _Figures:

@@ -101,8 +101,8 @@ class Settings:
         changed = [(f.name, getattr(self, f.name)) for f in dataclasses.fields(self) if _changed(self, f)]
         return ", ".join(f"{name.replace('_', ' ')} {_said(value)}" for name, value in changed)
 
-    def uncompilable(self) -> str:
-        """Why the model's layers cannot be compiled under a method with these options; empty where they can."""
+    def uncompilable(self, processes: int) -> str:
+        """Why so many processes cannot compile a model's layers under a method of these options; empty if they can."""
         return ""
 
     def to_dict(self) -> dict[str, Any]:

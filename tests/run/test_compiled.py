@@ -35,12 +35,16 @@ def test_compiled_layers_take_the_steps_of_uncompiled_ones():
 
 def test_a_method_under_which_layers_cannot_be_compiled_is_named_before_a_model_is_loaded(small, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline.models, "load_model", None)
-    for method, where in (("vaccine", "immunize"), ("seam", "variants.other")):
-        sections = (
-            {"immunize": {"method": method}} if where == "immunize" else {"variants": {"other": {"method": method}}}
-        )
-        chosen = from_dict({**small.to_dict(), "variants": {}, "parallel": {"compile": True}, **sections})
+    for method, section, processes in (
+        ("vaccine", "immunize", 1),
+        ("seam", "variants.other", 1),
+        ("repnoise", "immunize", 2),
+    ):
+        monkeypatch.setattr(pipeline, "ranks", lambda: processes)
+        tree = {**small.to_dict(), "variants": {}, "parallel": {"compile": True}, "immunize": {"method": method}}
+        if section != "immunize":
+            tree |= {"immunize": {"method": "sft"}, "variants": {"other": {"method": method}}}
         with pytest.raises(
-            ValueError, match=f"parallel.compile: expected false with {where}.method {method}, got true"
+            ValueError, match=f"parallel.compile: expected false with {section}.method {method}, got true"
         ):
-            pipeline.run(chosen, tmp_path / "run")
+            pipeline.run(from_dict(tree), tmp_path / "run")

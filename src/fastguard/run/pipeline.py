@@ -481,7 +481,7 @@ def _label(name: str, config: Config) -> str:
 
 def _refuse_uncompiled(where: str, section: MethodConfig) -> None:
     """Raise ValueError for a method under which layers cannot be compiled."""
-    if why := section.chosen().uncompilable():
+    if why := section.chosen().uncompilable(ranks()):
         raise ValueError(f"parallel.compile: expected false with {where}.method {section.method}, got true: {why}")
 
 

@@ -25,3 +25,7 @@ class Options(Settings):
     output_alpha: float = number(0.0, at_least=0)  # ascent on the output's harmful loss alone
     retain_weight: float = number(1.0, at_least=0)  # of the retain batch, which the published loss does not have
     micro: int | None = number(None, at_least=1)  # harmless and retain samples at a time; None: all as one batch
+
+    def uncompilable(self, processes: int) -> str:
+        """See `Settings.uncompilable`."""
+        return "" if processes == 1 else "its noise term gathers the samples of all processes inside of layers"

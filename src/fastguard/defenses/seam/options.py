@@ -21,7 +21,7 @@ class Options(Settings):
     mask_padding: bool = False  # published: padding where answers differ in length carries loss
     boundary: str = choice("constant", *BOUNDARIES)  # constant: the first differing token gives no gradient
 
-    def uncompilable(self) -> str:
+    def uncompilable(self, processes: int) -> str:
         """See `Settings.uncompilable`."""
         twice = "a compiled backward cannot be differentiated again (product: difference does without it)"
         return twice if self.product == "tangent" else ""

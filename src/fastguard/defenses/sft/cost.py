@@ -12,15 +12,16 @@ from fastguard.plan.setting import Setting
 def here(s: Setting, o: Options) -> Recipe:
     """One batch: what every other defense is compared with. With ``retain_weight`` two, and one backward for both.
 
-    Micro-batches have a backward each, of both.
+    Micro-batches have a backward each, those of one batch after those of the other.
     """
     names = ["step"] if o.retain_weight is None else ["step", "retain"]
     work: list[Part] = []
     items = resident(s)
     for i, name in enumerate(names):
-        parts_of, held = passes.fused(s, name, s.batch, earlier=name != names[-1])
+        apart = s.micro is not None
+        parts_of, held = passes.fused(s, name, s.batch, earlier=i > 0 if apart else name != names[-1])
         work += parts_of
-        items += waiting(held, name, *names[i + 1 :])  # the backward comes to the last forward first
+        items += held if apart else waiting(held, name, *names[i + 1 :])  # else it comes to the last forward first
     return Recipe([*work, parts.outer_adamw(s)], items)
 
 

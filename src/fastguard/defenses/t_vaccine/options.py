@@ -24,6 +24,6 @@ class Options(Settings):
     trains: str = choice("published", *TRAINS)
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
 
-    def uncompilable(self) -> str:
+    def uncompilable(self, processes: int) -> str:
         """See `Settings.uncompilable`."""
         return "what perturbs activations inside of layers leaves nothing of them to compile"

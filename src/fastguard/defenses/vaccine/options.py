@@ -14,6 +14,6 @@ class Options(Settings):
     rho: float = number(2.0, above=0)  # 2-norm of the perturbation
     micro: int | None = number(None, at_least=1)  # samples at a time; None: batches pass whole
 
-    def uncompilable(self) -> str:
+    def uncompilable(self, processes: int) -> str:
         """See `Settings.uncompilable`."""
         return "what perturbs activations inside of layers leaves nothing of them to compile"

@@ -191,6 +191,8 @@ def test_deviations_can_be_had_together_and_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"without: expected some of late_head.*, got 'luck'"):
         levers.exact(s, frozenset({"luck"}))
     assert {*levers.EXACT, *levers.DEVIATIONS, levers.MICRO} > levers.NOT_BUILT
+    assert not levers.built("lora_adversary") and not levers.built("bf16_moments+persistent_adversary")
+    assert levers.built("lora_adversary+persistent_adversary") == " (not built)"
 
 
 def test_batches_are_rounded_up_to_one_a_gpu_and_it_is_said():

@@ -59,10 +59,14 @@ MICRO = "micro_batches"
 NOT_BUILT = frozenset({"node_adversary"})
 """Those that are planned, and that no method of this package can run yet."""
 
+NOT_TOGETHER = (frozenset({"lora_adversary", "persistent_adversary"}),)
+"""Those that can be run, but not with each other."""
+
 
 def built(name: str) -> str:
     """What a table adds to the name of a lever, or of several with ``+`` between them."""
-    return " (not built)" if NOT_BUILT & set(name.split("+")) else ""
+    pulled = set(name.split("+"))
+    return " (not built)" if NOT_BUILT & pulled or any(apart <= pulled for apart in NOT_TOGETHER) else ""
 
 
 def exact(s: Setting, without: frozenset[str] = frozenset()) -> Setting:

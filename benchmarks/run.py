@@ -151,7 +151,8 @@ def main() -> None:
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
     parser.add_argument(
         "--name",
-        help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-attackers, cpu-directions, cpu-saliency, gpu",
+        help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-attackers, cpu-persistent, cpu-directions, "
+        "cpu-saliency, gpu",
     )
     parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
     parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
@@ -167,6 +168,7 @@ def main() -> None:
             "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],
             "cpu-nested": [NESTED],
             "cpu-attackers": ["benchmarks/end_to_end/bench_attackers.py"],
+            "cpu-persistent": ["benchmarks/end_to_end/bench_persistent.py"],
             "cpu-directions": ["benchmarks/end_to_end/bench_directions.py"],
             "cpu-saliency": SALIENCY,
         }  # fmt: skip

@@ -13,7 +13,7 @@ from fastguard.run.config import LoggingConfig
 from fastguard.run.journal import Journal
 from fastguard.run.keep import Keeper
 from fastguard.run.train import train
-from run.test_train import Fixed, fixed, items
+from plain_training import Fixed, fixed, items
 
 
 class Killed(Exception):

@@ -13,7 +13,7 @@ from fastguard.run.config import from_dict
 from fastguard.run.keep import Keeper
 from fastguard.run.optimizers import OptimizerConfig
 from fastguard.run.train import train
-from run.test_train import Fixed, fixed, items
+from plain_training import Fixed, fixed, items
 
 FREE = OptimizerConfig(name="schedulefree", schedule="constant")
 needs_package = pytest.mark.skipif(importlib.util.find_spec("schedulefree") is None, reason="schedulefree is not there")

@@ -1,40 +1,17 @@
 import itertools
 import shutil
 import threading
-from typing import ClassVar
 
 import pytest
 import torch
 
 import tiny
-from fastguard.data.chat import collate, encode
-from fastguard.data.sets import Example
+from fastguard.data.chat import collate
 from fastguard.losses.answer import answer_loss
-from fastguard.methods.training import Role, Training
 from fastguard.run.keep import Keeper
 from fastguard.run.streams import Order
 from fastguard.run.train import train, train_scored, trainable
-
-
-def items(tokenizer):
-    return [encode(tokenizer, Example(f"say {w}", w * 2), 12) for w in ("one", "two", "six", "ten")]
-
-
-class Fixed(Training):
-    """A plain loss, and a figure beside it."""
-
-    roles: ClassVar = {"harmless": Role("safe")}
-
-    def __init__(self, model, times=1.0):
-        super().__init__(model, loss=answer_loss)
-        self.times = times
-
-    def gradient(self, step, *, harmless):
-        return {"loss": step.differentiate(self.times * step.loss(harmless), ""), "mark": torch.tensor(1.0)}
-
-
-def fixed(batch):
-    return {"harmless": lambda number: batch}
+from plain_training import Fixed, fixed, items
 
 
 def test_training_by_steps_lowers_the_loss_and_leaves_the_embedding_alone():

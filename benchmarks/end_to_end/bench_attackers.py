@@ -17,6 +17,6 @@ def test_attackers(benchmark, name):
         f"{work.ATTACKERS} attackers with adapters of rank {work.RANK}, {work.STEPS} steps, read every {work.EVERY}, "
         f"SmolLM2-135M, {work.SAMPLES} x {work.TOKENS} tokens each, float32"
     )
-    said = in_turns(benchmark, work.__file__, work.CONTENDERS, name, "one by one", rounds=3)
+    said = in_turns(benchmark, work.__file__, work.CONTENDERS, name, "one by one", rounds=2)
     norms = {c: found["gradient_norm"] for c, found in said.items()}
     assert norms[name] == pytest.approx(norms["one by one"], rel=1e-3)  # fp32, in another order of sums

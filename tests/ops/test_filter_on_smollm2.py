@@ -55,7 +55,7 @@ def stats_and_leaves(states, layer, tol, with_mean=True):
     return stats, leaves
 
 
-@pytest.mark.parametrize("layer", [1, 12, 28, 30])
+@pytest.mark.parametrize("layer", [1, 28])
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_each_output_keeps_its_bound(states, layer, output):
     tol = DEFAULT_FILTER_TOL[torch.float32]
@@ -78,7 +78,7 @@ def test_each_output_keeps_its_bound(states, layer, output):
     assert whole <= float((allowed * x.norm(dim=1)).sum()) + 1e-5 * float(exact[1].norm())
 
 
-@pytest.mark.parametrize("layer", [1, 12, 28, 30])
+@pytest.mark.parametrize("layer", [1, 28])
 def test_default_filter_is_within_a_percent_of_the_cross_entropy_gradient(states, layer):
     """And at the peaked inner layers it does drop something."""
 

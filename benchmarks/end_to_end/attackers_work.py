@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +23,7 @@ from torch import nn
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-import measure  # noqa: E402
+from end_to_end import turns  # noqa: E402
 from end_to_end.nested_step import Batch, Streams  # noqa: E402
 from end_to_end.step import load, prose  # noqa: E402
 from fastguard.losses.language_model import LanguageModelLoss  # noqa: E402
@@ -85,12 +83,12 @@ def main() -> None:
     contender, rounds = sys.argv[1], int(sys.argv[2])
     model, tokenizer = load()
     work = Work(model, Streams(prose(tokenizer, 96, TOKENS), SAMPLES))
-    found: dict[str, Any] = {"seconds": [], "peak_bytes": measure.peak_bytes(lambda: work.run(contender))}
-    for _ in range(rounds):
+
+    def once() -> None:
         model.zero_grad(set_to_none=True)
-        start = time.perf_counter()
         work.run(contender)
-        found["seconds"].append(time.perf_counter() - start)
+
+    found = turns.worked(once, rounds)
     grads = [p.grad.double().norm() for p in model.parameters() if p.grad is not None]
     print(json.dumps({**found, "gradient_norm": float(torch.stack(grads).norm())}))
 

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
-import measure  # noqa: E402
-from end_to_end import nested_step  # noqa: E402
+from end_to_end import nested_step, turns  # noqa: E402
 from end_to_end.step import load  # noqa: E402
 
 CONTENDERS = ("cold", "persistent")
@@ -41,12 +39,7 @@ def main() -> None:
     once = nested_step.step(chosen, "fastguard", model, nested_step.streams(chosen, tokenizer))
     once()  # step 0; then step 1, again and again
     model.zero_grad(set_to_none=True)
-    found: dict[str, Any] = {"seconds": [], "peak_bytes": measure.peak_bytes(once)}
-    for _ in range(rounds):
-        start = time.perf_counter()
-        once()
-        found["seconds"].append(time.perf_counter() - start)
-    print(json.dumps(found))
+    print(json.dumps(turns.worked(once, rounds)))
 
 
 if __name__ == "__main__":

@@ -12,12 +12,24 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import measure
 from end_to_end.nested_step import row
 
 TRIMMED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def worked(once: Callable[[], object], rounds: int) -> dict[str, Any]:
+    """What a script says of its work: the peak of a round that is not timed, and the seconds of others."""
+    found: dict[str, Any] = {"seconds": [], "peak_bytes": measure.peak_bytes(once)}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        once()
+        found["seconds"].append(time.perf_counter() - start)
+    return found
 
 
 def measured(script: str, contender: str, rounds: int, **environment: str) -> dict[str, Any]:

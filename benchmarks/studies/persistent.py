@@ -33,6 +33,7 @@ from fastguard import models
 from fastguard.data.corpus import build_corpus
 from fastguard.defenses.tar.step import TAR, Adversary
 from fastguard.machine import write_json
+from fastguard.methods.passes import finite_norm
 from fastguard.methods.training import Step
 from fastguard.nested import Weights
 from fastguard.run import config as configurations
@@ -101,15 +102,11 @@ def compared(weights: Weights, own: Any, colds: Any, still: Any) -> dict[str, fl
     All have the persistent run's ``grad_scale``; a cold run's is smaller by `matched`, which `table` allows for.
     """
 
-    def among(a: Any, b: Any) -> float:
-        both = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x is not None and y is not None]
-        return float(weights.subset(both).dot([a[i] for i in both], [b[i] for i in both]))
-
-    norms = [among(g, g) ** 0.5 for g in (own, *colds, still)]
+    norms = [float(finite_norm(weights, g, "a tamper gradient")) for g in (own, *colds)]
     return {
-        "cosine": sum(among(own, cold) / norms[0] / norms[1 + i] for i, cold in enumerate(colds)) / 2,
-        "cosine_of_still": sum(among(still, cold) / norms[3] / norms[1 + i] for i, cold in enumerate(colds)) / 2,
-        "cosine_of_cold": among(*colds) / norms[1] / norms[2],
+        "cosine": sum(float(weights.cosine(own, cold)) for cold in colds) / 2,
+        "cosine_of_still": sum(float(weights.cosine(still, cold)) for cold in colds) / 2,
+        "cosine_of_cold": float(weights.cosine(*colds)),
         "norm_ratio": norms[0] / (norms[1] * norms[2]) ** 0.5,
         "norm_ratio_of_cold": norms[2] / norms[1],
     }

@@ -12,7 +12,7 @@ import functools
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -319,19 +319,28 @@ def reduced(wrapped: nn.Module) -> Iterator[list[str]]:
         p.register_post_accumulate_grad_hook(lambda p, name=name: names.append(name))
         for name, p in wrapped.named_parameters() if p.requires_grad
     ]  # fmt: skip
-    reduce = fsdp_param_group.foreach_reduce
-
-    def seen(params: list[Any], *rest: Any) -> Any:
-        names.extend(p._param_fqn for p in params)
-        return reduce(params, *rest)
-
-    fsdp_param_group.foreach_reduce = seen
     try:
-        yield names
+        with overheard("foreach_reduce", lambda params: names.extend(p._param_fqn for p in params)):
+            yield names
     finally:
-        fsdp_param_group.foreach_reduce = reduce
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def overheard(name: str, hear: Callable[[list[Any]], None]) -> Iterator[None]:
+    """Each time FSDP2 calls one of its collectives, ``hear`` is told of the parameters."""
+    own = getattr(fsdp_param_group, name)
+
+    def heard(params: list[Any], *rest: Any) -> Any:
+        hear(params)
+        return own(params, *rest)
+
+    setattr(fsdp_param_group, name, heard)
+    try:
+        yield
+    finally:
+        setattr(fsdp_param_group, name, own)
 
 
 def one_step(subject: Subject) -> None:
@@ -523,17 +532,8 @@ def several_attackers(layout: str, rank: int) -> None:
 def gathered() -> Iterator[list[str]]:
     """The first parameters of the groups that FSDP2 gathers."""
     names: list[str] = []
-    gather = fsdp_param_group.foreach_all_gather
-
-    def seen(params: list[Any], *rest: Any) -> Any:
-        names.append(params[0]._param_fqn)
-        return gather(params, *rest)
-
-    fsdp_param_group.foreach_all_gather = seen
-    try:
+    with overheard("foreach_all_gather", lambda params: names.append(params[0]._param_fqn)):
         yield names
-    finally:
-        fsdp_param_group.foreach_all_gather = gather
 
 
 class Kept(AdamW):

@@ -29,9 +29,14 @@ def tokens(batch: Batch) -> Tensor | int:
     return carrying(batch, "batch").sum() if "input_ids" in batch else 1
 
 
-def positions(batch: Batch) -> int:
-    """How many tokens a batch has, padding too."""
-    return batch["input_ids"].numel()
+def attended(batch: Batch, mask_padding: bool) -> Tensor | None:
+    """[B, T] bool: where a batch is no padding; None where padding counts, or nobody says what it is."""
+    return batch["attention_mask"].bool() if mask_padding and "attention_mask" in batch else None
+
+
+def positions(batch: Batch, mask: Tensor | None = None) -> Tensor | int:
+    """How many tokens a batch has where ``mask`` is true, 0-dim; without one padding too."""
+    return batch["input_ids"].numel() if mask is None else mask.sum()
 
 
 def inspect(batches: Mapping[str, Batch]) -> None:

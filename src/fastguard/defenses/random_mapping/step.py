@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard.defenses.random_mapping.options import Options
-from fastguard.methods.passes import Batch, Loss
+from fastguard.methods.passes import Batch, Loss, attended, positions
 from fastguard.methods.training import Figures, Role, Step, Training
 from fastguard.nested.weights import Select
 from fastguard.ops.philox import BLOCK, LANES, _normals, philox4x32
@@ -96,18 +96,15 @@ class RandomMapping(Training):
             "loss": self.retain_weight * ce + self.mapping_weight * mapped, "retain_ce": ce, "mapping": mapped,
         }  # fmt: skip
 
-    def _mask(self, batch: Batch) -> Tensor | None:
-        return batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
-
     def _places(self, batch: Batch) -> Tensor | int:
         """Over how many tokens the mean of a batch's mapping is."""
-        mask = self._mask(batch)
-        return batch["input_ids"].numel() if mask is None else mask.sum()
+        return positions(batch, attended(batch, self.mask_padding))
 
     def _mapping(self, batch: Batch, model: nn.Module) -> Tensor:
         directions = token_directions(batch["input_ids"], self._features, self.seed, self._dtype)
         self.direction_bytes = directions.numel() * directions.element_size()
         states = [directions] * (len(self.language.structure.layers) + 1)
+        mask = attended(batch, self.mask_padding)
         return self.language(
-            batch, None, model, distance_to=states, distance_kind="absolute_cosine", distance_mask=self._mask(batch)
+            batch, None, model, distance_to=states, distance_kind="absolute_cosine", distance_mask=mask
         )

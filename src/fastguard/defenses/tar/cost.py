@@ -41,6 +41,8 @@ def of_options(s: Setting, o: Options) -> Setting:
     """The job with what a run's own options say of its attackers."""
     if o.adversary != "weights":
         s = replace(s, adversary=o.adversary, adversary_rank=o.adversary_rank)
+    if o.persistent and not s.persistent:  # a lever that is pulled has a number of its own
+        s = replace(s, persistent=True, fresh=o.fresh)
     return replace(s, attack_reduce=2) if o.bf16_reductions else s
 
 
@@ -56,8 +58,7 @@ def node(s: Setting) -> int:
 
 def steps_of(s: Setting, o: Options) -> tuple[int, int]:
     """Steps of an attacker in one of the defender's, and how often the tamper loss is read in them."""
-    fresh = s.fresh if s.persistent else o.fresh if o.persistent else o.inner_steps
-    steps = min(fresh, o.inner_steps)
+    steps = min(s.fresh, o.inner_steps) if s.persistent else o.inner_steps
     return steps, max(steps // o.read_every, 1)
 
 
@@ -104,7 +105,7 @@ def attacking(s: Setting, o: Options, count: int) -> Work:
     else:
         copies = 2 if s.adversary == "lora" else 1  # a snapshot is there
         items.append(item("attackers' adapters", copies * held * FP32, *during))
-    if (s.persistent or o.persistent) and steps_of(s, o)[0] < o.inner_steps:
+    if s.persistent and s.fresh < o.inner_steps:
         host, each = s.snapshot == "host", w + 2 * s.attack_moments
         there = 2 * each if host else 4 * each
         work.append(over_weights(his, "attackers who wait", there, o.adversaries, host_each=2 * each if host else 0))

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from fastguard.defenses.tar.options import ADVERSARIES, PRESETS, TAMPER_LOSSES, Options
 from fastguard.losses.language_model import dpo_loss
 from fastguard.losses.pieces import joined, size
-from fastguard.methods.passes import Batch, Loss, inspect, positions, tokens
+from fastguard.methods.passes import Batch, Loss, attended, inspect, positions, tokens
 from fastguard.methods.training import Data, Figures, Passes, Role, Step, Training
 from fastguard.nested.attack import SimulatedAttack, Tampered
 from fastguard.nested.attackers import LoRAAttackers
@@ -507,11 +507,10 @@ class TAR(Training):
 
     def _counted(self, batch: Batch) -> Tensor | int:
         """How many tokens the distance is the mean over."""
-        mask = self._mask(batch)
-        return positions(batch) if mask is None else mask.sum()
+        return positions(batch, self._mask(batch))
 
     def _mask(self, batch: Batch) -> Tensor | None:
-        return batch["attention_mask"].bool() if self.mask_padding and "attention_mask" in batch else None
+        return attended(batch, self.mask_padding)
 
     def _retain_loss(
         self, step: Step, piece: tuple[Batch, float], states: tuple[Tensor, ...] | None, apart: float, figures: _Figures

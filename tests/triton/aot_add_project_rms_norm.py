@@ -50,7 +50,7 @@ def test_the_gradient_does_not_spill(width):
     flags = projection.row_tile(width, per_warp=512) | {
         "HAS_BASIS": True, "HAS_INDEX": False, "NORM": 2 if width == 576 else 0, "NEED_WEIGHT": True,
     }  # fmt: skip
-    assert compiled(ops.norm_gradient_kernel, 90, flags, ("p_index",)).spills == 0
+    assert compiled(ops.norm_gradient_kernel, 90, flags, ("p_index", "p_rows")).spills == 0
 
 
 def test_many_directions_do_not_spill():

@@ -22,7 +22,7 @@ from fastguard.losses import guards
 from fastguard.losses.referenced import Pair, ReferencedLoss, Statistic, checked_layers
 from fastguard.nested.guard import derived_seed
 from fastguard.nested.reference import Reference
-from fastguard.ops import final_norm
+from fastguard.ops.final_norm import portable as final_norm
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.ops.vocabulary import Norm
 from fastguard.over_ranks import totals
@@ -154,7 +154,7 @@ class CircuitBreakerLoss(ReferencedLoss):
         parts = self.structure
         weight, bias = (anchor.anchored(parts.model, getattr(parts.norm, name, None)) for name in ("weight", "bias"))
         norm = Norm(self.structure.norm_kind, weight, bias, self.structure.norm_eps)
-        return lambda x: final_norm.forward(x, None, norm)
+        return lambda x: final_norm.apply(x, norm)
 
     def _frozen(self, pair: Pair) -> Statistic:
         """Both batches' states at ``layers``, the retain batch's at the others."""

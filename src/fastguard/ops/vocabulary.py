@@ -16,7 +16,7 @@ from fastguard.ops import transforms
 from fastguard.ops.precision import DTYPES
 
 KINDS = ("none", "rms", "rms_offset", "layer")
-"""Kinds of final norm; see ``final_norm.py``."""
+"""Kinds of final norm; see ``final_norm``."""
 
 REDUCTIONS = ("none", "mean", "sum")
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from fastguard import fsdp2
-from fastguard.ops import final_norm
+from fastguard.ops.final_norm import portable as final_norm
 from fastguard.ops.vocabulary import Norm
 from fastguard.taps.anchor import full
 from fastguard.taps.taps import Taps, first_tensor
@@ -38,7 +38,7 @@ class Structure:
     Attributes:
         model: the model under every wrapper (DDP, PEFT, compiled).
         head, norm, layers, mlps: its modules; one MLP per layer.
-        norm_kind: a kind of ``ops/final_norm.py``, or None for a norm that is called as a module.
+        norm_kind: a kind of ``ops/final_norm``, or None for a norm that is called as a module.
         norm_eps: the norm's epsilon.
         scale, softcap: what the model does to the head's output (see ``lm_head_stats``).
         vocabulary: columns of the head.
@@ -417,7 +417,7 @@ def _norm_kind(norm: nn.Module, base: nn.Module, x: Tensor, y: Tensor) -> tuple[
     best: tuple[float, str | None, float] = (float("inf"), None, 0.0)
     for kind in ("rms", "rms_offset", "layer"):
         for eps in sorted(candidates):
-            z = final_norm.forward(x, None, Norm(kind, weight, bias if kind == "layer" else None, eps))
+            z = final_norm.apply(x, Norm(kind, weight, bias if kind == "layer" else None, eps))
             error = float(((z - y).double().norm(dim=-1) / y.double().norm(dim=-1).clamp_min(1e-30)).max())
             best = min(best, (error, kind, eps), key=lambda item: item[0])
     rounding = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)  # float64 models norm in float32

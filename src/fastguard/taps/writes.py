@@ -30,7 +30,7 @@ class PreNorm:
     Attributes:
         hidden: the name by which attention gets the hidden states, or None for its first place.
         passed: the names of the layer's arguments that attention gets as they are; None for all of them.
-        kind, eps: of norm2, as ``ops/final_norm.py`` names them.
+        kind, eps: of norm2, as ``ops/final_norm`` names them.
         names: of the arguments that the layer's forward takes by place; the first is the stream.
     """
 

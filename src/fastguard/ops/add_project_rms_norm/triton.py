@@ -71,14 +71,14 @@ def moments(b_h, m, D, eps, NORM: tl.constexpr):
 
 @triton.jit
 def norm_gradient_kernel(
-    p_grad_stream, p_grad_normed, p_stream, p_basis, p_index, p_weight, p_dh, p_partial, N, D, K, each, scale, eps,
-    stride_grad_stream, stride_grad_normed, stride_stream,
+    p_grad_stream, p_grad_normed, p_stream, p_rows, p_basis, p_index, p_weight, p_dh, p_partial,
+    N, D, K, each, scale, eps, stride_grad_stream, stride_grad_normed, stride_stream,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, HAS_BASIS: tl.constexpr, HAS_INDEX: tl.constexpr, NORM: tl.constexpr,
     NEED_WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """dh [N, D] and, of each program's rows, the gradients of weight and bias, partial [programs, 2, D].
 
-    See ``portable.backward``.
+    See ``portable.backward``. rows: which rows of stream and dh the N gradients belong to, or None for all in order.
     """
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < D
@@ -90,7 +90,8 @@ def norm_gradient_kernel(
         m = m_row[:, None] & m_d[None, :]
         o_long = o_row.to(tl.int64)[:, None]
         b_g = tl.load(p_grad_normed + o_long * stride_grad_normed + o_d[None, :], mask=m, other=0.0).to(tl.float32)
-        b_u = tl.load(p_stream + o_long * stride_stream + o_d[None, :], mask=m, other=0.0).to(tl.float32)
+        o_own = o_long if p_rows is None else tl.load(p_rows + o_row, mask=m_row, other=0)[:, None]
+        b_u = tl.load(p_stream + o_own * stride_stream + o_d[None, :], mask=m, other=0.0).to(tl.float32)
         b_mean, b_inverse = moments(b_u, m, D, eps, NORM)
         b_u = tl.where(m, b_u - b_mean[:, None], 0.0) * b_inverse[:, None]
         if NEED_WEIGHT:
@@ -107,7 +108,7 @@ def norm_gradient_kernel(
         if HAS_BASIS:
             b_own = basis_of(p_index, o_row, m_row, each, HAS_INDEX)
             b_u = without(b_u, p_basis, b_own, o_d, m_d, K, D, scale, HAS_INDEX)
-        tl.store(p_dh + o_long * D + o_d[None, :], b_u.to(p_dh.dtype.element_ty), mask=m)
+        tl.store(p_dh + o_own * D + o_d[None, :], b_u.to(p_dh.dtype.element_ty), mask=m)
     if NEED_WEIGHT:
         p_own = p_partial + tl.program_id(0).to(tl.int64) * 2 * D + o_d
         tl.store(p_own, b_dw, mask=m_d)
@@ -186,7 +187,7 @@ def backward(
     partial = torch.empty(count, 2, width, dtype=torch.float32, device=stream.device) if need_weight else None
     with torch.cuda.device_of(stream):
         norm_gradient_kernel[(count,)](
-            grad_stream, grad_normed, stream, basis, index, weight, to, partial, n, width,
+            grad_stream, grad_normed, stream, None, basis, index, weight, to, partial, n, width,
             0 if basis is None else basis.shape[1], projection.each_of(index, n), scale, eps,
             0 if grad_stream is None else grad_stream.stride(0), grad_normed.stride(0), stream.stride(0),
             HAS_BASIS=basis is not None and not many, HAS_INDEX=index is not None, NORM=kind, NEED_WEIGHT=need_weight,

@@ -1,7 +1,7 @@
 """``lens_stats``: ``lm_head_stats`` of an un-normed hidden state at chosen rows, as one op.
 
 The op keeps the hidden state that the model keeps anyway; neither the gathered nor the normed rows outlive it.
-Arithmetic: ``ops/final_norm.py`` and the backends of ``ops/lm_head_stats``.
+Arithmetic: ``ops/final_norm`` and the backends of ``ops/lm_head_stats``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastguard import backend
-from fastguard.ops import final_norm, transforms
+from fastguard.ops import transforms
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head, Norm, check_head, check_reduction
 
@@ -236,11 +236,11 @@ def _forward(
     record: bool,
     token: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    impl = backend.choose("lm_head_stats", hidden.device)
+    impl, final_norm = (backend.choose(op, hidden.device) for op in ("lm_head_stats", "final_norm"))
     head, norm = Head(weight, bias, scale, softcap or None), Norm(norm_kind, norm_weight, norm_bias, norm_eps)
     valid = _valid(target, weight.shape[0])
     picked = rows if valid is None else valid if rows is None else rows[valid]
-    x = final_norm.forward(hidden, picked, norm).to(weight.dtype)
+    x = final_norm.forward(hidden, picked, norm, weight.dtype)
     t = target if valid is None else target[valid]
     columns = torch.zeros(_columns_size(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
     tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())]
@@ -304,12 +304,12 @@ def _backward(
     need_weight: bool,
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    impl = backend.choose("lm_head_stats", hidden.device)
+    impl, final_norm = (backend.choose(op, hidden.device) for op in ("lm_head_stats", "final_norm"))
     head, norm = Head(weight, bias, scale, softcap or None), Norm(norm_kind, norm_weight, norm_bias, norm_eps)
     wide = accumulation_dtype(hidden.dtype)
     valid = _valid(target, weight.shape[0])
     picked = rows if valid is None else valid if rows is None else rows[valid]
-    x = final_norm.forward(hidden, picked, norm).to(weight.dtype)
+    x = final_norm.forward(hidden, picked, norm, weight.dtype)
 
     def at(s: Tensor) -> Tensor:
         return (s if valid is None else s[valid]).to(wide).contiguous()

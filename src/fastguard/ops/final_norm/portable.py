@@ -1,4 +1,4 @@
-"""Gather rows and apply a model's final norm, forward and backward, without keeping the normed rows.
+"""``final_norm`` in plain PyTorch, forward and backward, without keeping the normed rows.
 
 Kinds: ``none`` (gather only), ``rms`` (w * x / rms(x)), ``rms_offset`` ((1 + w) * x / rms(x), Gemma) and
 ``layer`` (layer norm, with bias if there is one). Statistics are taken in fp32, in float64 for float64 inputs,
@@ -17,9 +17,13 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def forward(source: Tensor, rows: Tensor | None, norm: Norm) -> Tensor:
-    """Normed rows [N, D] in the dtype of ``source`` [M, D]."""
-    x = source if rows is None else source.index_select(0, rows)
+def forward(source: Tensor, rows: Tensor | None, norm: Norm, dtype: torch.dtype) -> Tensor:
+    """Normed rows [N, D] of ``source`` [M, D]: rounded to its dtype, as a model's norm rounds, then to ``dtype``."""
+    return apply(source if rows is None else source.index_select(0, rows), norm).to(dtype)
+
+
+def apply(x: Tensor, norm: Norm) -> Tensor:
+    """The norm of rows x [..., D] in their dtype; differentiable."""
     if norm.kind == "none":
         return x
     wide = _wide(x)
@@ -38,7 +42,7 @@ def forward(source: Tensor, rows: Tensor | None, norm: Norm) -> Tensor:
 def backward(
     grad: Tensor, source: Tensor, rows: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of the source [M, D] (zero outside ``rows``), the norm's weight [D] and bias [D].
+    """Gradients of the source [M, D] (zero outside ``rows``, none of them twice), the norm's weight [D] and bias [D].
 
     grad: [N, D], the gradient of the normed rows, in the accumulation dtype.
     """
@@ -61,5 +65,5 @@ def backward(
         dx = dx * r
     dx = dx.to(source.dtype)
     if rows is not None:
-        dx = torch.zeros_like(source, memory_format=torch.contiguous_format).index_add_(0, rows, dx)
+        dx = torch.zeros_like(source, memory_format=torch.contiguous_format).index_copy_(0, rows, dx)
     return dx, dw, db

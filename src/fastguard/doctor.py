@@ -27,6 +27,7 @@ OPS = {
     "lm_head_stats": "lm_head_stats",
     "lens_stats": "lm_head_stats",
     "linear_cross_entropy": "lm_head_stats",
+    "final_norm": "final_norm",
     "head_kl": "head_kl",
     "gaussian_mmd": "gaussian_mmd",
     "multi_tensor": "multi_tensor",

@@ -136,7 +136,7 @@ def test_far_from_the_teacher():
 @pytest.mark.parametrize("shared", [100 * 1024, 227 * 1024])
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small and of large devices, and a backward in several windows."""
-    monkeypatch.setattr(ops, "_shared_memory", lambda device: shared)
+    monkeypatch.setattr(ops, "shared_memory", lambda device: shared)
     monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 130 * 128)
     student, teacher, weight, bias = draw(130, 301, 72, torch.float16)
     results = all_three((student, weight, bias), teacher, **OPTIONS)

@@ -242,7 +242,7 @@ def test_one_gradient_wanted(wanted, filter_tol):
 @pytest.mark.parametrize("shared", [100 * 1024, 163 * 1024, 227 * 1024])
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small, A100-like and Hopper-like devices agree with the specification."""
-    monkeypatch.setattr(ops, "_shared_memory", lambda device: shared)
+    monkeypatch.setattr(ops, "shared_memory", lambda device: shared)
     *inputs, target = draw(130, 303, 72, torch.float16, spread=4.0)
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), **OPTIONS)

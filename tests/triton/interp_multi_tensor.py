@@ -149,15 +149,15 @@ def test_copy():
 def test_results_repeat_and_tables_are_kept():
     """The same lists find their table again; new addresses bring a new table of addresses, and no other."""
     a, b = draw([torch.float32]), draw([torch.bfloat16])
-    ops._chunks.cache_clear()
-    ops._addresses.cache_clear()
+    ops._kept_chunks.cache_clear()
+    ops._kept_addresses.cache_clear()
     first = dot(a, b)
-    built = ops._chunks.cache_info().misses, ops._addresses.cache_info().misses
+    built = ops._kept_chunks.cache_info().misses, ops._kept_addresses.cache_info().misses
     assert torch.equal(first, dot(a, b))
-    assert (ops._chunks.cache_info().misses, ops._addresses.cache_info().misses) == built
+    assert (ops._kept_chunks.cache_info().misses, ops._kept_addresses.cache_info().misses) == built
     moved = clones(b)
     assert torch.equal(first, dot(a, moved))
-    assert ops._chunks.cache_info().misses == built[0] and ops._addresses.cache_info().misses > built[1]
+    assert ops._kept_chunks.cache_info().misses == built[0] and ops._kept_addresses.cache_info().misses > built[1]
 
 
 def test_chunks_cover_every_element_once():

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import triton
 from fastguard.ops.abs_weight_grad import portable
+from fastguard.ops.launch import on_device, precision
 
 GROUP = tl.constexpr(8)
 """Tiles of outputs that neighbouring programs take together, so that they read the same inputs out of L2."""
@@ -109,6 +110,7 @@ def sums_kernel(
         add_to(p_signed, b_signed, o, m)
 
 
+@on_device
 def update(
     score: Tensor | None,
     squared: Tensor | None,
@@ -126,16 +128,10 @@ def update(
     inputs = x.shape[-1]
     blocks = blocks_of(outputs, inputs, sum(t is not None for t in (score, squared, signed)), grad_out.dtype)
     programs = triton.cdiv(outputs, blocks.outputs) * triton.cdiv(inputs, blocks.inputs)
-    with torch.cuda.device_of(grad_out):
-        sums_kernel[(programs,)](
-            score, squared, signed, dy, x, bounds, bounds.shape[0], samples * tokens, outputs, inputs, tokens,
-            dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
-            FLAT=all(samples == 1 or t.stride(0) == tokens * t.stride(1) for t in (dy, x)), PRECISION=_precision(),
-            BLOCK_O=blocks.outputs, BLOCK_I=blocks.inputs, BLOCK_T=blocks.tokens,
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
-
-
-def _precision() -> str:
-    """How fp32 operands are multiplied; torch.set_float32_matmul_precision decides."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    sums_kernel[(programs,)](
+        score, squared, signed, dy, x, bounds, bounds.shape[0], samples * tokens, outputs, inputs, tokens,
+        dy.stride(0), dy.stride(1), x.stride(0), x.stride(1),
+        FLAT=all(samples == 1 or t.stride(0) == tokens * t.stride(1) for t in (dy, x)), PRECISION=precision(),
+        BLOCK_O=blocks.outputs, BLOCK_I=blocks.inputs, BLOCK_T=blocks.tokens,
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip

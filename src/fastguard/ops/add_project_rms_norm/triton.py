@@ -16,6 +16,7 @@ from torch import Tensor
 
 import triton
 from fastguard.ops.add_project_rms_norm import portable
+from fastguard.ops.launch import on_device, processors
 from fastguard.ops.project_out import triton as projection
 from fastguard.ops.project_out.triton import basis_of, scaled, sum_of_two, weight_of, without
 
@@ -117,10 +118,10 @@ def norm_gradient_kernel(
 
 def programs(x: Tensor, rows: int) -> int:
     """Programs of the backward, each with several blocks of rows."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return min(triton.cdiv(x.shape[0], rows), WAVES * processors)
+    return min(triton.cdiv(x.shape[0], rows), WAVES * processors(x.device))
 
 
+@on_device
 def forward(
     residual: Tensor,
     update: Tensor,
@@ -145,14 +146,14 @@ def forward(
         portable.forward(residual, update, basis, index, weight, bias, eps, scale, kind, stream, out)
     else:
         flags = projection.row_tile(width)
-        with torch.cuda.device_of(residual):
-            norm_kernel[(triton.cdiv(n, flags["ROWS"]),)](
-                residual, update, basis, index, weight, bias, stream, out, n, width, k,
-                projection.each_of(index, n), scale, eps, residual.stride(0), update.stride(0),
-                HAS_BASIS=basis is not None, HAS_INDEX=index is not None, NORM=kind, **flags,
-            )  # fmt: skip
+        norm_kernel[(triton.cdiv(n, flags["ROWS"]),)](
+            residual, update, basis, index, weight, bias, stream, out, n, width, k,
+            projection.each_of(index, n), scale, eps, residual.stride(0), update.stride(0),
+            HAS_BASIS=basis is not None, HAS_INDEX=index is not None, NORM=kind, **flags,
+        )  # fmt: skip
 
 
+@on_device
 def backward(
     grad_stream: Tensor | None,
     grad_normed: Tensor | None,
@@ -185,14 +186,13 @@ def backward(
     to = torch.empty(n, width, dtype=torch.float32, device=dh.device) if many and dh.dtype != torch.float32 else dh
     count = programs(stream, flags["ROWS"])
     partial = torch.empty(count, 2, width, dtype=torch.float32, device=stream.device) if need_weight else None
-    with torch.cuda.device_of(stream):
-        norm_gradient_kernel[(count,)](
-            grad_stream, grad_normed, stream, None, basis, index, weight, to, partial, n, width,
-            0 if basis is None else basis.shape[1], projection.each_of(index, n), scale, eps,
-            0 if grad_stream is None else grad_stream.stride(0), grad_normed.stride(0), stream.stride(0),
-            HAS_BASIS=basis is not None and not many, HAS_INDEX=index is not None, NORM=kind, NEED_WEIGHT=need_weight,
-            **flags,
-        )  # fmt: skip
+    norm_gradient_kernel[(count,)](
+        grad_stream, grad_normed, stream, None, basis, index, weight, to, partial, n, width,
+        0 if basis is None else basis.shape[1], projection.each_of(index, n), scale, eps,
+        0 if grad_stream is None else grad_stream.stride(0), grad_normed.stride(0), stream.stride(0),
+        HAS_BASIS=basis is not None and not many, HAS_INDEX=index is not None, NORM=kind, NEED_WEIGHT=need_weight,
+        **flags,
+    )  # fmt: skip
     if many:
         assert basis is not None
         projection.project_tile(to, None, basis, scale, dh)

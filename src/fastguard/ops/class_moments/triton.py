@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops.launch import on_device
 
 BLOCK = 256
 
@@ -81,6 +82,7 @@ def moments_kernel(
             keep(exact(p_second, p_second_rest, o, m) + b_spread, p_second, p_second_rest, o, m)
 
 
+@on_device
 def update(
     count: Tensor,
     mean: Tensor,
@@ -94,10 +96,9 @@ def update(
     """See ``portable.update``."""
     samples, tokens, width = x.shape
     classes, places, _ = mean.shape
-    with torch.cuda.device_of(x):
-        moments_kernel[(triton.cdiv(width, BLOCK), places, classes)](
-            count, mean, mean_rest, second, second_rest, x, label, positions, samples, tokens, width,
-            x.stride(0), x.stride(1), positions.stride(0) if positions.dim() == 2 else 0,
-            mean.stride(0), mean.stride(1), BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+    moments_kernel[(triton.cdiv(width, BLOCK), places, classes)](
+        count, mean, mean_rest, second, second_rest, x, label, positions, samples, tokens, width,
+        x.stride(0), x.stride(1), positions.stride(0) if positions.dim() == 2 else 0,
+        mean.stride(0), mean.stride(1), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
     count += (label[:, None] == torch.arange(classes, device=label.device)).sum(0)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops.launch import on_device
 
 ROWS, BLOCK, STEPS = 32, 64, 8
 """Rows and features of a tile; tiles of a chunk."""
@@ -48,6 +49,7 @@ def squares_kernel(
     tl.store(p_out + (b * n_parts + part) * width + o_i, b_total, mask=m_i)
 
 
+@on_device
 def squares(x: Tensor, bounds: Tensor, out: Tensor) -> None:
     """See ``portable.squares``."""
     samples, width = bounds.shape[0], x.shape[1]
@@ -55,10 +57,9 @@ def squares(x: Tensor, bounds: Tensor, out: Tensor) -> None:
     chunks = triton.cdiv(x.shape[0], ROWS * STEPS)  # that one sample can have at most
     parts = max(1, min(triton.cdiv(PROGRAMS, blocks * samples), chunks, MAX_PARTS))
     partial = torch.empty(samples, parts, width, dtype=torch.float64, device=x.device)
-    with torch.cuda.device_of(x):
-        squares_kernel[(blocks * samples, parts)](
-            x, bounds, partial, blocks, parts, width, x.stride(0), ROWS=ROWS, BLOCK=BLOCK, STEPS=STEPS,
-            WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=4,
-        )  # fmt: skip
+    squares_kernel[(blocks * samples, parts)](
+        x, bounds, partial, blocks, parts, width, x.stride(0), ROWS=ROWS, BLOCK=BLOCK, STEPS=STEPS,
+        WIDE=tl.float64 if x.dtype == torch.float64 else tl.float32, num_warps=4,
+    )  # fmt: skip
     own = partial.sum(1)
     out += own if out.shape[0] == samples else own.sum(0)

@@ -25,6 +25,7 @@ from fastguard.ops.add_project_rms_norm.triton import (
     programs,
 )
 from fastguard.ops.final_norm import portable
+from fastguard.ops.launch import on_device
 from fastguard.ops.project_out.triton import row_tile, scaled
 from fastguard.ops.vocabulary import Norm
 
@@ -56,6 +57,7 @@ def gather_norm_kernel(
     tl.store(p_to, b_y.to(own).to(p_out.dtype.element_ty), mask=m)
 
 
+@on_device
 def forward(source: Tensor, rows: Tensor | None, norm: Norm, dtype: torch.dtype) -> Tensor:
     """See ``portable.forward``."""
     width = source.shape[1]
@@ -65,14 +67,14 @@ def forward(source: Tensor, rows: Tensor | None, norm: Norm, dtype: torch.dtype)
     out = torch.empty(n, width, dtype=dtype, device=source.device)
     if n:
         flags = row_tile(width)
-        with torch.cuda.device_of(source):
-            gather_norm_kernel[(triton.cdiv(n, flags["ROWS"]),)](
-                source, rows, norm.weight, norm.bias, out, n, width, norm.eps, source.stride(0),
-                NORM=NUMBERS[norm.kind], **flags,
-            )  # fmt: skip
+        gather_norm_kernel[(triton.cdiv(n, flags["ROWS"]),)](
+            source, rows, norm.weight, norm.bias, out, n, width, norm.eps, source.stride(0),
+            NORM=NUMBERS[norm.kind], **flags,
+        )  # fmt: skip
     return out
 
 
+@on_device
 def backward(
     grad: Tensor, source: Tensor, rows: Tensor | None, norm: Norm
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -90,11 +92,10 @@ def backward(
     count = programs(grad, flags["ROWS"])
     need_weight = norm.weight is not None or norm.bias is not None
     partial = torch.empty(count, 2, width, dtype=torch.float32, device=source.device) if need_weight else None
-    with torch.cuda.device_of(source):
-        norm_gradient_kernel[(count,)](
-            None, grad, source, rows, None, None, norm.weight, dx, partial, n, width, 0, 1, 0.0, norm.eps,
-            0, grad.stride(0), source.stride(0), HAS_BASIS=False, HAS_INDEX=False, NORM=NUMBERS[norm.kind],
-            NEED_WEIGHT=need_weight, **flags,
-        )  # fmt: skip
+    norm_gradient_kernel[(count,)](
+        None, grad, source, rows, None, None, norm.weight, dx, partial, n, width, 0, 1, 0.0, norm.eps,
+        0, grad.stride(0), source.stride(0), HAS_BASIS=False, HAS_INDEX=False, NORM=NUMBERS[norm.kind],
+        NEED_WEIGHT=need_weight, **flags,
+    )  # fmt: skip
     dweight, dbias = (None, None) if partial is None else partial.sum(0).unbind()
     return dx, None if norm.weight is None else dweight, None if norm.bias is None else dbias

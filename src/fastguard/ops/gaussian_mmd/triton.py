@@ -33,6 +33,7 @@ import triton
 from fastguard.ops.gaussian_mmd import portable
 from fastguard.ops.gaussian_mmd.portable import Source
 from fastguard.ops.gaussian_mmd.reference import KERNELS as N_KERNELS
+from fastguard.ops.launch import on_device
 from fastguard.ops.philox import BLOCK, LANES
 
 NOISE_BLOCK = tl.constexpr(BLOCK)
@@ -486,6 +487,7 @@ def gram_warps(samples: int, one_tile: bool) -> int:
     return (2 if samples < MAX_SAMPLES else 4) if one_tile else 8
 
 
+@on_device
 def forward(x: Tensor, mask: Tensor | None, source: Source) -> tuple[Tensor, Tensor]:
     """See ``portable.forward``."""
     layers, b, _ = x.shape
@@ -512,6 +514,7 @@ def forward(x: Tensor, mask: Tensor | None, source: Source) -> tuple[Tensor, Ten
     return mmd, gram
 
 
+@on_device
 def backward(grad: Tensor, x: Tensor, mask: Tensor | None, source: Source, gram: Tensor) -> Tensor:
     """See ``portable.backward``."""
     layers, b, _ = x.shape

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import triton
 from fastguard.ops.gram import portable
+from fastguard.ops.launch import on_device
 
 PROGRAMS = 256
 """Programs that fill a GPU."""
@@ -102,6 +103,7 @@ def join_kernel(p_gram, p_part, width, n_parts, BLOCK: tl.constexpr):
         join(p_gram, b_sum, tile_row, tile_column, o_r, o_c, width)
 
 
+@on_device
 def add(gram: Tensor, x: Tensor, bounds: Tensor) -> None:
     """See ``portable.add``."""
     if gram.dtype == torch.float64:
@@ -111,12 +113,11 @@ def add(gram: Tensor, x: Tensor, bounds: Tensor) -> None:
     side = triton.cdiv(width, blocks.features)
     parts = min(triton.cdiv(PROGRAMS, side * (side + 1) // 2), triton.cdiv(x.shape[0], CHUNK))
     partial = None if parts == 1 else torch.empty(parts, width, width, device=x.device)
-    with torch.cuda.device_of(x):
-        gram_kernel[(side, side, parts)](
-            x, bounds, gram, partial, bounds.shape[0], width, x.stride(0), parts, x.shape[0] if parts == 1 else CHUNK,
-            BLOCK=blocks.features, BLOCK_K=blocks.rows, PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
-            num_warps=blocks.warps, num_stages=blocks.stages,
-        )  # fmt: skip
-        if partial is not None:
-            small = triton.cdiv(width, 64)
-            join_kernel[(small, small)](gram, partial, width, parts, BLOCK=64, num_warps=4)
+    gram_kernel[(side, side, parts)](
+        x, bounds, gram, partial, bounds.shape[0], width, x.stride(0), parts, x.shape[0] if parts == 1 else CHUNK,
+        BLOCK=blocks.features, BLOCK_K=blocks.rows, PRECISION="tf32x3" if x.dtype == torch.float32 else "ieee",
+        num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    if partial is not None:
+        small = triton.cdiv(width, 64)
+        join_kernel[(small, small)](gram, partial, width, parts, BLOCK=64, num_warps=4)

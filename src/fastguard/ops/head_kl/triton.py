@@ -30,7 +30,8 @@ from torch import Tensor
 
 import triton
 from fastguard.ops.head_kl import portable
-from fastguard.ops.lm_head_stats.triton import _parts, _precision, _processors, _shared_memory, logits, on_device
+from fastguard.ops.launch import on_device, precision, processors, shared_memory
+from fastguard.ops.lm_head_stats.triton import _parts, logits
 from fastguard.ops.vocabulary import Head
 
 WINDOW_ELEMENTS = 2**26
@@ -184,7 +185,7 @@ def scan_kernel(
         b_a += tl.sum(b_first, 1)
         b_b += tl.sum(b_second, 1)
         state = b_top_t, b_top_s, b_st, b_ss, b_u, b_a, b_b
-    p_out = p_sums + i_part * 7 * N + o_n
+    p_out = p_sums + i_part.to(tl.int64) * 7 * N + o_n
     for i in tl.static_range(7):
         tl.store(p_out + i * N, state[i], mask=m_n)
 
@@ -209,7 +210,7 @@ def combine_kernel(p_sums, p_kl, p_lse, p_gap, N, n_parts, BLOCK: tl.constexpr):
     m_n = o_n < N
     state = load_state(p_sums + o_n, N, m_n)
     for i_part in range(1, n_parts):
-        part = load_state(p_sums + i_part * 7 * N + o_n, N, m_n)
+        part = load_state(p_sums + tl.cast(i_part, tl.int64) * 7 * N + o_n, N, m_n)
         b_new_t, b_new_s = tl.maximum(state[0], part[0]), tl.maximum(state[1], part[1])
         _, _, b_st, b_ss, b_u, b_a, b_b = shift(state, b_new_t, b_new_s)
         _, _, b_st2, b_ss2, b_u2, b_a2, b_b2 = shift(part, b_new_t, b_new_s)
@@ -278,15 +279,15 @@ def forward(
     out = portable.Row(*(torch.empty(n, dtype=torch.float32, device=t.device) for _ in range(3)))
     if not n:
         return out, torch.empty(0, d, dtype=torch.float32, device=t.device) if ahead else None
-    blocks = config(t.dtype, _shared_memory(t.device))
+    blocks = config(t.dtype, shared_memory(t.device))
     tiles, n_blocks = triton.cdiv(n, blocks.rows), triton.cdiv(v, blocks.columns)
-    per_part = triton.cdiv(n_blocks, _parts(tiles, n_blocks, _processors(t.device)))
+    per_part = triton.cdiv(n_blocks, _parts(tiles, n_blocks, processors(t.device)))
     parts = triton.cdiv(n_blocks, per_part)  # none is empty
     sums = torch.empty(parts, 7, n, dtype=torch.float32, device=t.device)
     scan_kernel[tiles, parts](
         t, s, w, own, head.bias, sums, n, v, d, per_part, head.scale, head.softcap,
         ROWS=blocks.rows, COLUMNS=blocks.columns, BLOCK_K=blocks.inner, DIFFERENCE=difference,
-        EVEN=d % blocks.inner == 0, PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
+        EVEN=d % blocks.inner == 0, PRECISION=precision(), num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     combine_kernel[triton.cdiv(n, 128),](sums, *out, n, parts, BLOCK=128)
     slope = None
@@ -321,7 +322,7 @@ def backward(
     dbias = torch.zeros(v, dtype=torch.float32, device=t.device) if need_bias else None
     if not n:
         return dstudent, dweight, dbias
-    blocks = config(t.dtype, _shared_memory(t.device))
+    blocks = config(t.dtype, shared_memory(t.device))
     width = min(max(WINDOW_ELEMENTS // n // blocks.columns, 1) * blocks.columns, v)
     for first in range(0, v, width):
         columns = slice(first, min(first + width, v))
@@ -330,7 +331,7 @@ def backward(
         dlogit_kernel[triton.cdiv(n, blocks.rows), triton.cdiv(n_columns, blocks.columns)](
             grad, t, s, w, own, head.bias, lse, gap, dlogit, n, v, d, first, n_columns, head.scale, head.softcap,
             ROWS=blocks.rows, COLUMNS=blocks.columns, BLOCK_K=blocks.inner, DIFFERENCE=difference,
-            EVEN=d % blocks.inner == 0, PRECISION=_precision(), num_warps=blocks.warps, num_stages=blocks.stages,
+            EVEN=d % blocks.inner == 0, PRECISION=precision(), num_warps=blocks.warps, num_stages=blocks.stages,
         )  # fmt: skip
         if dstudent is not None:
             dstudent += dlogit @ w[columns]

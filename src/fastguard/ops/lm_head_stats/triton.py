@@ -37,17 +37,16 @@ of a window, U columns live in any tile.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops.launch import on_device, precision, processors, shared_memory
 from fastguard.ops.lm_head_stats import portable
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
 from fastguard.ops.vocabulary import Head
@@ -545,21 +544,6 @@ class Window(NamedTuple):
     n_tiles: Tensor
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def on_device(function: Callable[P, R]) -> Callable[P, R]:
-    """Launch on the device of the tensors: Triton launches on the current one."""
-
-    @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-            return function(*args, **kwargs)
-
-    return call
-
-
 @on_device
 def forward(x: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean: bool, columns: Tensor) -> Row:
     """The statistics of x [N, D], each [N]; fills ``columns`` [T, V] unless empty.
@@ -596,9 +580,9 @@ def _scan(
     """(lse, rest_lse, mean_logit) over the first v columns, from ``bound`` [N] <= rest_lse; fills ``columns``."""
     n, d = x.shape
     tiles = triton.cdiv(n, TILE)
-    blocks = config(x.dtype, _shared_memory(x.device)).scan
+    blocks = config(x.dtype, shared_memory(x.device)).scan
     n_blocks = triton.cdiv(v, 2 * blocks.outer)
-    n_parts = _parts(tiles, n_blocks, _processors(x.device)) if n else 1
+    n_parts = _parts(tiles, n_blocks, processors(x.device)) if n else 1
     per_part = triton.cdiv(n_blocks, n_parts)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -616,7 +600,7 @@ def _scan(
     scan_kernel[tiles, n_parts](
         x, head.weight, head.bias, target, target_logit, bound, columns, peak, parts,
         n, v, d, per_part, head.scale, head.softcap, math.log(v), tuple(2.0**e for e in exponents),
-        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, EVEN=d % blocks.inner == 0, PRECISION=_precision(),
+        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, EVEN=d % blocks.inner == 0, PRECISION=precision(),
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     codes = tuple(254 + portable.CODES_PER_OCTAVE * e for e in exponents)
@@ -655,8 +639,7 @@ def backward(
     if not n:
         return dx
     tiles = triton.cdiv(n, TILE)
-    blocks = config(x.dtype, _shared_memory(x.device))
-    precision = _precision()
+    blocks = config(x.dtype, shared_memory(x.device))
     need_weight = dweight is not None or dbias is not None
     warm = share = tail_row = None
     if columns is not None:
@@ -683,7 +666,7 @@ def backward(
             grads, x, weight, head.bias, target, saved, window.listed, window.n_listed, dlogit, kept, kept_m,
             n, d, n_places, stride_index, head.scale, head.softcap,
             TILE=TILE, BLOCK_C=blocks.dlogit.outer, BLOCK_K=blocks.dlogit.inner, EVEN=d % blocks.dlogit.inner == 0,
-            PRECISION=precision, num_warps=blocks.dlogit.warps, num_stages=blocks.dlogit.stages,
+            PRECISION=precision(), num_warps=blocks.dlogit.warps, num_stages=blocks.dlogit.stages,
         )  # fmt: skip
         if kept is not None and kept_m is not None:
             kept_rest += kept.sum(0)
@@ -694,7 +677,7 @@ def backward(
             dx_kernel[tiles, triton.cdiv(d, blocks.dx.outer)](
                 dlogit, weight, window.listed, window.n_listed, tail, tail_row, dx, n, d, n_places, stride_index,
                 TILE=TILE, BLOCK_D=blocks.dx.outer, BLOCK_C=blocks.dx.inner, ADD=first > 0,
-                PRECISION=precision,
+                PRECISION=precision(),
                 num_warps=blocks.dx.warps, num_stages=blocks.dx.stages,
             )  # fmt: skip
         if need_weight:
@@ -703,7 +686,7 @@ def backward(
                 dlogit, x, window.column, window.slot, window.tile, window.n_tiles, dweight, dbias,
                 n, d, n_places, window.column.shape[0], tiles, window.slot.stride(0), window.tile.stride(0),
                 TILE=TILE, COLUMNS=COLUMNS, BLOCK_D=blocks.dweight.outer, BLOCK_N=blocks.dweight.inner,
-                PRECISION=precision, num_warps=blocks.dweight.warps, num_stages=blocks.dweight.stages,
+                PRECISION=precision(), num_warps=blocks.dweight.warps, num_stages=blocks.dweight.stages,
             )  # fmt: skip
     if tail is not None and warm is not None and share is not None:
         if dweight is not None:
@@ -799,21 +782,3 @@ def _parts(tiles: int, n_blocks: int, processors: int) -> int:
         return triton.cdiv(tiles * parts, processors) * triton.cdiv(n_blocks, parts), parts
 
     return min(range(1, min(n_blocks, 2 * processors) + 1), key=cost)
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _processors(device: torch.device) -> int:
-    """Programs that run at once; 4 in the interpreter, so that tests see more than one part."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take; the interpreter has none to run out of."""
-    if device.type != "cuda":
-        return 0
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops.launch import on_device
 from fastguard.ops.masks.portable import count
 
 __all__ = ["apply_", "count", "pack", "unpack"]
@@ -51,10 +52,10 @@ def apply_kernel(p_entries, p_packed, p_value, n, CHUNK: tl.constexpr):
     tl.store(p_entries + entry, b_value, mask=chosen)
 
 
+@on_device
 def _launch(kernel: Any, on: Tensor, n: int, *arguments: Any) -> None:
     if n:
-        with torch.cuda.device_of(on):
-            kernel[(-(-n // CHUNK),)](*arguments, n, CHUNK=CHUNK, num_warps=WARPS)
+        kernel[(-(-n // CHUNK),)](*arguments, n, CHUNK=CHUNK, num_warps=WARPS)
 
 
 def pack(mask: Tensor) -> Tensor:

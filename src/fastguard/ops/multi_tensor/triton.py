@@ -236,23 +236,39 @@ class Chunks(NamedTuple):
     number: Tensor  # [chunks], int32: its number in the tensor
 
 
+_captured: list[Tensor] = []
+"""What the copies in CUDA graphs read, whenever one is replayed: kept for as long as the process."""
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _upload(values: Tensor, device: torch.device) -> Tensor:
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+    if device.type != "cuda":
+        return values.to(device)
+    if _capturing(device):  # no pinned memory may be asked for; the graph's copy is asynchronous all the same
+        _captured.append(values)
+    else:
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
-@functools.lru_cache(maxsize=16)
 def _chunks(sizes: tuple[int, ...], device: torch.device, _stream: int) -> Chunks:
-    size = torch.tensor(sizes, dtype=torch.int64)
-    count = -(-size // CHUNK)
-    tensor = torch.repeat_interleave(torch.arange(len(sizes)), count)
-    number = torch.arange(tensor.numel()) - (count.cumsum(0) - count)[tensor]
-    return Chunks(*(_upload(t, device) for t in (size, tensor.int(), number.int())))
+    counts = [-(-size // CHUNK) for size in sizes]
+    count = torch.tensor(counts)
+    tensor = torch.repeat_interleave(torch.arange(len(sizes)), count, output_size=sum(counts))
+    number = torch.arange(sum(counts)) - (count.cumsum(0) - count).index_select(0, tensor)
+    return Chunks(*(_upload(t, device) for t in (torch.tensor(sizes), tensor.int(), number.int())))
 
 
-@functools.lru_cache(maxsize=64)
 def _addresses(addresses: tuple[tuple[int, ...], ...], device: torch.device, _stream: int) -> Tensor:
     """[lists, tensors], int64."""
     return _upload(torch.tensor(addresses, dtype=torch.int64), device)
+
+
+_kept_chunks = functools.lru_cache(maxsize=16)(_chunks)
+_kept_addresses = functools.lru_cache(maxsize=64)(_addresses)
 
 
 def _stream(device: torch.device) -> int:
@@ -290,8 +306,11 @@ def _groups(*lists: Sequence[Tensor]) -> tuple[list[Group], list[tuple[Tensor, .
 def _group(dtypes: tuple[torch.dtype, ...], aligned: bool, members: list[tuple[Tensor, ...]]) -> Group:
     device = members[0][0].device
     lists = tuple(zip(*members, strict=True))
-    chunks = _chunks(tuple(t.numel() for t in lists[0]), device, _stream(device))
-    addresses = _addresses(tuple(tuple(t.data_ptr() for t in given) for given in lists), device, _stream(device))
+    # A table that a graph uploads holds nothing before its first replay: it is the graph's own.
+    own = _capturing(device)
+    chunks_of, addresses_of = (_chunks, _addresses) if own else (_kept_chunks, _kept_addresses)
+    chunks = chunks_of(tuple(t.numel() for t in lists[0]), device, _stream(device))
+    addresses = addresses_of(tuple(tuple(t.data_ptr() for t in given) for given in lists), device, _stream(device))
     types = {name: TYPES[dtype] for name, dtype in zip("ABCD", dtypes, strict=False)}
     options = {**types, "ALIGNED": aligned, "CHUNK": CHUNK, "BLOCK": BLOCK, "num_warps": WARPS}
     return Group(lists, (addresses, *chunks, len(members)), options)

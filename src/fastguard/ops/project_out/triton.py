@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops.launch import on_device
 from fastguard.ops.project_out import portable
 
 MAX_WIDTH = 16384
@@ -209,6 +210,7 @@ def row_tile(width: int, per_warp: int = 1024) -> dict[str, Any]:
     return {"ROWS": rows, "BLOCK": block, "num_warps": max(1, min(16, rows * block // per_warp))}
 
 
+@on_device
 def project_tile(
     x: Tensor, update: Tensor | None, basis: Tensor, scale: float, out: Tensor, norm: tuple[Any, ...] | None = None
 ) -> None:
@@ -219,12 +221,11 @@ def project_tile(
     kind, weight, bias, eps, normed = norm or (None, None, None, 0.0, None)
     n, width = x.shape
     directions = max(16, triton.next_power_of_2(basis.shape[1]))
-    with torch.cuda.device_of(x):
-        project_tile_kernel[(triton.cdiv(n, TILE["ROWS"]),)](
-            x, update, basis, weight, bias, out, normed, n, width, basis.shape[1], scale, eps,
-            x.stride(0), 0 if update is None else update.stride(0), out.stride(0),
-            **TILE, DIRECTIONS=directions, HAS_UPDATE=update is not None, NORM=kind,
-        )  # fmt: skip
+    project_tile_kernel[(triton.cdiv(n, TILE["ROWS"]),)](
+        x, update, basis, weight, bias, out, normed, n, width, basis.shape[1], scale, eps,
+        x.stride(0), 0 if update is None else update.stride(0), out.stride(0),
+        **TILE, DIRECTIONS=directions, HAS_UPDATE=update is not None, NORM=kind,
+    )  # fmt: skip
 
 
 def each_of(index: Tensor | None, n: int) -> int:
@@ -232,6 +233,7 @@ def each_of(index: Tensor | None, n: int) -> int:
     return 1 if index is None else n // index.shape[0]
 
 
+@on_device
 def forward(x: Tensor, basis: Tensor, index: Tensor | None, scale: float, preserve: bool, out: Tensor) -> None:
     """See ``portable.forward``."""
     n, width = x.shape
@@ -243,13 +245,13 @@ def forward(x: Tensor, basis: Tensor, index: Tensor | None, scale: float, preser
         portable.forward(x, basis, index, scale, preserve, out)
     else:
         flags = row_tile(width)
-        with torch.cuda.device_of(x):
-            project_kernel[(triton.cdiv(n, flags["ROWS"]),)](
-                x, basis, index, out, n, width, basis.shape[1], each_of(index, n), scale, x.stride(0), out.stride(0),
-                HAS_INDEX=index is not None, PRESERVE=preserve, **flags,
-            )  # fmt: skip
+        project_kernel[(triton.cdiv(n, flags["ROWS"]),)](
+            x, basis, index, out, n, width, basis.shape[1], each_of(index, n), scale, x.stride(0), out.stride(0),
+            HAS_INDEX=index is not None, PRESERVE=preserve, **flags,
+        )  # fmt: skip
 
 
+@on_device
 def backward(grad: Tensor, x: Tensor, basis: Tensor, index: Tensor | None, scale: float, dx: Tensor) -> None:
     """See ``portable.backward``."""
     n, width = x.shape
@@ -257,8 +259,7 @@ def backward(grad: Tensor, x: Tensor, basis: Tensor, index: Tensor | None, scale
         portable.backward(grad, x, basis, index, scale, dx)
         return
     flags = row_tile(width)
-    with torch.cuda.device_of(x):
-        project_gradient_kernel[(triton.cdiv(n, flags["ROWS"]),)](
-            grad, x, basis, index, dx, n, width, basis.shape[1], each_of(index, n), scale,
-            grad.stride(0), x.stride(0), dx.stride(0), HAS_INDEX=index is not None, **flags,
-        )  # fmt: skip
+    project_gradient_kernel[(triton.cdiv(n, flags["ROWS"]),)](
+        grad, x, basis, index, dx, n, width, basis.shape[1], each_of(index, n), scale,
+        grad.stride(0), x.stride(0), dx.stride(0), HAS_INDEX=index is not None, **flags,
+    )  # fmt: skip

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops.launch import on_device
 from fastguard.ops.representation_distance import portable
 
 MAX_WIDTH = 16384
@@ -122,6 +123,7 @@ def _elsewhere(a: Tensor) -> bool:
     return a.dtype == torch.float64 or a.shape[-1] > MAX_WIDTH or a.numel() == 0
 
 
+@on_device
 def forward(a: Tensor, b: Tensor, mask: Tensor | None, cosine: bool) -> tuple[Tensor, Tensor]:
     """See ``portable.forward``."""
     if _elsewhere(a):
@@ -135,6 +137,7 @@ def forward(a: Tensor, b: Tensor, mask: Tensor | None, cosine: bool) -> tuple[Te
     return distance, inverse
 
 
+@on_device
 def backward(
     grad: Tensor, a: Tensor, b: Tensor, mask: Tensor | None, distance: Tensor, inverse: Tensor, cosine: bool
 ) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 from torch.utils.checkpoint import checkpoint
 
 import fastguard
@@ -359,6 +360,31 @@ def test_lens_matches_reference(on_backend, norm, dtype):
 
 def test_final_norm_kinds_are_documented():
     assert set(KINDS) == {n["norm_kind"] for n in NORMS.values()}
+
+
+def test_compiled_the_head_has_one_gradient_buffer():
+    """Functionalisation takes what the backwards add to for a new tensor each; inductor must not copy [V, D]."""
+    v, d = 307, 24
+    weight, rows, target = torch.randn(v, d), torch.arange(6), torch.randint(0, v, (6,))
+    states = [torch.randn(6, d, requires_grad=True) for _ in range(2)]
+    token = torch.zeros(()).expand(v, d).requires_grad_()
+
+    def chain(states, token):
+        out = []
+        for h in states:
+            stats, token = lens_stats(h, rows, weight, target, token=token)
+            out.append(stats.lse)
+        return out
+
+    def collected(f):
+        return torch.autograd.grad(f(states, token), token, [torch.ones(6)] * 2)[0]
+
+    torch._dynamo.reset()
+    found, (_, backward) = run_and_get_code(lambda: collected(torch.compile(chain)))
+    torch.testing.assert_close(found, collected(chain))
+    made = [line for line in backward.splitlines() if re.search(r"= empty_strided\w*\(\(307, 24\)", line)]
+    assert len(made) == 1, made
+    assert backward.count("lm_head_stats_backward.default(") == 2
 
 
 @pytest.mark.parametrize("filter_tol", [0.0, 0.1])

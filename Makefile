@@ -3,6 +3,7 @@
 #   make test VENV=/some/venv      another environment
 #   make test TESTS="tests/ops"    a part of the tests
 #   make test JOBS=0               in one process; otherwise one a core, up to eight
+#   make bench-gpu PYTHON=python3 PEERS=wheels     the Python whose torch sees the GPU, and libraries to compare with
 VENV        ?= .venv
 PYTHON      ?= python3
 CONSTRAINTS ?= constraints.txt
@@ -29,7 +30,7 @@ help:
 	@echo "make quick       the demo in under four minutes: a smoke test, not a result"
 	@echo "make components  the demo without noise, without lens, on the output alone; its table in runs/components/"
 	@echo "make bench       benchmarks/results/*.json and the tables of docs/performance.md"
-	@echo "make bench-gpu   the same at the shapes of an 8B model, on a CUDA GPU"
+	@echo "make bench-gpu   every op against float64 on a GPU, then at the shapes of an 8B model; PEERS=DIR of wheels"
 	@echo "make docs        the documentation as a site, into site/; a broken link fails it"
 	@echo "make lint        ruff and mypy;  make format: ruff rewrites"
 	@echo "make clean       everything that was built; make clean-all: also $(VENV) and runs/"
@@ -79,8 +80,9 @@ components: install
 bench: $(BENCH)
 	$(BIN)/python benchmarks/run.py
 
-bench-gpu: $(BENCH)
-	$(BIN)/python benchmarks/run.py --gpu
+# With the packages that are there: a machine with a GPU may have no network. PYTHON runs the sources as they are.
+bench-gpu:
+	PYTHONPATH=src $(PYTHON) -m fastguard.bench --gpu $(if $(PEERS),--peers $(PEERS)) $(if $(MINUTES),--minutes $(MINUTES))
 
 clean:
 	rm -rf build dist site src/*.egg-info src/fastguard/*.so src/fastguard/_extension.txt $(STAMP) $(BENCH)

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their results and tables.
 
-    python benchmarks/run.py [--gpu] [--methods NAME,NAME] [SELECTION ...]
+    python benchmarks/run.py [--methods NAME,NAME] [SELECTION ...]
 
 The ops' own tests run first: no speed is reported on red tests. Results go to benchmarks/results/<name>.json with the
 machine, versions and date; the tables of docs/performance.md between ``<!-- bench:<name> -->`` markers are rewritten
@@ -152,17 +152,15 @@ def main() -> None:
     parser.add_argument(
         "--name",
         help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-attackers, cpu-persistent, cpu-directions, "
-        "cpu-saliency, gpu",
+        "cpu-saliency",
     )
     parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
-    parser.add_argument("--gpu", action="store_true", help="benchmarks/gpu instead of the CPU's")
     parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
     options = parser.parse_args()
     if not options.tables_only:
-        tested = ["tests/ops", "tests/test_triton.py"] if options.gpu else ["tests/ops"]
-        if pytest("-x", *tested):
+        if pytest("-x", "tests/ops"):
             raise SystemExit("the ops' tests fail: nothing is timed")
-        jobs = {"gpu": ["benchmarks/gpu"]} if options.gpu else {
+        jobs = {
             "cpu-ops": [str(p.relative_to(ROOT)) for p in sorted((ROOT / "benchmarks").glob("bench_*.py"))
                         if str(p.relative_to(ROOT)) not in SALIENCY],
             "cpu-step": ["benchmarks/end_to_end/bench_repnoise_step.py"],

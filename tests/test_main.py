@@ -26,6 +26,16 @@ def test_version(before):
     assert (done.returncode, done.stdout) == (0, f"fastguard {fastguard.__version__}\n"), done.stderr
 
 
+@pytest.mark.parametrize("before", ["", HIDDEN])
+def test_bench_has_one_parser_with_typer_and_without(before):
+    if not before:
+        pytest.importorskip("typer")
+    done = script("bench", "--help", before=before)
+    assert done.returncode == 0 and "(--gpu | --rehearse)" in done.stdout and "--peers" in done.stdout, done.stderr
+    done = script("bench", before=before)
+    assert done.returncode == 2 and "one of the arguments --gpu --rehearse is required" in done.stderr
+
+
 def test_doctor_starts_with_torch_alone():
     done = script("doctor", "--json", before=HIDDEN)
     assert done.returncode == 0, done.stderr

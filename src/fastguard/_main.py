@@ -8,7 +8,7 @@ import sys
 
 from fastguard import __version__
 
-USAGE = """Usage: fastguard doctor [--json] | --version
+USAGE = """Usage: fastguard doctor [--json] | bench --gpu [--out DIR] [--peers DIR] [--minutes 8] [--check] | --version
 
 The other commands need further packages: pip install 'fastguard-kernels[hf,report]'"""
 
@@ -24,6 +24,10 @@ def main() -> None:
 
 
 def _without_typer(given: list[str]) -> int:
+    if given[:1] == ["bench"]:
+        from fastguard.bench import command
+
+        return command.main(given[1:])
     if given == ["--version"]:
         print(f"fastguard {__version__}")
     elif given in (["doctor"], ["doctor", "--json"]):

@@ -6,7 +6,8 @@ with the same signatures; ``op.py`` asks :func:`choose` for the module and never
 ==========  ================================================================================
 backend     what runs
 ==========  ================================================================================
-triton      fused GPU kernels (CUDA and ROCm); also the CPU under ``TRITON_INTERPRET=1``
+triton      fused GPU kernels (CUDA and ROCm) that passed their check on the device (``proof.py``);
+            also the CPU under ``TRITON_INTERPRET=1``
 cpu         products by oneDNN/MKL through torch, everything between them by csrc/cpu
 portable    products and element-wise code by torch, in tiles; any device, no compiler
 ==========  ================================================================================
@@ -17,10 +18,13 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from types import ModuleType
 
 import torch
+
+from fastguard import proof
 
 BACKENDS = ("triton", "cpu", "portable")
 
@@ -43,6 +47,22 @@ def unavailable(backend: str, device_type: str) -> str | None:
     raise ValueError(f"FASTGUARD_BACKEND: unknown backend {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
+def refused(backend: str, op: str, device: torch.device) -> str | None:
+    """Why ``backend`` is not chosen for ``op`` on ``device`` unless it is forced; None if it may be."""
+    reason = unavailable(backend, device.type)
+    if reason is None and backend == "triton" and device.type != "cpu":
+        reason = proof.unproven(op, device)
+        if reason is not None:
+            _say(reason)
+    return reason
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    """Once each."""
+    logging.getLogger(__name__).warning("GPU ops run on the slower portable backend: %s", reason)
+
+
 def backend_name(op: str, device: torch.device) -> str:
     """The name of the backend that serves ``op`` on ``device``.
 
@@ -56,7 +76,7 @@ def backend_name(op: str, device: torch.device) -> str:
             raise RuntimeError(f"FASTGUARD_BACKEND={forced}: cannot serve {op} on {device.type}: {reason}")
         return forced
     order = ("cpu", "portable") if device.type == "cpu" else ("triton", "portable")
-    return next(name for name in order if unavailable(name, device.type) is None)
+    return next(name for name in order if refused(name, op, device) is None)
 
 
 def choose(op: str, device: torch.device) -> ModuleType:

@@ -79,6 +79,17 @@ def doctor(
         doctor.show(found)
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Check every op on the GPU against float64, and time it beside its peers (bench --help)."""
+    from fastguard.bench import command  # its own parser: a machine with a GPU need not have typer
+
+    raise typer.Exit(command.main(context.args))
+
+
 @app.command()
 def demo(
     quick: Quick = False,

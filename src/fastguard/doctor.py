@@ -162,7 +162,8 @@ def _serving(op: str, device: str) -> dict[str, Any]:
     if os.environ.get("FASTGUARD_BACKEND"):
         why = "forced by FASTGUARD_BACKEND"
     else:
-        refused = {other: backend.unavailable(other, device) for other in backend.BACKENDS if other != name}
+        others = [other for other in backend.BACKENDS if other != name]
+        refused = {other: backend.refused(other, OPS[op], torch.device(device)) for other in others}
         said = (f"{other}: {reason.removeprefix(other + ' ')}" for other, reason in refused.items() if reason)
         why = "; ".join(said) or "first choice"
     return {"op": op, "device": device, "backend": name, "why": why}

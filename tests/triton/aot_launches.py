@@ -103,6 +103,7 @@ def item(tensor, key):
 @pytest.fixture
 def launched(monkeypatch):
     """Fake tensors, and the names of the kernels that were launched on them."""
+    monkeypatch.setenv("FASTGUARD_BACKEND", "triton")  # unproven there, as everywhere
     current, names = [torch.device("cuda", 0)], []
 
     def run(kernel, *args, grid, warmup, **kwargs):

@@ -15,7 +15,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from checks import EPS, assert_catches_spoiled
+from checks import assert_catches_spoiled
+from fastguard.bench.agreement import EPS
 from fastguard.ops.multi_tensor import accumulate_, adamw_, copy_, dot, perturb_, reference, squared_norm
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":

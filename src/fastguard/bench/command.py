@@ -1,0 +1,40 @@
+"""``fastguard bench``: the arguments, parsed without typer, which a machine with a GPU need not have."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run it; 0 where every op agrees with float64, 1 where one does not, 2 where nothing could be run."""
+    parser = argparse.ArgumentParser(
+        prog="fastguard bench",
+        description="Check every op on the GPU against float64, and time it beside its peers at an 8B model's shapes.",
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--gpu", action="store_true", help="on the current CUDA device")
+    where.add_argument("--rehearse", action="store_true", help="tiny, in Triton's interpreter: shows that it runs")
+    parser.add_argument("--out", type=Path, help="folder of results.jsonl and table.md [default: runs/gpu-TIME]")
+    parser.add_argument("--peers", type=Path, help="folder of wheels of libraries to compare with; nothing is fetched")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no more is begun [default: 8]")
+    parser.add_argument("--check", action="store_true", help="the check against float64 alone")
+    options = parser.parse_args(given)
+    from fastguard.bench.session import run
+    from fastguard.bench.shapes import LLAMA_8B, REHEARSAL
+
+    shapes = REHEARSAL if options.rehearse else LLAMA_8B
+    out = options.out or Path(f"runs/gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        outcome = run(shapes, out, options.minutes, options.peers, options.check, functools.partial(print, flush=True))
+    except (OSError, RuntimeError) as error:
+        parser.exit(2, f"fastguard bench: {error}\n")
+    wrong = [op for op, said in outcome.checked.items() if said]
+    print(f"{len(outcome.checked) - len(wrong)} of {len(outcome.checked)} ops agree with float64")
+    if outcome.proof is not None:
+        print(f"what agrees is chosen by default from now on: {outcome.proof}")
+    print(f"table: {outcome.table}")
+    return 1 if wrong else 0

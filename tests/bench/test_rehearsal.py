@@ -1,0 +1,33 @@
+"""The whole benchmark as a command, on tiny shapes: kernels checked in Triton's interpreter, all groups, table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fastguard.bench.groups import all_groups
+from fastguard.bench.peers import PEERS
+from fastguard.bench.shapes import REHEARSAL
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.slow
+def test_every_line_of_it_runs_without_a_gpu(tmp_path):
+    command = [sys.executable, "-m", "fastguard.bench", "--rehearse", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "16 of 16 ops agree with float64" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    last = {(line["group"], line["contender"]): line for line in lines}
+    groups = all_groups(REHEARSAL)
+    assert last.keys() == {(name, c) for name, group in groups.items() for c in group.contenders}
+    missing = {c for (_, c), line in last.items() if line["state"] not in ("timed", "done")}
+    assert missing <= PEERS.keys() and all(last[at]["state"] == "absent" for at in last if at[1] in missing), last
+    text = (tmp_path / "table.md").read_text()
+    for name, contender in last:
+        assert contender == "facts" or f"| {contender} |" in text, (name, contender)
+    assert "of the matrix product" in text and "Kernels of fastguard, ms" in text and "ms a layer" in text

@@ -465,7 +465,8 @@ def test_more_errors():
         lm_head_stats(hidden, weight.to(torch.int8), target)
     with pytest.raises(ValueError, match=r"^bias: expected a dtype of .*, got torch.int64"):
         lm_head_stats(hidden, weight, target, bias=torch.zeros(10, dtype=torch.int64))
-    for options in ({"softcap": -1.0}, {"filter_tol": 1.0}, {"filter_tol": -0.1}, {"keep_logits_bytes": -1}, {"bias": torch.zeros(3)}):
+    bad = {"softcap": -1.0}, {"filter_tol": 1.0}, {"filter_tol": -0.1}, {"bias": torch.zeros(3)}
+    for options in (*bad, {"keep_logits_bytes": -1}):
         with pytest.raises(ValueError, match=rf"^{next(iter(options))}: expected"):
             lm_head_stats(hidden, weight, target, **options)
     with pytest.raises(IndexError, match="target: expected token ids below 10, got 10"):

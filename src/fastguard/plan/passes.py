@@ -316,7 +316,8 @@ def fused_head(s: Setting, name: str, rows: float, count: float = 1, *, gradient
     """Cross-entropy or another statistic of ``rows`` rows, tile by tile: no logits in memory beyond a budget.
 
     2 N D V forward; its exact backward computes the logits again and both gradients, 6 N D V (4 where the head is
-    frozen), but for the logits that were kept, which are written once and read once. The weight is read once a direction, its fp32 gradient written and read once.
+    frozen), but for the logits that were kept, which are written once and read once. The weight is read once a
+    direction, its fp32 gradient written and read once.
     """
     a, p = s.architecture, s.precision
     one = 2.0 * rows * a.hidden * a.vocabulary
@@ -372,7 +373,11 @@ def fused_items(
     tile, each = min(rows, TILE) * a.vocabulary, FP32 + c
     if s.cpu and gradients != "none":  # a block in the backward, widened where the dtype is narrow
         tile, each = max(tile, min(rows * a.vocabulary, BLOCK)), c if c == FP32 else FP32 + c
-    items = [item("logits tile", tile * each, loss), item("kept logits", kept * a.vocabulary * c, loss), item("rows of the head", rows * a.hidden * (FP32 + c), loss)]
+    items = [
+        item("logits tile", tile * each, loss),
+        item("kept logits", kept * a.vocabulary * c, loss),
+        item("rows of the head", rows * a.hidden * (FP32 + c), loss),
+    ]
     if comes_early(s) and not lenses:  # the taps of inner states share copy and gradient to the end
         later = []
     if s.lora is None and not (gradients == "activations" and freezes(s)):

@@ -34,7 +34,7 @@ class Lens:
         output_tol: the same of the output, whose gradient passes through every layer and whose broad distribution
             leaves little to skip: exact unless asked for.
         inner_transform: whether inner states too pass the model's soft-cap and logit scale.
-        keep_logits_bytes: of the output, as for ``lm_head_stats``; of the inner states, which are many, nothing is kept.
+        keep_logits_bytes: of the output, as for ``lm_head_stats``; of the many inner states nothing is kept.
 
     Raises:
         RuntimeError: the head or the norm does not compute what its parameters say (see `SHIFTED`).

@@ -294,11 +294,12 @@ def _forward(
 def _sizes(target: Tensor, weight: Tensor, filter_tol: float, record: bool, most: int) -> tuple[int, int]:
     """Of the column codes and of the kept products.
 
-    Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows.
+    Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows. It
+    asks whether a size is 0 too: room for one more tile than there may be spares a graph for those who keep every row.
     """
     n, classes = target.shape[0], weight.shape[0]
-    kept = torch.sym_min(n, most) if most else 0
-    return (_tiles(n - kept) * classes if record and filter_tol > 0 else 0), kept * classes
+    kept, others = (torch.sym_min(n, most), torch.sym_max(n - most, 0)) if most else (0, n)
+    return ((others // TILE + 1) * classes if record and filter_tol > 0 else 0), kept * classes
 
 
 def _next_token(weight: Tensor, token: Tensor | None) -> Tensor:

@@ -47,7 +47,8 @@ class TileKernels(Protocol):
     def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
 
-        index: None for the columns that the head has, of which a target need not be one. Returns the tail mass [R]: what the absent columns would add to the row's gradient before softcap and scale.
+        index: None for the head's own columns, of which a target need not be one.
+        Returns the tail mass [R]: what the absent columns would add to the row's gradient before softcap and scale.
         """
 
 
@@ -201,9 +202,7 @@ def backward(
     """
     kernels = kernels or TorchKernels()
     if columns is None:
-        return exact.backward(
-            grads, x, head, target, saved, None, need_hidden, dweight, dbias, kernels=kernels
-        )
+        return exact.backward(grads, x, head, target, saved, None, need_hidden, dweight, dbias, kernels=kernels)
     x = x.contiguous()
     n, wide = x.shape[0], accumulation_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_hidden else None

@@ -87,7 +87,7 @@ class Job:
         """The job as the planner takes it."""
         return Setting(
             architecture, gpus=1, global_batch=self.samples, tokens=self.tokens, precision=PRECISIONS["fp32"],
-            checkpointing=False, given=self.given,
+            checkpointing=False, cpu=True, given=self.given,
         )  # fmt: skip
 
     @property

@@ -70,53 +70,47 @@ FASTGUARD_INLINE T maximum(const T* z, int64_t n) {
   return best;
 }
 
-// One row: logits in place, then rest_lse and (on request) the mean, with the target's own entry set aside. On
-// return z holds exp(z - max) without the target (mean not wanted), or the logits themselves (mean wanted).
+// Adds up exp(z - base) over one chunk, and for the mean exp(z - base) (z - base); without it z becomes exp(z - base).
 template <typename T>
-FASTGUARD_INLINE void reduce_row(T* z, int64_t V, int64_t target, const Head<T>& head, bool with_mean, double* stats,
-                                 T* largest) {
-  to_logits(z, V, head);
-  const T zt = z[target];
-  z[target] = -std::numeric_limits<T>::infinity();
-  const T top = maximum(z, V);
-  const T base = top == -std::numeric_limits<T>::infinity() ? T(0) : top;  // V = 1 leaves no rest
-  double sum = 0, weighted = 0;
-  for (int64_t start = 0; start < V; start += CHUNK) {
-    const int64_t stop = std::min(V, start + CHUNK);
-    T s[LANES] = {}, m[LANES] = {};
-    int64_t v = start;
-    if (with_mean) {
-      for (; v + LANES <= stop; v += LANES) {
-        for (int64_t j = 0; j < LANES; ++j) {
-          const T d = z[v + j] - base, e = exponential(d);
-          s[j] += e;
-          m[j] += e * (d < T(-1e4) ? T(-1e4) : d);  // the target's -inf must not make 0 * inf
-        }
-      }
-      for (; v < stop; ++v) {
-        const T d = z[v] - base, e = exponential(d);
-        s[0] += e;
-        m[0] += e * (d < T(-1e4) ? T(-1e4) : d);
-      }
-    } else {
-      for (; v + LANES <= stop; v += LANES) {
-        for (int64_t j = 0; j < LANES; ++j) {
-          const T e = exponential(z[v + j] - base);
-          z[v + j] = e;
-          s[j] += e;
-        }
-      }
-      for (; v < stop; ++v) {
-        const T e = exponential(z[v] - base);
-        z[v] = e;
-        s[0] += e;
+FASTGUARD_INLINE void chunk_sums(T* z, int64_t n, T base, bool with_mean, double* sum, double* weighted) {
+  T s[LANES] = {}, m[LANES] = {};
+  int64_t v = 0;
+  if (with_mean) {
+    for (; v + LANES <= n; v += LANES) {
+      for (int64_t j = 0; j < LANES; ++j) {
+        const T d = z[v + j] - base, e = exponential(d);
+        s[j] += e;
+        m[j] += e * (d < T(-1e4) ? T(-1e4) : d);  // the target's -inf must not make 0 * inf
       }
     }
-    for (int64_t j = 0; j < LANES; ++j) {
-      sum += s[j];
-      weighted += m[j];
+    for (; v < n; ++v) {
+      const T d = z[v] - base, e = exponential(d);
+      s[0] += e;
+      m[0] += e * (d < T(-1e4) ? T(-1e4) : d);
+    }
+  } else {
+    for (; v + LANES <= n; v += LANES) {
+      for (int64_t j = 0; j < LANES; ++j) {
+        const T e = exponential(z[v + j] - base);
+        z[v + j] = e;
+        s[j] += e;
+      }
+    }
+    for (; v < n; ++v) {
+      const T e = exponential(z[v] - base);
+      z[v] = e;
+      s[0] += e;
     }
   }
+  for (int64_t j = 0; j < LANES; ++j) {
+    *sum += s[j];
+    *weighted += m[j];
+  }
+}
+
+// What a row's sums say: lse, rest_lse, the target's logit and (on request) the mean.
+template <typename T>
+FASTGUARD_INLINE void row_statistics(double sum, double weighted, T base, T zt, bool with_mean, double* stats) {
   const double rest = base + std::log(sum);
   const double hi = std::max<double>(rest, zt), lo = std::min<double>(rest, zt);
   const double lse = hi == lo && std::isinf(hi) ? hi : hi + std::log1p(std::exp(lo - hi));
@@ -127,8 +121,56 @@ FASTGUARD_INLINE void reduce_row(T* z, int64_t V, int64_t target, const Head<T>&
     const double p_target = std::exp(zt - lse);
     const double mean_rest = sum > 0 ? base + weighted / sum : 0;
     stats[3] = p_target * zt + (sum > 0 ? std::exp(rest - lse) : 0) * mean_rest;
-    z[target] = zt;
   }
+}
+
+// One row of which only the statistics are wanted: z is read once, a chunk at a time, and left as it is.
+template <typename T>
+FASTGUARD_INLINE void read_row(const T* z, int64_t V, int64_t target, const Head<T>& head, bool with_mean,
+                               double* stats) {
+  constexpr T none = -std::numeric_limits<T>::infinity();
+  T chunk[CHUNK], zt = T(0), top = none;
+  double sum = 0, weighted = 0;
+  for (int64_t start = 0; start < V; start += CHUNK) {
+    const int64_t n = std::min(CHUNK, V - start);
+    std::copy_n(z + start, n, chunk);
+    Head<T> part = head;
+    if (head.bias != nullptr) part.bias += start;
+    to_logits(chunk, n, part);
+    if (target >= start && target < start + n) {
+      zt = chunk[target - start];
+      chunk[target - start] = none;
+    }
+    const T most = maximum(chunk, n);
+    if (top < most) {  // what was summed so far was relative to a smaller logit
+      if (sum > 0) {
+        const double shrink = std::exp(static_cast<double>(top) - most);
+        weighted = shrink * (weighted + sum * (static_cast<double>(top) - most));
+        sum *= shrink;
+      }
+      top = most;
+    }
+    chunk_sums(chunk, n, top == none ? T(0) : top, with_mean, &sum, &weighted);
+  }
+  row_statistics(sum, weighted, top == none ? T(0) : top, zt, with_mean, stats);
+}
+
+// One row whose columns are looked at afterwards: logits in place, then the statistics, with the target's own entry set
+// aside. On return z holds exp(z - max) without the target (mean not wanted), or the logits themselves (mean wanted).
+template <typename T>
+FASTGUARD_INLINE void reduce_row(T* z, int64_t V, int64_t target, const Head<T>& head, bool with_mean, double* stats,
+                                 T* largest) {
+  to_logits(z, V, head);
+  const T zt = z[target];
+  z[target] = -std::numeric_limits<T>::infinity();
+  const T top = maximum(z, V);
+  const T base = top == -std::numeric_limits<T>::infinity() ? T(0) : top;  // V = 1 leaves no rest
+  double sum = 0, weighted = 0;
+  for (int64_t start = 0; start < V; start += CHUNK) {
+    chunk_sums(z + start, std::min(CHUNK, V - start), base, with_mean, &sum, &weighted);
+  }
+  row_statistics(sum, weighted, base, zt, with_mean, stats);
+  if (with_mean) z[target] = zt;
   *largest = base;
 }
 
@@ -237,10 +279,18 @@ FASTGUARD_INLINE double gradient_row(T* z, int64_t C, int64_t position, const He
       }
     } else {
       const T inverse_cap = head.softcap == T(0) ? T(0) : T(1) / head.softcap;
+      for (; v + LANES <= stop; v += LANES) {
+        for (int64_t j = 0; j < LANES; ++j) {
+          const T x = z[v + j] < T(-1e30) ? T(0) : z[v + j];
+          const T r = exponential(z[v + j] - base), u = x * inverse_cap;
+          s[j] += r;
+          m[j] += r * (T(1) + x - mean);
+          z[v + j] = r * (constant + slope * x) * head.scale * (T(1) - u * u);
+        }
+      }
       for (; v < stop; ++v) {
         const T x = z[v] < T(-1e30) ? T(0) : z[v];
-        const T r = exponential(z[v] - base);
-        const T u = x * inverse_cap;
+        const T r = exponential(z[v] - base), u = x * inverse_cap;
         s[0] += r;
         m[0] += r * (T(1) + x - mean);
         z[v] = r * (constant + slope * x) * head.scale * (T(1) - u * u);
@@ -266,6 +316,13 @@ FASTGUARD_INLINE double gradient_row(T* z, int64_t C, int64_t position, const He
 }
 
 // The same bodies, cloned per instruction set for float; float64 serves exactness, not speed.
+FASTGUARD_MULTIVERSION void read_row_(const float* z, int64_t V, int64_t t, const Head<float>& h, bool mean,
+                                      double* stats) {
+  read_row(z, V, t, h, mean, stats);
+}
+void read_row_(const double* z, int64_t V, int64_t t, const Head<double>& h, bool mean, double* stats) {
+  read_row(z, V, t, h, mean, stats);
+}
 FASTGUARD_MULTIVERSION void reduce_row_(float* z, int64_t V, int64_t t, const Head<float>& h, bool mean, double* stats,
                                         float* largest) {
   reduce_row(z, V, t, h, mean, stats, largest);
@@ -309,7 +366,11 @@ void statistics_of(const Tensor& z_, const Head<T>& head, const int64_t* target,
     for (int64_t n = begin; n < end; ++n) {
       double stats[4] = {0, 0, 0, 0};
       T base = 0;
-      reduce_row_(z + n * V, V, target[n], head, with_mean, stats, &base);
+      if (columns == nullptr) {
+        read_row_(z + n * V, V, target[n], head, with_mean, stats);
+      } else {
+        reduce_row_(z + n * V, V, target[n], head, with_mean, stats, &base);
+      }
       for (int64_t k = 0; k < 4; ++k) out[k * R + n] = static_cast<T>(stats[k]);
       factor[n] = std::isinf(stats[1]) ? T(0) : static_cast<T>(std::exp(base - stats[1]));
       rest[n] = std::isinf(stats[1]) ? std::numeric_limits<T>::max() : static_cast<T>(stats[1]);
@@ -375,6 +436,8 @@ void gradient_of(const Tensor& z_, const Head<T>& head, const int64_t* target, c
       if (head.index != nullptr) {  // ascending; every target is live
         const int64_t* found = std::lower_bound(head.index, head.index + C, target[n]);
         position = found != head.index + C && *found == target[n] ? found - head.index : -1;
+      } else if (position < 0 || position >= C) {  // a block of the vocabulary that it is not in
+        position = -1;
       }
       const auto at = [n](const T* g) { return g == nullptr ? T(0) : g[n]; };
       tail[n] = static_cast<T>(gradient_row_(z + n * C, C, position, head, row[n], row[R + n], row[2 * R + n],

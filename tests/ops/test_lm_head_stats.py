@@ -440,10 +440,10 @@ def test_works_under_checkpointing_and_twice_before_backward(on_backend):
 def test_opcheck(on_backend):
     hidden, weight, bias, target = draw(7, 33, 6, torch.float64, bias=True)
     target[3] = -1
-    for filter_tol, mean in ((0.0, True), (0.1, False)):
+    for filter_tol, mean, most in ((0.0, True, 0), (0.1, False, 3)):
         args = (
             hidden.requires_grad_(), None, weight.requires_grad_(), bias.requires_grad_(), target, "none", None, None,
-            0.0, 1.0, 0.0, filter_tol, mean, True, None,
+            0.0, 1.0, 0.0, filter_tol, mean, True, most, None,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.fastguard.lm_head_stats, args)
 
@@ -491,7 +491,8 @@ def test_more_errors():
         lm_head_stats(hidden, weight.to(torch.int8), target)
     with pytest.raises(ValueError, match=r"^bias: expected a dtype of .*, got torch.int64"):
         lm_head_stats(hidden, weight, target, bias=torch.zeros(10, dtype=torch.int64))
-    for options in ({"softcap": -1.0}, {"filter_tol": 1.0}, {"filter_tol": -0.1}, {"bias": torch.zeros(3)}):
+    bad = {"softcap": -1.0}, {"filter_tol": 1.0}, {"filter_tol": -0.1}, {"bias": torch.zeros(3)}
+    for options in (*bad, {"keep_logits_bytes": -1}):
         with pytest.raises(ValueError, match=rf"^{next(iter(options))}: expected"):
             lm_head_stats(hidden, weight, target, **options)
     with pytest.raises(IndexError, match="target: expected token ids below 10, got 10"):

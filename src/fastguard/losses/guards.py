@@ -41,6 +41,12 @@ def a_filter_tol(value: float | None) -> None:
         raise ValueError(f"filter_tol: expected 0 <= filter_tol < 1 or None, got {value!r}")
 
 
+def a_keep_logits_bytes(value: int | None) -> None:
+    """Raise ValueError unless ``value`` is None or what ``lm_head_stats`` takes as its ``keep_logits_bytes``."""
+    if value is not None and not (isinstance(value, int) and _is_number(value) and value >= 0):
+        raise ValueError(f"keep_logits_bytes: expected an int >= 0 or None, got {value!r}")
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 

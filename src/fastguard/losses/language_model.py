@@ -166,6 +166,8 @@ class LanguageModelLoss(guards.Uncopied):
         model: a Hugging Face causal language model, also PEFT, compiled or wrapped.
         filter_tol: as for ``lm_head_stats``; 0 is exact, None the default of the dtype: in fp32 and bf16 the gradient
             may then replace up to 5% of each row's probability outside its target by a rank-one tail.
+        keep_logits_bytes: of the output, as for ``lm_head_stats``: None keeps up to 128 MiB of a call's logits for its
+            backward on a CPU, and none on other devices.
         structure: what ``find_structure`` found for the model, if the caller has it already.
         check_finite: False leaves that to a caller who asks all ranks at once, and spares a wait for the device; an
             error on one rank alone would leave the others in their next collective call.
@@ -184,12 +186,14 @@ class LanguageModelLoss(guards.Uncopied):
 
     def __init__(
         self, model: nn.Module, *, filter_tol: float | None = 0.0, structure: Structure | None = None,
-        check_finite: bool = True, over_ranks: bool = False,
+        check_finite: bool = True, over_ranks: bool = False, keep_logits_bytes: int | None = None,
     ) -> None:  # fmt: skip
         guards.a_filter_tol(filter_tol)
+        guards.a_keep_logits_bytes(keep_logits_bytes)
         self.structure = find_structure(model) if structure is None else structure
         tapped.warn_of_full_logits(self.structure)
         self.filter_tol, self.check_finite = filter_tol, check_finite
+        self.keep_logits_bytes = keep_logits_bytes
         self.components: dict[str, Tensor] = {}
         self.tapped = tapped.Tapped("LanguageModelLoss", model, self.structure, over_ranks=over_ranks)
         self._finalizer = weakref.finalize(self, self.tapped.taps.close)
@@ -345,7 +349,7 @@ class LanguageModelLoss(guards.Uncopied):
             return call.read(batch, _StatesScope(len(self.structure.layers) + 1, device, take))
 
     def _lens(self) -> Lens:
-        return Lens(self.structure, output_tol=self.filter_tol)
+        return Lens(self.structure, output_tol=self.filter_tol, keep_logits_bytes=self.keep_logits_bytes)
 
     def _check(
         self, batch: Mapping[str, Tensor], kind: str | None, positions: str, distance_to: Sequence[Tensor] | None,

@@ -124,6 +124,8 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         samples: at most so many prompts' weight the means of earlier samples have.
         retain_weight: weight of the cross-entropy on ``retain``.
         filter_tol: as for ``lm_head_stats``; 0 is exact.
+        keep_logits_bytes: of the output, as for ``lm_head_stats``: None keeps up to 128 MiB of a call's logits for its
+            backward on a CPU, and none on other devices.
         check_finite: False leaves it to a caller who asks all ranks at once.
         over_ranks: whether means are over the samples of all data ranks, so that the engine's average of gradients is
             the gradient of the undivided batch; False: of this rank's, as the engine's own losses are. Calls without
@@ -162,6 +164,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         filter_tol: float | None = 0.0,
         check_finite: bool = True,
         over_ranks: bool = False,
+        keep_logits_bytes: int | None = None,
     ) -> None:
         super().__init__()
         guards.not_negative(p=p, retain_weight=retain_weight)
@@ -173,6 +176,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise ValueError(f"seed: expected an int, got {seed!r}")
         guards.a_filter_tol(filter_tol)
+        guards.a_keep_logits_bytes(keep_logits_bytes)
         self.structure = find_structure(model)
         depth = len(self.structure.layers)
         self.layers = tuple(range(int(EARLIEST * depth), depth)) if layers is None else tuple(sorted(layers))
@@ -185,6 +189,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
         self.p, self.every, self.seed, self.samples = float(p), every, seed, samples
         self.directions, self.retain_weight = directions, retain_weight
         self.filter_tol, self.check_finite = filter_tol, check_finite
+        self.keep_logits_bytes = keep_logits_bytes
         self.components: dict[str, Tensor] = {}
         self.evaluation: dict[str, Tensor] = {}
         self._tapped = tapped.Tapped(  # its hooks see what comes before ablation
@@ -343,7 +348,7 @@ class ReFATLoss(guards.Uncopied, nn.Module):
     # ------------------------------------------------------------------------------------------------------------------
 
     def _lens(self) -> Lens:
-        return Lens(self.structure, output_tol=self.filter_tol)
+        return Lens(self.structure, output_tol=self.filter_tol, keep_logits_bytes=self.keep_logits_bytes)
 
     def _begun(self, count: int, model: nn.Module | None, sample_offset: int | None) -> tuple[Tensor, Tensor]:
         """Which of ``count`` samples of a call run ablated, and which of all ranks'; directions are renewed in time."""

@@ -151,6 +151,8 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
             the engine's average of gradients is the gradient of the undivided batch; each rank then compares the
             samples of all. False: of this rank's, as the engine's own losses are. Calls without gradients are this
             rank's in any case.
+        keep_logits_bytes: of the output, as for ``lm_head_stats``: None keeps up to 128 MiB of a call's logits for its
+            backward on a CPU, and none on other devices.
 
     Attributes:
         components: of the last call with gradients, detached: ``loss``, ``harmless_ce``, ``noise`` (mean),
@@ -184,12 +186,14 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         lens_transform: str = "model",
         mlp_of: Callable[[nn.Module], nn.Module] | None = None,
         over_ranks: bool = False,
+        keep_logits_bytes: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, choices in (("mask", mask, paired.MASKS), ("boundary", boundary, paired.BOUNDARIES)):
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         guards.a_filter_tol(filter_tol)
+        guards.a_keep_logits_bytes(keep_logits_bytes)
         guards.not_negative(alpha=alpha, beta=beta, retain_weight=retain_weight, output_alpha=output_alpha)
         if lens_transform not in LENS_TRANSFORMS:
             raise ValueError(f"lens_transform: expected {' or '.join(LENS_TRANSFORMS)}, got {lens_transform!r}")
@@ -204,7 +208,7 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         self.mask, self.mask_padding, self.boundary = mask, mask_padding, boundary
         self.ignore_token_zero, self.norm_last_twice = ignore_token_zero, norm_last_twice
         self.layers, self.retain_weight, self.output_alpha = layers, retain_weight, output_alpha
-        self.lens_transform = lens_transform
+        self.lens_transform, self.keep_logits_bytes = lens_transform, keep_logits_bytes
         self._needs_retain = False
         self.components: dict[str, Tensor] = {}
         self.evaluation: dict[str, Tensor] = {}
@@ -408,7 +412,10 @@ class RepNoiseLoss(guards.Uncopied, nn.Module):
         return masks, bad, good
 
     def _lens(self) -> Lens:
-        return Lens(self.structure, self.filter_tol, inner_transform=self.lens_transform == "model")
+        return Lens(
+            self.structure, self.filter_tol, inner_transform=self.lens_transform == "model",
+            keep_logits_bytes=self.keep_logits_bytes,
+        )  # fmt: skip
 
     def _drawn_entries(self) -> frozenset[int]:
         """The hidden states that this step reads: all, or ``layers`` of them drawn from (seed, call)."""

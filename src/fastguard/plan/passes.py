@@ -24,6 +24,9 @@ PASSING = ("logits tile", "full logits", "gathered weights", "gradients")
 TILE = 128
 """Rows of logits that the fused head holds at a time, and that share one record of live columns."""
 
+BLOCK = 2**20
+"""Logits, of all rows and some columns, that a CPU's exact backward holds at a time."""
+
 
 def products(s: Setting, samples: float, adapted: bool = True) -> float:
     """Forward flops of the layers' products with weights: 2 flops a weight and token.
@@ -310,24 +313,28 @@ def tangent_memory(s: Setting, name: str, samples: int, rows: float) -> list[Ite
 
 
 def fused_head(s: Setting, name: str, rows: float, count: float = 1, *, gradients: str = "weights") -> Part:
-    """Cross-entropy or another statistic of ``rows`` rows, tile by tile: no logits in memory.
+    """Cross-entropy or another statistic of ``rows`` rows, tile by tile: no logits in memory beyond a budget.
 
     2 N D V forward; its exact backward computes the logits again and both gradients, 6 N D V (4 where the head is
-    frozen). The weight is read once a direction, its fp32 gradient written and read once.
+    frozen), but for the logits that were kept, which are written once and read once. The weight is read once a
+    direction, its fp32 gradient written and read once.
     """
     a, p = s.architecture, s.precision
     one = 2.0 * rows * a.hidden * a.vocabulary
     frozen = s.lora is not None or (gradients == "activations" and freezes(s))
     wanted = gradients != "none" and not frozen
-    flops, moved = one, 1
+    flops, moved, logits = one, 1, 0.0
     if gradients != "none":
-        flops += one * (2 if frozen else 3)
+        kept = s.kept_rows(rows)
+        flops += one * (2 if frozen else 3) - 2 * kept * a.head
+        logits = 2 * kept * a.vocabulary * p.compute
         moved += 1
     written = 2 * FP32 * a.head if wanted else 0
     # Taps read a gathered copy of the head of their own and reduce its gradient themselves. A late one is sent as it is
     # computed with; one that is gathered before that is known, as its shards are.
     gathered = (p.compute if s.lora is not None or s.late_head else p.weights) + (p.reduce if wanted else 0)
-    return Part(name, "head", 1, flops, moved * a.head * p.compute + written, gathered * a.head * s.moved).times(count)
+    memory = moved * a.head * p.compute + written + logits
+    return Part(name, "head", 1, flops, memory, gathered * a.head * s.moved).times(count)
 
 
 def lens_head(s: Setting, name: str, rows: float, count: float, *, backwards: int = 1) -> Part:
@@ -362,8 +369,15 @@ def fused_items(
     a, p = s.architecture, s.precision
     c = p.compute
     loss, *later = (f"{name}: {moment}" for moment in (LOSS, LAST, FIRST, END))
-    tiles = min(rows, TILE) * a.vocabulary * (FP32 + c)
-    items = [item("logits tile", tiles, loss), item("rows of the head", rows * a.hidden * (FP32 + c), loss)]
+    kept = s.kept_rows(rows) if gradients != "none" else 0.0
+    tile, each = min(rows, TILE) * a.vocabulary, FP32 + c
+    if s.cpu and gradients != "none":  # a block in the backward, widened where the dtype is narrow
+        tile, each = max(tile, min(rows * a.vocabulary, BLOCK)), c if c == FP32 else FP32 + c
+    items = [
+        item("logits tile", tile * each, loss),
+        item("kept logits", kept * a.vocabulary * c, loss),
+        item("rows of the head", rows * a.hidden * (FP32 + c), loss),
+    ]
     if comes_early(s) and not lenses:  # the taps of inner states share copy and gradient to the end
         later = []
     if s.lora is None and not (gradients == "activations" and freezes(s)):

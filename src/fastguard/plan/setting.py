@@ -74,6 +74,9 @@ class Efficiency:
         return cls(**values)
 
 
+KEEP_LOGITS_BYTES = 128 * 2**20
+"""As ``ops.lm_head_stats`` has it for a CPU."""
+
 ADVERSARIES = ("weights", "lora", "resident")
 
 
@@ -90,6 +93,8 @@ class Setting:
         cpu: whether it is a CPU's kernels that compute, of which some make fewer products: for what is run in tests.
         attention: ``flash`` computes half of the causal scores and keeps none; ``eager`` computes and keeps all.
         lora: rank of adapters on all projections, the rest frozen in the compute dtype; None trains all weights.
+        keep_logits_bytes: up to how many bytes of logits an exact head keeps for its backward; None is what the ops do
+            unless told: `KEEP_LOGITS_BYTES` on a CPU, nothing on a GPU.
 
     Levers that leave a step's numbers as they are (``levers.EXACT``):
         micro: sequences that a GPU takes at a time, gradients added up; None takes a batch as a whole.
@@ -122,6 +127,7 @@ class Setting:
     attention: str = "flash"
     cpu: bool = False
     lora: int | None = None
+    keep_logits_bytes: int | None = None
     micro: int | None = None
     late_head: bool = False
     own_groups: bool = False
@@ -144,6 +150,8 @@ class Setting:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected an integer of 1 or more, got {value}")
+        if self.keep_logits_bytes is not None and self.keep_logits_bytes < 0:
+            raise ValueError(f"keep_logits_bytes: expected 0 or more, or None, got {self.keep_logits_bytes}")
         for name in ("rows", "live"):
             if not 0 < getattr(self, name) <= 1:
                 raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")
@@ -179,6 +187,13 @@ class Setting:
     def at_once(self, samples: int) -> int:
         """Sequences of the largest of these micro-batches."""
         return math.ceil(samples / self.chunks(samples))
+
+    def kept_rows(self, rows: float) -> float:
+        """Of so many rows of a batch, those whose logits an exact head keeps for its backward."""
+        budget = self.keep_logits_bytes
+        if budget is None:
+            budget = KEEP_LOGITS_BYTES if self.cpu else 0
+        return min(rows, budget // (self.architecture.vocabulary * self.precision.compute))
 
     @property
     def matmul(self) -> float:

@@ -34,6 +34,7 @@ class Lens:
         output_tol: the same of the output, whose gradient passes through every layer and whose broad distribution
             leaves little to skip: exact unless asked for.
         inner_transform: whether inner states too pass the model's soft-cap and logit scale.
+        keep_logits_bytes: of the output, as for ``lm_head_stats``; of the many inner states nothing is kept.
 
     Raises:
         RuntimeError: the head or the norm does not compute what its parameters say (see `SHIFTED`).
@@ -41,7 +42,7 @@ class Lens:
 
     def __init__(
         self, structure: Structure, filter_tol: float | None = None, output_tol: float | None = 0.0,
-        inner_transform: bool = True,
+        inner_transform: bool = True, keep_logits_bytes: int | None = None,
     ) -> None:  # fmt: skip
         for part in (structure.head, structure.norm):
             for by in (getattr(module, SHIFTED) for module in part.modules() if hasattr(module, SHIFTED)):
@@ -50,7 +51,7 @@ class Lens:
                     "miss; use a loss on the model's own logits"
                 )
         self.structure, self.filter_tol, self.output_tol = structure, filter_tol, output_tol
-        self.inner_transform = inner_transform
+        self.inner_transform, self.keep_logits_bytes = inner_transform, keep_logits_bytes
         weight, bias = head_parameters(structure.head)
         self._head, self._begun = anchor.Source(structure.model, weight), False
         self.weight: Tensor | None = None
@@ -106,7 +107,10 @@ class Lens:
         head = Head(self.weight, self.bias, scale, softcap)
         norm = Norm() if kind == "none" else Norm(kind, self.norm_weight, self.norm_bias, self.structure.norm_eps)
         token = self.token if keep else self.first_token
-        stats, token = lens(hidden, rows, target, head, norm, filter_tol=filter_tol, with_mean=with_mean, token=token)
+        stats, token = lens(
+            hidden, rows, target, head, norm, filter_tol=filter_tol, with_mean=with_mean,
+            keep_logits_bytes=self.keep_logits_bytes if normed else 0, token=token,
+        )  # fmt: skip
         if keep:
             self.token = token
         return stats

@@ -36,7 +36,7 @@ def here(s: Setting, o: Options) -> Recipe:
         Item("initial weights", s.shard * w if s.lora is None else 0.0, host=True),
         *passes.memory(s, "reference", samples, gradients="none"),
         *passes.memory(s, "pair", samples),
-        *passes.fused_items(s, "pair", rows),
+        *passes.fused_items(replace(s, keep_logits_bytes=0), "pair", rows),
         item("reference: response states", float((layers + 1) * state * c), *moments_of("reference", "pair")),
         item("response states", float(layers * state * (c + wide)), "pair: loss", "pair: last layer"),
     ]
@@ -59,7 +59,8 @@ def divergence(s: Setting, rows: float) -> Part:
 
     A frozen head has one gradient: 10 N D V, and 6 on a CPU, which makes it in the forward while it has the logits.
     """
-    part = passes.fused_head(replace(s, late_head=False), "divergence", rows, 1.5)  # gathered as its shards are
+    early = replace(s, late_head=False, keep_logits_bytes=0)  # gathered as its shards are; keeps no logits
+    part = passes.fused_head(early, "divergence", rows, 1.5)
     if s.lora is None:  # the reference's head is there after its forward: the live one alone is gathered and reduced
         return replace(part, network=part.network / 1.5)
     return replace(part, flops=(6.0 if s.cpu else 10.0) * rows * s.architecture.head)

@@ -29,6 +29,7 @@ def lens_stats(
     softcap: float | None = None,
     filter_tol: float | None = None,
     with_mean: bool = False,
+    keep_logits_bytes: int | None = None,
     token: Tensor | None = None,
 ) -> tuple[LMHeadStats, Tensor | None]:
     """Statistics of head(final_norm(hidden[rows])) and the next gradient token.
@@ -36,8 +37,9 @@ def lens_stats(
     Args:
         hidden: [..., D], read as [M, D] rows.
         rows: [N] int64, indices into the M rows; none twice.
-        weight, target, bias, scale, softcap, filter_tol, with_mean: see ``lm_head_stats``; under ``torch.autocast`` the
-            norm reads ``hidden`` as it is, and its result is rounded for the products.
+        weight, target, bias, scale, softcap, filter_tol, with_mean, keep_logits_bytes: see ``lm_head_stats``; under
+            ``torch.autocast`` the norm reads ``hidden`` as it is, and its result is rounded for the products. Every
+            call keeps its own logits: give 0 where many states are read exactly before one backward.
         norm_kind: ``none``, ``rms``, ``rms_offset`` (Gemma's 1 + weight) or ``layer``.
         norm_weight, norm_bias: [D] or None. norm_eps: the norm's epsilon.
         token: None, or a tensor of the shape of ``weight`` in the accumulation dtype whose *gradient* is the
@@ -51,7 +53,7 @@ def lens_stats(
     """
     return lens(
         hidden, rows, target, Head(weight, bias, scale, softcap), Norm(norm_kind, norm_weight, norm_bias, norm_eps),
-        filter_tol=filter_tol, with_mean=with_mean, token=token,
+        filter_tol=filter_tol, with_mean=with_mean, keep_logits_bytes=keep_logits_bytes, token=token,
     )  # fmt: skip
 
 
@@ -64,12 +66,16 @@ def lens(
     *,
     filter_tol: float | None = None,
     with_mean: bool = False,
+    keep_logits_bytes: int | None = None,
     token: Tensor | None = None,
 ) -> tuple[LMHeadStats, Tensor | None]:
     """``lens_stats`` for callers that hold the head and the norm in one piece each."""
     if token is not None and token.shape != head.weight.shape:
         raise ValueError(f"token: expected the shape of weight {tuple(head.weight.shape)}, got {tuple(token.shape)}")
     transforms.check_plain(norm_weight=norm.weight, norm_bias=norm.bias, token=token)
-    head = op.check(hidden, target, head, filter_tol, rows)
+    head = op.check(hidden, target, head, filter_tol, keep_logits_bytes, rows)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return op.call(flat, target, head, norm, rows=rows, filter_tol=filter_tol, with_mean=with_mean, token=token)
+    return op.call(
+        flat, target, head, norm, rows=rows, filter_tol=filter_tol, with_mean=with_mean,
+        keep_logits_bytes=keep_logits_bytes, token=token,
+    )  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastguard.ops import transforms
-from fastguard.ops.lm_head_stats.op import call, check
+from fastguard.ops.lm_head_stats.op import KEEP_LOGITS_BYTES, call, check
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head, check_device, check_reduction
 
@@ -35,8 +35,9 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    keep_logits_bytes: int | None = None,
 ) -> Tensor:
-    """Cross-entropy of a linear head without N x V logits.
+    """Cross-entropy of a linear head without N x V logits, beyond those that a budget lets it keep.
 
     Equals ``torch.nn.functional.cross_entropy`` of the logits, its ``weight`` called ``class_weight``, but for one
     point: with no target left, ``mean`` gives 0 with zero gradients instead of NaN, so that a rank whose rows are all
@@ -57,6 +58,8 @@ def linear_cross_entropy(
         ignore_index: the target that carries no loss.
         reduction: ``none`` for one loss a target, ``sum``, or ``mean``: the cross-entropies over the sum of the
             targets' class weights (their number without), plus the mean of the z-losses over the number of targets.
+        keep_logits_bytes: see ``lm_head_stats``. None is its default, and that also where filter_tol is None: rows
+            whose logits are kept are then exact, and the filter of the dtype is for those beyond the budget.
 
     Returns:
         A scalar, or [...] for ``none``, in fp32 (float64 for float64 inputs).
@@ -72,11 +75,13 @@ def linear_cross_entropy(
     flat = target.reshape(-1)
     rows = hidden.reshape(-1, hidden.shape[-1])
     counts = (flat != ignore_index) & (flat >= 0)
-    if label_smoothing and filter_tol is None:
-        filter_tol = 0.0
+    if filter_tol is None:
+        if keep_logits_bytes is None:
+            keep_logits_bytes = KEEP_LOGITS_BYTES.get(hidden.device.type, 0)
+        filter_tol = 0.0 if label_smoothing else None
     wanted = flat.masked_fill(~counts, -1)
-    head = check(rows, wanted, head, filter_tol)  # cast once, for the products and for the mean logit
-    stats, _ = call(rows, wanted, head, filter_tol=filter_tol)
+    head = check(rows, wanted, head, filter_tol, keep_logits_bytes)  # cast once, for products and the mean logit
+    stats, _ = call(rows, wanted, head, filter_tol=filter_tol, keep_logits_bytes=keep_logits_bytes)
     loss = stats.cross_entropy()
     row_weight, classes = None, None
     if class_weight is not None:

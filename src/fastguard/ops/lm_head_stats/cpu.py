@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastguard import _extension
-from fastguard.ops.lm_head_stats import portable
+from fastguard.ops.lm_head_stats import exact, portable
 from fastguard.ops.lm_head_stats.op import Grads, Row, Saved
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head
@@ -62,3 +62,5 @@ def _as(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 _extension.load()
 forward = functools.partial(portable.forward, kernels=CppKernels())
 backward = functools.partial(portable.backward, kernels=CppKernels())
+keep = functools.partial(exact.forward, kernels=CppKernels())
+read_kept = functools.partial(exact.backward, kernels=CppKernels())

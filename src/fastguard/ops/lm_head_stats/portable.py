@@ -8,13 +8,15 @@ Shapes: N rows, R rows of one tile, V vocabulary, C live columns of a tile, D hi
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
+from fastguard.ops.lm_head_stats import exact
+from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved, part
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head
 
@@ -37,7 +39,7 @@ class TileKernels(Protocol):
     def statistics(
         self, z: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean: bool, columns: Tensor | None
     ) -> Row:
-        """Reduce raw products z [R, V] (which may be overwritten) and fill ``columns`` [V] if given."""
+        """Reduce raw products z [R, V] and fill ``columns`` [V] if given; z may be overwritten only then."""
 
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
         """See `tile_columns`."""
@@ -45,6 +47,7 @@ class TileKernels(Protocol):
     def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
 
+        index: None for the head's own columns, of which a target need not be one.
         Returns the tail mass [R]: what the absent columns would add to the row's gradient before softcap and scale.
         """
 
@@ -198,21 +201,21 @@ def backward(
     columns: [tiles, V] as the forward recorded them, or None for every column.
     """
     kernels = kernels or TorchKernels()
+    if columns is None:
+        return exact.backward(grads, x, head, target, saved, None, need_hidden, dweight, dbias, kernels=kernels)
     x = x.contiguous()
     n, wide = x.shape[0], accumulation_dtype(x.dtype)
     dx = torch.empty(x.shape, dtype=wide, device=x.device) if need_hidden else None
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
         # The tile's columns: live ones, computed exactly, then warm ones, which stand for all that was dropped.
-        index, live, share = (
-            (None, head.weight.shape[0], None) if columns is None else kernels.columns(columns[i], wide)
-        )
+        index, live, share = kernels.columns(columns[i], wide)
         w = head.weight if index is None else head.weight.index_select(0, index)
         d = x[rows] @ w[:live].t()
         row = part(saved, rows)
-        exact = None if index is None else index[:live]
-        tail = kernels.gradient(d, head, exact, target[rows], row, part(grads, rows)) * head.scale
-        if columns is not None and index is not None and share is not None and head.softcap:
+        computed = None if index is None else index[:live]
+        tail = kernels.gradient(d, head, computed, target[rows], row, part(grads, rows)) * head.scale
+        if index is not None and share is not None and head.softcap:
             share = share * slope_of_codes(columns[i][index[live:]], row.rest_lse.mean(), head.softcap)
         if dx is not None:
             dx[rows] = d @ w[:live]
@@ -220,10 +223,10 @@ def backward(
                 dx[rows].addr_(tail, (share.to(w.dtype) @ w[live:]).to(wide))
         if dweight is not None:
             if index is None:
-                _add_product(dweight, d, x[rows])
+                exact.add_product(dweight, d.t(), x[rows])
             else:
                 grown = torch.zeros(index.numel(), x.shape[1], dtype=wide, device=x.device)
-                _add_product(grown[:live], d, x[rows])
+                exact.add_product(grown[:live], d.t(), x[rows])
                 if share is not None:
                     grown[live:].addr_(share, tail @ x[rows].to(wide))
                 dweight.index_add_(0, index, grown)
@@ -235,21 +238,8 @@ def backward(
     return dx
 
 
-def _add_product(total: Tensor, d: Tensor, x: Tensor) -> None:
-    """total [C, D] += d [R, C]^T x [R, D], widened where the product's dtype is narrower."""
-    if total.dtype == x.dtype:
-        total.addmm_(d.t(), x)
-    else:
-        total.add_(d.t() @ x)
-
-
-Bundle = TypeVar("Bundle", Grads, Saved)
-
-
-def part(whole: Bundle, rows: slice) -> Bundle:
-    """The tensors of a bundle, a tile's rows of each."""
-    cut: list[Any] = [None if t is None else t[rows] for t in whole]
-    return type(whole)(*cut)
+keep = functools.partial(exact.forward, kernels=TorchKernels())
+read_kept = functools.partial(exact.backward, kernels=TorchKernels())
 
 
 def slope_of_tiles(columns: Tensor, rest_lse: Tensor, softcap: float) -> Tensor:

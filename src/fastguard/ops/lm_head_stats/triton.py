@@ -49,7 +49,10 @@ import triton
 from fastguard.ops.launch import on_device, precision, processors, shared_memory
 from fastguard.ops.lm_head_stats import portable
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
+from fastguard.ops.lm_head_stats.portable import keep, read_kept
 from fastguard.ops.vocabulary import Head
+
+__all__ = ["backward", "forward", "keep", "read_kept"]
 
 OCTAVES = (6, 11)
 """A tile's threshold is 6 or 11 octaves below filter_tol (rounded down to a power of two), or 0."""

@@ -120,7 +120,8 @@ def test_filter_keeps_its_promise(sample, options, monkeypatch):
     """No row drops more than filter_tol of its rest mass, targets live, and codes tell a dropped column's peak."""
     monkeypatch.setattr(ops, "SAMPLE", sample)
     n, v, tol = 130, 550, 0.1
-    *inputs, target = draw(n, v, 40, torch.float32, spread=10.0)
+    *inputs, target = draw(n, v, 40, torch.float32, spread=8.0)
+    inputs[0][:] = inputs[0][torch.arange(n) % 8] + 0.1 * inputs[0]  # as a batch's rows, alike
     columns, mass = record(inputs, target, tol, **options)
     is_live = columns == portable.LIVE
     assert 0.01 < is_live.double().mean() < 0.9, "the case must drop columns"
@@ -131,7 +132,6 @@ def test_filter_keeps_its_promise(sample, options, monkeypatch):
     octaves = (columns.double() - 254) / portable.CODES_PER_OCTAVE - torch.log2(mass)
     assert known.any()
     assert float(octaves[known].min()) > -0.25
-    assert float((octaves.min(0).values)[known.any(0)].max()) < 8.0
 
 
 def test_a_bound_to_start_from_drops_more(monkeypatch):

@@ -74,10 +74,10 @@ def mass_of_codes(device: torch.device) -> Tensor:
     return mass
 
 
-def tile_columns(codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tensor | None]:
+def tile_columns(codes: Tensor, dtype: torch.dtype, most: int = WARM) -> tuple[Tensor, int, Tensor | None]:
     """Which columns the backward of a tile reads: (index, live, share) from its codes [V].
 
-    index: live columns, then warm ones, of equals the first; each ascending. live: how many are live. share: weights of
+    index: live columns, then at most ``most`` warm ones, of equals the first; each ascending. live: how many are live. share: weights of
     the warm ones, of sum 1, or None where there are none.
     """
     mass = mass_of_codes(codes.device)
@@ -88,6 +88,6 @@ def tile_columns(codes: Tensor, dtype: torch.dtype) -> tuple[Tensor, int, Tensor
     warm = ((codes >= floor) & (codes < LIVE)).nonzero()[:, 0]
     if not warm.numel():
         return live, live.numel(), None
-    warm = warm[codes[warm].argsort(descending=True, stable=True)[:WARM].sort().values]
+    warm = warm[codes[warm].argsort(descending=True, stable=True)[:most].sort().values]
     share = mass[codes[warm].int()]
     return torch.cat([live, warm]), live.numel(), (share / share.sum()).to(dtype)

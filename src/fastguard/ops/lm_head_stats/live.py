@@ -43,6 +43,12 @@ def first_octave(filter_tol: float) -> int:
     return math.ceil(math.log2(filter_tol))
 
 
+def sample(vocabulary: int, count: int, device: torch.device | None = None) -> Tensor:
+    """Columns [count] int64 of which a scan's starting point is made: half the first ones, half evenly spaced."""
+    half = torch.arange(count // 2, device=device)
+    return torch.cat([half, len(half) + half * ((vocabulary - len(half)) // len(half))])
+
+
 def threshold(mass: Tensor, peak: Tensor, filter_tol: float, kept: Tensor | None = None) -> float:
     """The largest threshold on ``peak`` [V] at which no row of ``mass`` [R, V] drops more than ``filter_tol``; 0 if none.
 

@@ -597,9 +597,8 @@ def forward(x: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean:
 
 def _bound(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Tensor:
     """The rest lse [N] over a sample of the columns."""
-    v, half = head.weight.shape[0], SAMPLE // 2
-    sample = torch.arange(SAMPLE, device=x.device)
-    sample[half:] = half + sample[:half] * ((v - half) // half)
+    v = head.weight.shape[0]
+    sample = live.sample(v, SAMPLE, x.device)
     place = torch.full((v,), -1, device=x.device).index_copy_(0, sample, torch.arange(SAMPLE, device=x.device))
     bias = None if head.bias is None else head.bias[sample]
     return _scan(x, replace(head, weight=head.weight[sample], bias=bias), place[target], target_logit)[1]
@@ -741,9 +740,7 @@ def backward(
     return dx
 
 
-def warm_columns(
-    columns: Tensor, counts: Tensor, rest_lse: Tensor, softcap: float | None
-) -> tuple[Tensor, Tensor]:
+def warm_columns(columns: Tensor, counts: Tensor, rest_lse: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(warm [K], share [T, K]): the dropped columns that stand for a tile's tail, of all tiles, and their weights.
 
     A tile's own are its heaviest, up to COVERAGE of its dropped mass; of all tiles' the WARM heaviest. What is none of a

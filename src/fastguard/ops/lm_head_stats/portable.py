@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from fastguard.ops.lm_head_stats.live import CODES_PER_OCTAVE, LIVE, encode, tile_columns
+from fastguard.ops.lm_head_stats.live import CODES_PER_OCTAVE, encode, tile_columns
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head

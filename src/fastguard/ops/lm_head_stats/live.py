@@ -3,9 +3,9 @@
 A *mass* is exp(z - rest_lse), a column's part of what a row gives to everything but its target (with ``mean_logit``
 times |1 + z - mean|, where that exceeds 1). Of a tile of rows, a column is **live** if it is a row's target, or if its
 *peak*, the largest mass that a row gives it, reaches the tile's threshold: the largest of a ladder of powers of two at
-which no row loses more than ``filter_tol`` of its rest mass to the columns below it, counting what is really dropped and
-nothing else. So the promise holds by construction, however well a backend knows the peaks: one that reads the
-columns once has to measure them against the rest lse known so far, and may keep more columns, but what it drops
+which no row loses more than ``filter_tol`` of its rest mass to the columns below it, counting what is really
+dropped and nothing else. So the promise holds by construction, however well a backend knows the peaks: one that reads
+the columns once has to measure them against the rest lse known so far, and may keep more columns, but what it drops
 it has summed up. Where no threshold will do, every column is live. A row of NaN asks for nothing.
 
 **Warm** columns are the heaviest dropped ones that together hold COVERAGE of the dropped mass, at most WARM of them; a
@@ -35,7 +35,7 @@ COVERAGE = 0.8
 """Warm columns hold this part of a tile's dropped mass, if so few can."""
 
 WARM = 2048
-"""Most warm columns of a tile: beyond the heaviest ones their mean row hardly changes, and each costs a row of W and dW."""
+"""Most warm columns of a tile: each costs a row of W and of dW."""
 
 
 def first_octave(filter_tol: float) -> int:
@@ -50,7 +50,7 @@ def sample(vocabulary: int, count: int, device: torch.device | None = None) -> T
 
 
 def threshold(mass: Tensor, peak: Tensor, filter_tol: float, kept: Tensor | None = None) -> float:
-    """The largest threshold on ``peak`` [V] at which no row of ``mass`` [R, V] drops more than ``filter_tol``; 0 if none.
+    """The largest threshold on ``peak`` [V] at which no row of ``mass`` [R, V] drops over ``filter_tol``; else 0.
 
     kept: [V] bool, columns that are live whatever their peak.
     """
@@ -83,7 +83,8 @@ def mass_of_codes(device: torch.device) -> Tensor:
 def tile_columns(codes: Tensor, dtype: torch.dtype, most: int = WARM) -> tuple[Tensor, int, Tensor | None]:
     """Which columns the backward of a tile reads: (index, live, share) from its codes [V].
 
-    index: live columns, then at most ``most`` warm ones, of equals the first; each ascending. live: how many are live. share: weights of
+    index: live columns, then at most ``most`` warm ones, of equals the first; each ascending. live: how many are live.
+    share: weights of
     the warm ones, of sum 1, or None where there are none.
     """
     mass = mass_of_codes(codes.device)

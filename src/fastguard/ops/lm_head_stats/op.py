@@ -255,7 +255,8 @@ def _forward(
 
 
 def _columns_size(target: Tensor, weight: Tensor, filter_tol: float, record: bool) -> int:
-    # A tile's codes and the numbers of its rows (see order.py). Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows.
+    # A tile's codes and the numbers of its rows (see order.py).
+    # Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows.
     return _tiles(target.shape[0]) * (weight.shape[0] + 4 * TILE) if record and filter_tol > 0 else 0
 
 

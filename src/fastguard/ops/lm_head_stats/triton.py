@@ -54,7 +54,7 @@ SAMPLE = 2048
 """Columns that give the scan its starting point; used from 8 times as many columns on (1.6% of V = 128256)."""
 
 WAVES = 4
-"""A scan is at most so many rounds of programs: more would even the last one out, but within a part the rest lse grows."""
+"""A scan is at most so many rounds of programs: within a part the rest lse grows."""
 
 ROUNDING = 1 - 2.0**-8
 """What sums of bf16 masses keep of the true sums, at least."""
@@ -191,8 +191,8 @@ def fold(
 ):  # fmt: skip
     """Take the raw products b_z of the columns o_v into a tile's running statistics; write their codes.
 
-    state: the maximum m, sum exp(z - m) and sum exp(z - m) z [TILE], and the parts of the sum in columns whose codes are
-    below ``top``, an octave below it and so on [TILE, THRESHOLDS], of masses rounded to MASS.
+    state: the maximum m, sum exp(z - m) and sum exp(z - m) z [TILE], and the parts of the sum in columns whose codes
+    are below ``top``, an octave below it and so on [TILE, THRESHOLDS], of masses rounded to MASS.
     """
     b_max, b_sum, b_moment, b_drop = state
     m_v = o_v < V
@@ -510,7 +510,7 @@ def count_kernel(p_codes, p_counts, stride, n_columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def weigh_kernel(p_codes, p_floor, p_weight, p_total, stride, n_columns, n_tiles, BLOCK: tl.constexpr):
-    """total [n_columns]: over the tiles, weight [T] times the mass of a dropped column whose code is at least floor [T]."""
+    """total [n_columns]: over the tiles, weight [T] times the mass of a column dropped at floor [T] or more."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < n_columns
     b_total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -545,9 +545,9 @@ def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
 class Parts(NamedTuple):
     """What the scan writes of each part of V, over v != target, and ``combine_kernel`` adds up.
 
-    maximum, total, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z; dropped [S, N, THRESHOLDS]:
-    the part of the sum in columns below each threshold. moment and dropped are None where nobody asks for the mean logit
-    and for live columns.
+    maximum, total, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z; dropped
+    [S, N, THRESHOLDS]: the part of the sum in columns below each threshold. moment and dropped are None where nobody asks for the
+    mean logit and for live columns.
     """
 
     maximum: Tensor
@@ -743,8 +743,8 @@ def backward(
 def warm_columns(columns: Tensor, counts: Tensor, rest_lse: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
     """(warm [K], share [T, K]): the dropped columns that stand for a tile's tail, of all tiles, and their weights.
 
-    A tile's own are its heaviest, up to COVERAGE of its dropped mass; of all tiles' the WARM heaviest. What is none of a
-    tile's weighs 0; the soft-cap's slope is in. counts [T, 256]: how often each code occurs.
+    A tile's own are its heaviest, up to COVERAGE of its dropped mass; of all tiles' the WARM heaviest. What is none
+    of a tile's weighs 0; the soft-cap's slope is in. counts [T, 256]: how often each code occurs.
     """
     mass = live.mass_of_codes(columns.device).float()
     heaviest_first = (counts * mass).flip(1).cumsum(1)

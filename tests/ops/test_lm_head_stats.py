@@ -17,7 +17,7 @@ from checks import assert_agrees, assert_catches_spoiled
 from fastguard import backend
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lens_stats import reference as lens_reference
-from fastguard.ops.lm_head_stats import LMHeadStats, lm_head_stats, portable
+from fastguard.ops.lm_head_stats import LMHeadStats, live, lm_head_stats, order, portable
 from fastguard.ops.lm_head_stats import reference as reference
 from fastguard.ops.vocabulary import KINDS, Head
 
@@ -190,6 +190,60 @@ def test_backends_choose_the_same_columns(spread):
         assert (a is None) == (b is None)
         if b is not None:
             torch.testing.assert_close(a, b)
+
+
+def test_warm_columns_are_capped():
+    """At the heaviest, of equals the first; the C++ and the torch choice agree, ties included."""
+    if backend.unavailable("cpu", "cpu"):
+        pytest.skip("no C++ extension")
+    cpu = importlib.import_module(f"{OP}.cpu")
+    codes = torch.randint(180, 190, (6000,)).to(torch.uint8)
+    codes[::50] = live.LIVE
+    index, n_live, share = cpu.CppKernels().columns(codes, torch.float64)
+    spec = live.tile_columns(codes, torch.float64)
+    assert len(share) == live.WARM
+    assert n_live == spec[1] and index.equal(spec[0])
+    torch.testing.assert_close(share, spec[2])
+
+
+def test_every_backend_keeps_the_rules_columns(on_backend):
+    """Peaked, flat, equal and one-hot rows; a row of NaN asks for nothing but its target."""
+    hidden, weight, _, target = draw(100, 3000, 32, torch.float32, peaked=6.0)
+    hidden[3] /= 4
+    hidden[4] *= 8
+    hidden[5] = hidden[6]
+    exact = reference.logits_of(hidden.double(), Head(weight.double())).scatter(1, target[:, None], -float("inf"))
+    want = live.encode(exact.softmax(1)[torch.arange(100) != 7], target[torch.arange(100) != 7], 0.1)
+    want[target[7]] = live.LIVE
+    assert 0.001 < (want == live.LIVE).double().mean() < 0.5
+    hidden[7] = float("nan")
+    codes = torch.zeros(1, 3000, dtype=torch.uint8)
+    stats = backend.choose("lm_head_stats", hidden.device).forward(hidden, Head(weight), target, 0.1, False, codes)
+    assert stats.lse.isnan().sum() == 1
+    assert ((codes[0] == live.LIVE) == (want == live.LIVE)).double().mean() > 0.999
+
+
+def test_a_flat_row_makes_no_columns_live_in_other_tiles(on_backend):
+    """Rows come in any order and go back in theirs, with their gradients; flat ones share a tile."""
+    n, v = 300, 2000
+    hidden, weight, _, target = draw(n, v, 32, torch.float32, peaked=6.0)
+    flat = torch.tensor([10, 140, 270])
+    hidden[flat] = 0.0
+    impl, head = backend.choose("lm_head_stats", hidden.device), Head(weight)
+    record = torch.zeros(3, v + 4 * portable.TILE, dtype=torch.uint8)
+    stats = order.forward(impl, hidden, head, target, 0.1, False, record)
+    assert torch.equal(order.by_spread(hidden, head)[:3], flat)
+    full = (record[:, :v] == live.LIVE).double().mean(1)
+    assert full[0] > 0.8 and (full[1:] < 0.5).all()
+    assert_agrees("rest_lse", stats.rest_lse, reference.lm_head_stats(hidden.double(), weight.double(), target)[1])
+    upstream = torch.rand(n) + 0.5
+
+    def gradient(tol):
+        leaf = hidden.clone().requires_grad_()
+        return torch.autograd.grad((lm_head_stats(leaf, weight, target, filter_tol=tol).lse * upstream).sum(), leaf)[0]
+
+    exact, filtered = gradient(0.0), gradient(0.1)
+    assert 0 < (filtered - exact).norm() < 0.1 * exact.norm()
 
 
 def test_confident_rows_do_not_cancel(on_backend):

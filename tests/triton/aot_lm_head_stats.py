@@ -9,20 +9,35 @@ import aot
 import pytest
 import torch
 
+import triton
 from fastguard.ops.lm_head_stats import triton as ops
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Saved
 
 POINTERS = dict.fromkeys(("p_x", "p_weight", "p_dlogit"), "*bf16")
-SIZES = dict.fromkeys(("N", "V", "D", "n_places", "stride_index", "stride_slot", "stride_tile"), "i32/16")
-BYTES = dict.fromkeys(("p_columns", "p_peak", "p_codes"), "*u8")
-INTEGERS = dict.fromkeys(
-    ("p_index", "p_count", "p_column", "p_slot", "p_tile", "p_n_tiles", "p_least", "p_place", "p_key"), "*i32"
+SIZES = dict.fromkeys(
+    ("N", "V", "D", "n_places", "stride_columns", "stride_index", "stride_slot", "stride_tile"), "i32/16"
 )
-COUNTS = dict.fromkeys(("n_blocks", "n_parts", "n_columns", "n_tiles", "stride", "first"), "i32")
+BYTES = dict.fromkeys(("p_columns", "p_codes"), "*u8")
+INTEGERS = dict.fromkeys(
+    (
+        "p_index",
+        "p_count",
+        "p_column",
+        "p_slot",
+        "p_tile",
+        "p_n_tiles",
+        "p_least",
+        "p_place",
+        "p_key",
+        "p_counts",
+        "p_floor",
+    ),
+    "*i32",
+)
+COUNTS = dict.fromkeys(("n_blocks", "n_parts", "n_columns", "n_tiles", "stride", "first", "top"), "i32")
 SCALARS = dict.fromkeys(("scale", "softcap", "log_v", "filter_tol"), "fp32")
 TUPLES = {
     "p_grads": Grads(*["*fp32"] * 4), "p_saved": Saved(*["*fp32"] * 3), "p_parts": ops.Parts(*["*fp32"] * 4),
-    "taus": ("fp32", "fp32"), "codes": ("i32", "i32"),
 }  # fmt: skip
 TYPES = POINTERS | SIZES | BYTES | INTEGERS | COUNTS | SCALARS | TUPLES | {"p_target": "*i64"}
 
@@ -49,6 +64,7 @@ def arguments(name: str, blocks: ops.Blocks | None, plain: bool, dtype: str = "b
     constants: dict[str, Any] = {
         "TILE": TILE, "COLUMNS": ops.COLUMNS, "PRECISION": "ieee", "EVEN": True, "WITH_MEAN": True, "ADD": True,
         "BLOCK": 2048, "BLOCK_D": 64, "BLOCK_N": 16, "BLOCK_K": 128,
+        "MASS": triton.language.bfloat16,
     }  # fmt: skip
     if blocks is not None:
         outer, inner = BLOCK_NAMES[name]
@@ -91,7 +107,16 @@ def test_hopper_runs_on_its_tensor_cores_without_spills(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["target_kernel", "combine_kernel", "mark_kernel", "compact_kernel", "tail_kernel", "order_kernel"],
+    [
+        "target_kernel",
+        "combine_kernel",
+        "mark_kernel",
+        "compact_kernel",
+        "tail_kernel",
+        "order_kernel",
+        "count_kernel",
+        "weigh_kernel",
+    ],
 )
 def test_the_other_kernels_compile(name):
     kernel = compiled(name, 90, plain=False)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops import transforms
+from fastguard.ops.lm_head_stats import order
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head, Norm, check_head, check_reduction
 
@@ -279,8 +280,8 @@ def _forward(
     kept = torch.empty(kept_size, dtype=weight.dtype, device=hidden.device)
     first = kept.view(-1, weight.shape[0])[: t.numel()]
     k = len(first)
-    tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel() - k)]
-    stats = impl.forward(x[k:], head, t[k:], filter_tol, with_mean, tiles)
+    tiles = columns.view(-1, weight.shape[0] + 4 * TILE)[: _tiles(t.numel() - k)]
+    stats = order.forward(impl, x[k:], head, t[k:], filter_tol, with_mean, tiles)
     if k:
         stats = map(torch.cat, zip(impl.keep(x[:k], head, t[:k], with_mean, first), stats, strict=True))
     if valid is not None:
@@ -292,14 +293,14 @@ def _forward(
 
 
 def _sizes(target: Tensor, weight: Tensor, filter_tol: float, record: bool, most: int) -> tuple[int, int]:
-    """Of the column codes and of the kept products.
+    """Of the column codes, with the numbers of their tile's rows (order.py), and of the kept products.
 
     Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows. It
     asks whether a size is 0 too: room for one more tile than there may be spares a graph for those who keep every row.
     """
     n, classes = target.shape[0], weight.shape[0]
     kept, others = (torch.sym_min(n, most), torch.sym_max(n - most, 0)) if most else (0, n)
-    return ((others // TILE + 1) * classes if record and filter_tol > 0 else 0), kept * classes
+    return ((others // TILE + 1) * (classes + 4 * TILE) if record and filter_tol > 0 else 0), kept * classes
 
 
 def _next_token(weight: Tensor, token: Tensor | None) -> Tensor:
@@ -382,9 +383,9 @@ def _backward(
         )  # fmt: skip
     if k < n or not k:
         others = slice(k, None)
-        tiles = columns.view(-1, weight.shape[0])[: _tiles(n - k)] if columns.numel() else None
-        dy = impl.backward(
-            part(grads, others), x[k:], head, t[k:], part(saved, others), tiles, need_hidden, dweight, dbias
+        tiles = columns.view(-1, weight.shape[0] + 4 * TILE)[: _tiles(n - k)] if columns.numel() else None
+        dy = order.backward(
+            impl, part(grads, others), x[k:], head, t[k:], part(saved, others), tiles, need_hidden, dweight, dbias
         )
         dx = dy if dx is None else torch.cat([dx, dy])
     none = hidden.new_zeros(0)

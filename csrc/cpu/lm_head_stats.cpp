@@ -23,8 +23,7 @@ using torch::stable::Tensor;
 constexpr int64_t LANES = 16;        // independent accumulators: one AVX-512 or two AVX2 registers of floats
 constexpr int64_t CHUNK = 4096;      // partial sums of this many floats are carried on in double
 constexpr int64_t BLOCK = 256;       // columns per block of the second sweep: R x BLOCK floats stay in L2
-constexpr int THRESHOLDS = 12;       // candidates for the liveness threshold: 2^-2, 2^-3.5, ... 2^-18.5
-constexpr float OCTAVES_PER_STEP = 1.5F, FIRST_OCTAVE = 2.0F;
+constexpr int THRESHOLDS = 16;       // steps of the ladder of ops/lm_head_stats/live.py, whose rule this file follows
 constexpr uint8_t LIVE = 255;
 constexpr float CODES_PER_OCTAVE = 4.0F;
 
@@ -132,21 +131,21 @@ FASTGUARD_INLINE void reduce_row(T* z, int64_t V, int64_t target, const Head<T>&
   *largest = base;
 }
 
-FASTGUARD_INLINE float threshold(int k) {
-  return std::exp2(-FIRST_OCTAVE - OCTAVES_PER_STEP * static_cast<float>(k));
-}
-
 // A block of columns of the tile: their largest and summed mass over the rows, and each row's mass by the number of
 // candidate thresholds that its columns fall under: dropped[n, k] grows by the columns under exactly k + 1 of them.
-// mass [R, BLOCK] is scratch. Masses are relative to the row's rest.
+// mass [R, BLOCK] is scratch. Masses are relative to the row's rest; a row of NaN, whose factor is NaN, has none.
 template <typename T>
 FASTGUARD_INLINE void column_block(const T* z, int64_t V, int64_t R, int64_t first, int64_t width, const T* factor,
                                    const T* rest, const T* mean, const int64_t* target, const uint8_t* is_target,
-                                   T* mass, T* largest, T* total, double* dropped) {
+                                   const T* taus, T* mass, T* largest, T* total, double* dropped) {
   for (int64_t c = 0; c < width; ++c) largest[c] = total[c] = T(0);
   for (int64_t n = 0; n < R; ++n) {
     const T* zn = z + n * V + first;
     T* r = mass + n * BLOCK;
+    if (std::isnan(factor[n])) {
+      std::fill(r, r + width, T(0));
+      continue;
+    }
     if (mean == nullptr) {
       for (int64_t c = 0; c < width; ++c) r[c] = zn[c] * factor[n];
     } else {
@@ -171,7 +170,7 @@ FASTGUARD_INLINE void column_block(const T* z, int64_t V, int64_t R, int64_t fir
   int8_t under[BLOCK];
   for (int64_t c = 0; c < width; ++c) {
     int count = 0;
-    for (int k = 0; k < THRESHOLDS; ++k) count += largest[c] < threshold(k) ? 1 : 0;
+    for (int k = 0; k < THRESHOLDS; ++k) count += largest[c] < taus[k] ? 1 : 0;
     under[c] = static_cast<int8_t>(is_target[first + c] == 0 ? count : 0);
     everywhere[c] = under[c] == THRESHOLDS ? T(1) : T(0);
   }
@@ -275,14 +274,14 @@ void reduce_row_(double* z, int64_t V, int64_t t, const Head<double>& h, bool me
 }
 FASTGUARD_MULTIVERSION void column_block_(const float* z, int64_t V, int64_t R, int64_t first, int64_t width,
                                           const float* factor, const float* rest, const float* mean,
-                                          const int64_t* target, const uint8_t* is_target, float* mass, float* largest,
-                                          float* total, double* dropped) {
-  column_block(z, V, R, first, width, factor, rest, mean, target, is_target, mass, largest, total, dropped);
+                                          const int64_t* target, const uint8_t* is_target, const float* taus,
+                                          float* mass, float* largest, float* total, double* dropped) {
+  column_block(z, V, R, first, width, factor, rest, mean, target, is_target, taus, mass, largest, total, dropped);
 }
 void column_block_(const double* z, int64_t V, int64_t R, int64_t first, int64_t width, const double* factor,
                    const double* rest, const double* mean, const int64_t* target, const uint8_t* is_target,
-                   double* mass, double* largest, double* total, double* dropped) {
-  column_block(z, V, R, first, width, factor, rest, mean, target, is_target, mass, largest, total, dropped);
+                   const double* taus, double* mass, double* largest, double* total, double* dropped) {
+  column_block(z, V, R, first, width, factor, rest, mean, target, is_target, taus, mass, largest, total, dropped);
 }
 FASTGUARD_MULTIVERSION double gradient_row_(float* z, int64_t C, int64_t position, const Head<float>& h, float lse,
                                             float rest, float mean, float g_lse, float g_rest, float g_target,
@@ -318,6 +317,8 @@ void statistics_of(const Tensor& z_, const Head<T>& head, const int64_t* target,
   });
   if (columns == nullptr) return;
 
+  T taus[THRESHOLDS];
+  for (int k = 0; k < THRESHOLDS; ++k) taus[k] = static_cast<T>(std::exp2(std::ceil(std::log2(filter_tol)) - k));
   std::vector<uint8_t> is_target(V, 0);
   for (int64_t n = 0; n < R; ++n) is_target[target[n]] = 1;
   std::vector<T> largest(V), total(V);
@@ -329,7 +330,7 @@ void statistics_of(const Tensor& z_, const Head<T>& head, const int64_t* target,
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * BLOCK, width = std::min(BLOCK, V - first);
       column_block_(z, V, R, first, width, factor.data(), rest.data(), with_mean ? mean.data() : nullptr, target,
-                    is_target.data(), mass.data(), largest.data() + first, total.data() + first, mine.data());
+                    is_target.data(), taus, mass.data(), largest.data() + first, total.data() + first, mine.data());
     }
     partial[begin] = std::move(mine);
   });
@@ -345,10 +346,10 @@ void statistics_of(const Tensor& z_, const Head<T>& head, const int64_t* target,
     bool kept = true;
     for (int64_t n = 0; n < R; ++n) {
       below[n] += dropped[n * THRESHOLDS + k];
-      kept = kept && below[n] <= filter_tol;  // false for NaN
+      kept = kept && below[n] <= filter_tol;
     }
     if (!kept) break;
-    tau = T(threshold(k));
+    tau = taus[k];
   }
   torch::stable::parallel_for(0, V, 8192, [&](int64_t begin, int64_t end) {
     for (int64_t v = begin; v < end; ++v) {
@@ -383,11 +384,11 @@ void gradient_of(const Tensor& z_, const Head<T>& head, const int64_t* target, c
   });
 }
 
-// The columns a tile's backward reads: see tile_columns in portable.py. Fills index with the live columns, then the
+// The columns a tile's backward reads: see tile_columns in live.py. Fills index with the live columns, then the
 // warm ones, and share with the weights of the latter, unless they are more than index holds; counts has both numbers.
 template <typename T>
-void columns_of(const uint8_t* codes, int64_t V, double coverage, int64_t* index, int64_t capacity, T* share,
-                int64_t* counts) {
+void columns_of(const uint8_t* codes, int64_t V, double coverage, int64_t most, int64_t* index, int64_t capacity,
+                T* share, int64_t* counts) {
   int64_t histogram[256] = {};
   for (int64_t v = 0; v < V; ++v) ++histogram[codes[v]];
   double mass[256] = {}, dropped = 0;
@@ -398,11 +399,15 @@ void columns_of(const uint8_t* codes, int64_t V, double coverage, int64_t* index
   int floor = LIVE;  // the lightest code among the warm columns
   double covered = 0;
   int64_t warm = 0;
-  while (floor > 1 && (floor == LIVE || covered < coverage * dropped)) {
+  while (floor > 1 && (floor == LIVE || (covered < coverage * dropped && warm < most))) {
     --floor;
     covered += mass[floor] * static_cast<double>(histogram[floor]);
     warm += histogram[floor];
   }
+  const int64_t skipped = std::max<int64_t>(warm - most, 0);  // of the lightest code, the last ones
+  int64_t lightest = histogram[floor] - skipped;
+  covered -= mass[floor] * static_cast<double>(skipped);
+  warm -= skipped;
   const int64_t live = histogram[LIVE];
   counts[0] = live;
   counts[1] = warm;
@@ -411,7 +416,7 @@ void columns_of(const uint8_t* codes, int64_t V, double coverage, int64_t* index
   for (int64_t v = 0; v < V; ++v) {
     if (codes[v] == LIVE) {
       index[next_live++] = v;
-    } else if (codes[v] >= floor) {
+    } else if (codes[v] > floor || (codes[v] == floor && lightest-- > 0)) {
       share[next_warm - live] = static_cast<T>(mass[codes[v]] / covered);
       index[next_warm++] = v;
     }
@@ -425,16 +430,17 @@ Head<T> head_of(const std::optional<Tensor>& bias, const std::optional<Tensor>& 
   return {data_or_null<T>(bias), data_or_null<int64_t>(index), static_cast<T>(scale), static_cast<T>(softcap)};
 }
 
-void columns(const Tensor& codes, double coverage, const Tensor& index, const Tensor& share, const Tensor& counts) {
+void columns(const Tensor& codes, double coverage, int64_t most, const Tensor& index, const Tensor& share,
+             const Tensor& counts) {
   const auto* code = static_cast<const uint8_t*>(codes.const_data_ptr());
   auto* where = static_cast<int64_t*>(index.mutable_data_ptr());
   auto* count = static_cast<int64_t*>(counts.mutable_data_ptr());
   if (is_double(share)) {
-    columns_of(code, codes.size(0), coverage, where, index.size(0), static_cast<double*>(share.mutable_data_ptr()),
-               count);
+    columns_of(code, codes.size(0), coverage, most, where, index.size(0),
+               static_cast<double*>(share.mutable_data_ptr()), count);
   } else {
-    columns_of(code, codes.size(0), coverage, where, index.size(0), static_cast<float*>(share.mutable_data_ptr()),
-               count);
+    columns_of(code, codes.size(0), coverage, most, where, index.size(0),
+               static_cast<float*>(share.mutable_data_ptr()), count);
   }
 }
 
@@ -479,7 +485,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastguard_c, m) {
       "lm_head_statistics(Tensor(a!) z, Tensor? bias, Tensor target, float scale, float softcap, float filter_tol, "
       "bool with_mean, Tensor(b!)? columns, Tensor(c!) out) -> ()");
   m.def(
-      "lm_head_columns(Tensor codes, float coverage, Tensor(a!) index, Tensor(b!) share, Tensor(c!) counts) -> ()");
+      "lm_head_columns(Tensor codes, float coverage, int most, Tensor(a!) index, Tensor(b!) share, Tensor(c!) counts) "
+      "-> ()");
   m.def(
       "lm_head_gradient(Tensor(a!) z, Tensor? bias, Tensor? index, Tensor target, float scale, float softcap, "
       "Tensor row, Tensor? g_lse, Tensor? g_rest, Tensor? g_target, Tensor? g_mean, Tensor(b!) tail) -> ()");

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastguard import _extension
-from fastguard.ops.lm_head_stats import portable
+from fastguard.ops.lm_head_stats import live, portable
 from fastguard.ops.lm_head_stats.op import Grads, Row, Saved
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head
@@ -30,15 +30,15 @@ class CppKernels:
         return Row(*out)
 
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
-        """See `tile_columns`."""
+        """See `TileKernels.columns`."""
         most = int(portable.DENSE * codes.numel())
         index, share = torch.empty(most, dtype=torch.int64), torch.empty(most, dtype=dtype)
         counts = torch.zeros(2, dtype=torch.int64)
-        torch.ops.fastguard_c.lm_head_columns(codes, portable.COVERAGE, index, share, counts)
-        live, warm = counts.tolist()
-        if live + warm > most:
+        torch.ops.fastguard_c.lm_head_columns(codes, live.COVERAGE, live.WARM, index, share, counts)
+        n_live, n_warm = counts.tolist()
+        if n_live + n_warm > most:
             return None, codes.numel(), None
-        return index[: live + warm], live, share[:warm] if warm else None
+        return index[: n_live + n_warm], n_live, share[:n_warm] if n_warm else None
 
     def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """See `TileKernels.gradient`."""

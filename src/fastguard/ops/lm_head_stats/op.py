@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastguard import backend
 from fastguard.ops import transforms
+from fastguard.ops.lm_head_stats import order
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head, Norm, check_head, check_reduction
 
@@ -243,8 +244,8 @@ def _forward(
     x = final_norm.forward(hidden, picked, norm, weight.dtype)
     t = target if valid is None else target[valid]
     columns = torch.zeros(_columns_size(target, weight, filter_tol, record), dtype=torch.uint8, device=hidden.device)
-    tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())]
-    stats = impl.forward(x, head, t, filter_tol, with_mean, tiles)
+    tiles = columns.view(-1, weight.shape[0] + 4 * TILE)[: _tiles(t.numel())]
+    stats = order.forward(impl, x, head, t, filter_tol, with_mean, tiles)
     if valid is not None:
         stats = tuple(s.new_zeros(target.shape).index_copy_(0, valid, s) for s in stats)
     lse, rest_lse, target_logit, mean_logit = stats
@@ -254,8 +255,8 @@ def _forward(
 
 
 def _columns_size(target: Tensor, weight: Tensor, filter_tol: float, record: bool) -> int:
-    # Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows.
-    return _tiles(target.shape[0]) * weight.shape[0] if record and filter_tol > 0 else 0
+    # A tile's codes and the numbers of its rows (see order.py). Flat: of a size [tiles, V] tracing asks whether tiles is 1, and torch.export would be bound to one tile of rows.
+    return _tiles(target.shape[0]) * (weight.shape[0] + 4 * TILE) if record and filter_tol > 0 else 0
 
 
 def _next_token(weight: Tensor, token: Tensor | None) -> Tensor:
@@ -322,10 +323,10 @@ def _backward(
     if need_weight and acc is None:
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
     dbias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if need_bias else None
-    tiles = columns.view(-1, weight.shape[0])[: _tiles(t.numel())] if columns.numel() else None
+    tiles = columns.view(-1, weight.shape[0] + 4 * TILE)[: _tiles(t.numel())] if columns.numel() else None
     grads = Grads(*map(given, (grad_lse, grad_rest, grad_target, grad_mean)))
     saved = Saved(at(lse), at(rest_lse), given(mean_logit))
-    dx = impl.backward(grads, x, head, t, saved, tiles, need_hidden, dweight, dbias)
+    dx = order.backward(impl, grads, x, head, t, saved, tiles, need_hidden, dweight, dbias)
     none = hidden.new_zeros(0)
     dhidden: Tensor = none
     dnorm_weight, dnorm_bias = None, None

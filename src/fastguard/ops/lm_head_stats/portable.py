@@ -14,18 +14,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from fastguard.ops.lm_head_stats.live import CODES_PER_OCTAVE, LIVE, encode, tile_columns
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head
-
-LIVE = 255
-"""Column code of a live column; 1..254 hold the logarithm of a dropped column's mass, 0 is none worth keeping."""
-
-CODES_PER_OCTAVE = 4
-"""Codes 1..254 reach from mass 1 down to 2^-63 in quarter octaves: a weight is known to 9%."""
-
-COVERAGE = 0.8
-"""Warm columns are the heaviest dropped ones that together hold this part of a tile's dropped mass."""
 
 DENSE = 0.5
 """Above this fraction of live and warm columns, gathering them costs more than computing all."""
@@ -40,7 +32,7 @@ class TileKernels(Protocol):
         """Reduce raw products z [R, V] (which may be overwritten) and fill ``columns`` [V] if given."""
 
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
-        """See `tile_columns`."""
+        """`tile_columns`, or None for all columns where these are more than DENSE of V."""
 
     def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
@@ -72,15 +64,16 @@ class TorchKernels:
         rest = z.scatter(1, target[:, None], -math.inf)
         rest_lse = torch.logsumexp(rest, 1)
         if columns is not None:
-            r = torch.exp(rest - rest_lse[:, None]).nan_to_num_(0.0)  # V = 1 leaves no rest
+            mass = torch.exp(rest - rest_lse[:, None])
             if with_mean:
-                r = r * (1 + z - mean[:, None]).abs().clamp_min(1.0)
-            columns.copy_(encode(r, target, filter_tol))
+                mass *= (1 + z - mean[:, None]).abs().clamp_min(1.0)
+            columns.copy_(encode(mass.nan_to_num_(0.0), target, filter_tol))  # V = 1 leaves no rest
         return Row(lse, rest_lse, target_logit, mean)
 
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
-        """See `tile_columns`."""
-        return tile_columns(codes, dtype)
+        """See `TileKernels.columns`."""
+        index, live, share = tile_columns(codes, dtype)
+        return (index, live, share) if index.numel() <= DENSE * codes.numel() else (None, codes.numel(), None)
 
     def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
         """See `TileKernels.gradient`."""
@@ -110,49 +103,6 @@ class TorchKernels:
             d *= 1 - (z / head.softcap).square()
         raw.copy_(d * head.scale)
         return tail
-
-
-def encode(r: Tensor, target: Tensor, filter_tol: float) -> Tensor:
-    """Column codes [V] of a tile with masses r [R, V] relative to each row's rest.
-
-    The threshold is the largest power of two at which no row drops more than ``filter_tol``: the bound of the
-    op is kept by choosing it, not by hoping for it.
-    """
-    largest = r.amax(0)
-    keep = torch.zeros_like(largest, dtype=torch.bool)
-    keep[target] = True
-    threshold = 0.0
-    for exponent in range(2, 24):
-        tau = 2.0**-exponent
-        dropped = (r * ((largest < tau) & ~keep)).sum(1)
-        if float(dropped.max()) <= filter_tol:
-            threshold = tau
-            break
-    live = keep | (largest >= threshold)
-    mass = r.mean(0)
-    code = (254 + CODES_PER_OCTAVE * torch.log2(mass.clamp_min(1e-30))).round().clamp(0, 254).to(torch.uint8)
-    return torch.where(live, LIVE, code).to(torch.uint8)
-
-
-def tile_columns(codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
-    """Which columns the backward of a tile reads: (index, live, share) from its codes [V].
-
-    index: live columns in ascending order, then warm ones; None for all columns (too many to gather).
-    live: how many are live. share: weights of the warm ones, of sum 1, or None where there are none.
-    """
-    mass = torch.exp2((torch.arange(256, device=codes.device, dtype=torch.float64) - 254) / CODES_PER_OCTAVE)
-    mass[0] = mass[LIVE] = 0.0
-    heaviest_first = (torch.bincount(codes.int(), minlength=256) * mass).flip(0).cumsum(0)
-    covered = (heaviest_first >= COVERAGE * heaviest_first[-1]).nonzero()[0]
-    floor = max(255 - int(covered), 1)
-    live = (codes == LIVE).nonzero()[:, 0]
-    warm = ((codes >= floor) & (codes < LIVE)).nonzero()[:, 0]
-    if live.numel() + warm.numel() > DENSE * codes.numel():
-        return None, codes.numel(), None
-    if not warm.numel():
-        return live, live.numel(), None
-    share = mass[codes[warm].int()]
-    return torch.cat([live, warm]), live.numel(), (share / share.sum()).to(dtype)
 
 
 def forward(

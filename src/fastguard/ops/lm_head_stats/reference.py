@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastguard.ops.lm_head_stats import live
 from fastguard.ops.vocabulary import Head
 
 
@@ -46,3 +47,27 @@ def lm_head_stats(
     mean_logit = (torch.softmax(z, dim=-1) * z).sum(-1)
     stats = (lse, rest_lse, target_logit, mean_logit)
     return tuple(torch.where(live, s, torch.zeros_like(s)) for s in stats)  # type: ignore[return-value]
+
+
+def one_pass_codes(
+    z: Tensor, target: Tensor, bound: Tensor, filter_tol: float, parts: int, block: int = 128, rounding: float = 1.0
+) -> Tensor:
+    """Column codes [V] of a tile as a scan that reads the columns once finds them (``triton.py``), without mean_logit.
+
+    z: logits [R, V]. bound: [R], a lower bound of the rest lse to start from. parts: how many runs of blocks of
+    ``block`` columns start from it. rounding: what the sums of dropped mass keep of the true ones.
+    """
+    rest = z.scatter(1, target[:, None], float("-inf"))
+    v, lse = z.shape[1], rest.logsumexp(1)
+    blocks = torch.nn.functional.pad(rest, (0, -v % (2 * block)), value=float("-inf")).unflatten(1, (-1, block))
+    run = 2 * -(-blocks.shape[1] // 2 // parts)
+    sums = blocks.logsumexp(2)
+    known = torch.cat([s.logcumsumexp(1) for s in sums.split(run, 1)], 1).maximum(bound[:, None])
+    peak = torch.exp(blocks - known[:, :, None]).amax(0).flatten()[:v].float()
+    codes = ((peak.view(torch.int32) + (1 << 20)) >> 21) - 127 * live.CODES_PER_OCTAVE + 254
+    codes = codes.clamp(0, 254)
+    octaves = torch.exp2((codes.double() - 254) / live.CODES_PER_OCTAVE)
+    least = live.threshold(torch.exp(rest - lse[:, None]).double(), octaves, filter_tol * rounding)
+    codes[octaves >= least] = live.LIVE
+    codes[target] = live.LIVE
+    return codes.to(torch.uint8)

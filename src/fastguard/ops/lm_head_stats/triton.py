@@ -6,12 +6,12 @@ Forward, one pass over the logits (2 N D V flops) and no logits in memory:
 
 1. ``target_kernel``: the target logit of each row;
 2. ``scan_kernel``: a program owns (one tile of TILE rows, one part of V). It keeps a running maximum and sums per
-   row, and writes two bytes per (tile, column), codes of the column's mean and largest mass. Masses are relative to
-   the running rest lse, which only grows: what is found negligible stays so. The run starts from the rest lse over
-   the first HOT columns (tokenizers number their merges by frequency), which keeps the parts of V comparable;
-3. ``combine_kernel``: sums over the parts, in order (no atomics). The scan also summed what each row would lose at
-   two thresholds; the tile takes the larger if it keeps every row within ``filter_tol``, and all columns where
-   none does. The promise is settled here: the backward has nothing to redo;
+   row, and writes a byte per (tile, column), the code of the column's peak: its largest mass in the tile. Masses are
+   relative to the running rest lse, which only grows. The run starts from the rest lse over SAMPLE columns, half of
+   them the first (tokenizers number their merges by frequency), half evenly spaced; parts of V start alike from it;
+3. ``combine_kernel``: sums over the parts, in order (no atomics). The scan also summed what each row would lose at each
+   threshold of the ladder (`live.py`), to the columns whose code is below it: a product with 16 columns of zeros
+   and ones, so that the ladder costs no more than the reading of it. The promise is settled here;
 4. ``mark_kernel``: gives the columns at or above the threshold the code LIVE.
 
 Backward over the live columns (6 N D C flops), or over all of them in windows:
@@ -23,8 +23,7 @@ Backward over the live columns (6 N D C flops), or over all of them in windows:
 4. ``dweight_kernel``: a program owns a block of columns and loops over the tiles in which any of them is live, so
    that dW is read and written once, without atomics. Columns are ordered by the tiles that want them.
 
-Two host synchronisations per backward: the largest number of live columns sizes the buffers, and the columns that
-stand for the dropped ones are listed.
+One host synchronisation per backward: the largest number of live columns sizes the buffers.
 Products run in the input dtype with fp32 accumulation; float32 products are exact ("ieee") unless
 ``torch.set_float32_matmul_precision`` allows TF32.
 
@@ -47,23 +46,27 @@ from torch import Tensor
 
 import triton
 from fastguard.ops.launch import on_device, precision, processors, shared_memory
-from fastguard.ops.lm_head_stats import portable
+from fastguard.ops.lm_head_stats import live, portable
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved
 from fastguard.ops.vocabulary import Head
 
-OCTAVES = (6, 11)
-"""A tile's threshold is 6 or 11 octaves below filter_tol (rounded down to a power of two), or 0."""
-
-HOT = 2048
+SAMPLE = 2048
 """Columns that give the scan its starting point; used from 8 times as many columns on (1.6% of V = 128256)."""
+
+WAVES = 4
+"""A scan is at most so many rounds of programs: more would even the last one out, but within a part the rest lse grows."""
+
+ROUNDING = 1 - 2.0**-8
+"""What sums of bf16 masses keep of the true sums, at least."""
 
 WINDOW_ELEMENTS = 2**26
 """Most elements of dlogits alive at a time: 128 MB in bf16."""
 
 NEGATIVE = tl.constexpr(-1.0e30)
 FAR = tl.constexpr(-1.0e15)  # its square is finite
-LIVE = tl.constexpr(portable.LIVE)
-OCTAVE = tl.constexpr(portable.CODES_PER_OCTAVE)
+LIVE = tl.constexpr(live.LIVE)
+OCTAVE = tl.constexpr(live.CODES_PER_OCTAVE)
+THRESHOLDS = tl.constexpr(live.THRESHOLDS)
 
 
 class Blocks(NamedTuple):
@@ -183,15 +186,15 @@ def product2(
 
 @triton.jit
 def fold(
-    state, b_z, o_v, p_target, p_target_logit, m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, taus,
-    WITH_MEAN: tl.constexpr,
+    state, b_z, o_v, p_target, p_target_logit, m_n, p_bias, p_columns, V, scale, softcap, log_v, top,
+    WITH_MEAN: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """Take the raw products b_z of the columns o_v into a tile's running statistics; write their two bytes.
+    """Take the raw products b_z of the columns o_v into a tile's running statistics; write their codes.
 
-    state, each [TILE]: the maximum m, sum exp(z - m), sum exp(z - m) z, and the part of the sum in columns below each
-    of the two ``taus``.
+    state: the maximum m, sum exp(z - m) and sum exp(z - m) z [TILE], and the parts of the sum in columns whose codes are
+    below ``top``, an octave below it and so on [TILE, THRESHOLDS], of masses rounded to MASS.
     """
-    b_max, b_sum, b_moment, b_drop0, b_drop1 = state
+    b_max, b_sum, b_moment, b_drop = state
     m_v = o_v < V
     b_bias = tl.load(p_bias + o_v, mask=m_v, other=0.0).to(tl.float32)[None, :] if p_bias is not None else 0.0
     b_z = logits(b_z, b_bias, scale, softcap)
@@ -212,37 +215,35 @@ def fold(
             b_target_logit = tl.load(p_target_logit, mask=m_n, other=0.0)
             b_below = tl.maximum(b_new, b_target_logit)[:, None] - b_z
             b_e = b_e * tl.maximum(tl.maximum(b_above, b_below), 1.0)
-        # A row loses no more than its own small masses: columns that another row keeps alive are counted too.
-        b_drop0 = b_drop0 * b_shrink + tl.sum(tl.where(b_e < (taus[0] * b_rest)[:, None], b_e, 0.0), 1)
-        b_drop1 = b_drop1 * b_shrink + tl.sum(tl.where(b_e < (taus[1] * b_rest)[:, None], b_e, 0.0), 1)
-        b_mass = b_e * tl.where(m_n, 1.0 / b_rest, 0.0)[:, None]
-        tl.store(p_columns + o_v, encode(tl.sum(b_mass, 0) / n_rows), mask=m_v)
-        tl.store(p_peak + o_v, encode(tl.max(b_mass, 0)), mask=m_v)
-    return b_new, b_sum, b_moment, b_drop0, b_drop1
+        b_code = encode(tl.max(b_e * tl.where(m_n, 1.0 / b_rest, 0.0)[:, None], 0))  # a row of NaN asks for nothing
+        tl.store(p_columns + o_v, b_code.to(tl.uint8), mask=m_v)
+        b_under = b_code[:, None] < top - OCTAVE * tl.arange(0, THRESHOLDS)[None, :]
+        b_drop = tl.dot(b_e.to(MASS), b_under.to(MASS), b_drop * b_shrink[:, None], input_precision="ieee")
+    return b_new, b_sum, b_moment, b_drop
 
 
 @triton.jit
 def encode(b_mass):
-    """Column code of a mean mass: exponent and two bits of mantissa, a logarithm in quarter octaves good to 9%."""
+    """Column code of a mass: exponent and two bits of mantissa, a logarithm in quarter octaves good to 9%."""
     b_bits = (b_mass.to(tl.int32, bitcast=True) + (1 << 20)) >> 21
-    return tl.minimum(tl.maximum(b_bits - 127 * OCTAVE + 254, 0), 254).to(tl.uint8)
+    return tl.minimum(tl.maximum(b_bits - 127 * OCTAVE + 254, 0), 254)
 
 
 @triton.jit
 def scan_kernel(
-    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_peak, p_parts,
-    N, V, D, n_blocks, scale, softcap, log_v, taus,
+    p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_parts,
+    N, V, D, stride_columns, n_blocks, scale, softcap, log_v, top,
     TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    MASS: tl.constexpr,
 ):  # fmt: skip
     """Partial statistics of one tile over ``n_blocks`` blocks of 2 BLOCK_V columns.
 
-    parts: `Parts`, over v != target. columns, peak: codes [T, V] of each column's mean and largest mass in the tile,
-    relative to the rest lse as known when it was read.
+    parts: `Parts`, over v != target. columns: codes [T, V] of each column's largest mass in the tile, relative to the
+    rest lse as known when it was read.
     """
     i_tile, i_part = tl.program_id(0), tl.program_id(1)
     o_n = i_tile * TILE + tl.arange(0, TILE)
     m_n = o_n < N
-    n_rows = tl.minimum(N - i_tile * TILE, TILE)
     p_rows = p_x + tl.minimum(o_n, N - 1).to(tl.int64) * D
     # The maximum starts at a lower bound of the rest lse: 1 <= sum wherever it was raised since.
     if p_bound is not None:
@@ -250,10 +251,9 @@ def scan_kernel(
     else:
         b_max = tl.full([TILE], NEGATIVE, tl.float32)
     b_none = tl.zeros([TILE], dtype=tl.float32)
-    state = b_max, b_none, b_none, b_none, b_none
+    state = b_max, b_none, b_none, tl.zeros([TILE, THRESHOLDS], dtype=tl.float32)
     if p_columns is not None:
-        p_columns += i_tile.to(tl.int64) * V
-        p_peak += i_tile.to(tl.int64) * V
+        p_columns += i_tile.to(tl.int64) * stride_columns
     for i_block in range(i_part * n_blocks, tl.minimum((i_part + 1) * n_blocks, tl.cdiv(V, 2 * BLOCK_V))):
         o_v = i_block * 2 * BLOCK_V + tl.arange(0, BLOCK_V)
         p_left = p_weight + tl.minimum(o_v, V - 1).to(tl.int64) * D
@@ -262,36 +262,35 @@ def scan_kernel(
         for i_half in tl.static_range(2):
             state = fold(
                 state, b_left if i_half == 0 else b_right, o_v + i_half * BLOCK_V, p_target + o_n, p_target_logit + o_n,
-                m_n, n_rows, p_bias, p_columns, p_peak, V, scale, softcap, log_v, taus, p_parts.moment is not None,
+                m_n, p_bias, p_columns, V, scale, softcap, log_v, top, p_parts.moment is not None, MASS,
             )  # fmt: skip
-    b_max, b_sum, b_moment, b_drop0, b_drop1 = state
-    o_part = i_part * N + o_n
+    b_max, b_sum, b_moment, b_drop = state
+    o_part = i_part.to(tl.int64) * N + o_n
     tl.store(p_parts.maximum + o_part, b_max, mask=m_n)
     tl.store(p_parts.total + o_part, b_sum, mask=m_n)
     if p_parts.moment is not None:
         tl.store(p_parts.moment + o_part, b_moment, mask=m_n)
     if p_parts.dropped is not None:
-        o_drop = 2 * i_part * N + o_n
-        tl.store(p_parts.dropped + o_drop, b_drop0, mask=m_n)
-        tl.store(p_parts.dropped + o_drop + N, b_drop1, mask=m_n)
+        o_drop = o_part[:, None] * THRESHOLDS + tl.arange(0, THRESHOLDS)[None, :]
+        tl.store(p_parts.dropped + o_drop, b_drop, mask=m_n[:, None])
 
 
 @triton.jit
 def combine_kernel(
-    p_parts, p_target, p_target_logit, p_lse, p_rest, p_mean, p_least, p_peak, N, V, n_parts, filter_tol, codes,
-    TILE: tl.constexpr,
+    p_parts, p_target, p_target_logit, p_lse, p_rest, p_mean, p_least, p_columns, N, stride_columns, n_parts,
+    filter_tol, top, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Sum the parts of one tile: lse, rest, mean [N]; least [T]: which of ``codes`` columns live from."""
+    """Sum the parts of one tile: lse, rest, mean [N]; least [T]: the code that columns live from. Marks the targets."""
     i_tile = tl.program_id(0)
     o_n = i_tile * TILE + tl.arange(0, TILE)
     m_n = o_n < N
     b_max = tl.full([TILE], NEGATIVE, tl.float32)
     b_sum = tl.zeros([TILE], dtype=tl.float32)
     b_moment = tl.zeros([TILE], dtype=tl.float32)
-    b_drop0 = tl.zeros([TILE], dtype=tl.float32)
-    b_drop1 = tl.zeros([TILE], dtype=tl.float32)
-    for i_part in range(n_parts):
-        o_part = i_part * N + o_n
+    b_drop = tl.zeros([TILE, THRESHOLDS], dtype=tl.float32)
+    o_k = tl.arange(0, THRESHOLDS)
+    o_part = o_n.to(tl.int64)
+    for _ in range(n_parts):
         b_part = tl.load(p_parts.maximum + o_part, mask=m_n, other=0.0)
         b_new = tl.maximum(b_max, b_part)
         b_old, b_part = tl.exp(b_max - b_new), tl.exp(b_part - b_new)
@@ -300,9 +299,9 @@ def combine_kernel(
         if p_parts.moment is not None:
             b_moment = b_moment * b_old + b_part * tl.load(p_parts.moment + o_part, mask=m_n, other=0.0)
         if p_parts.dropped is not None:
-            o_drop = 2 * i_part * N + o_n
-            b_drop0 = b_drop0 * b_old + b_part * tl.load(p_parts.dropped + o_drop, mask=m_n, other=0.0)
-            b_drop1 = b_drop1 * b_old + b_part * tl.load(p_parts.dropped + o_drop + N, mask=m_n, other=0.0)
+            p_drop = p_parts.dropped + o_part[:, None] * THRESHOLDS + o_k[None, :]
+            b_drop = b_drop * b_old[:, None] + b_part[:, None] * tl.load(p_drop, mask=m_n[:, None], other=0.0)
+        o_part += N
     b_target_logit = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
     b_rest = b_max + tl.log(b_sum)
     b_top = tl.maximum(b_rest, b_target_logit)
@@ -314,23 +313,24 @@ def combine_kernel(
         b_mean = tl.exp(b_rest - b_lse) * b_moment / b_floor + tl.exp(b_target_logit - b_lse) * b_target_logit
         tl.store(p_mean + o_n, b_mean, mask=m_n)
     if p_parts.dropped is not None:
-        b_most = filter_tol * b_floor
-        m_ok0 = tl.max((m_n & (b_drop0 > b_most)).to(tl.int32), 0) == 0
-        m_ok1 = tl.max((m_n & (b_drop1 > b_most)).to(tl.int32), 0) == 0
-        tl.store(p_least + i_tile, tl.where(m_ok0, codes[0], tl.where(m_ok1, codes[1], 0)))
+        m_over = m_n[:, None] & (b_drop > (filter_tol * b_floor)[:, None])  # not of NaN
+        b_over = tl.max(m_over.to(tl.int32), 0)
+        i_step = tl.min(tl.where(b_over == 0, o_k, THRESHOLDS), 0)
+        tl.store(p_least + i_tile, tl.where(i_step < THRESHOLDS, tl.maximum(top - OCTAVE * i_step, 0), 0))
         b_target = tl.load(p_target + o_n, mask=m_n, other=0)
-        tl.store(p_peak + i_tile.to(tl.int64) * V + b_target, tl.full([TILE], LIVE, tl.int32).to(tl.uint8), mask=m_n)
+        p_marked = p_columns + i_tile.to(tl.int64) * stride_columns + b_target
+        tl.store(p_marked, tl.full([TILE], LIVE, tl.int32).to(tl.uint8), mask=m_n)
 
 
 @triton.jit
-def mark_kernel(p_columns, p_peak, p_least, V, BLOCK: tl.constexpr):
-    """Give the columns of a tile whose peak code is at least the tile's the code LIVE, in place."""
+def mark_kernel(p_columns, p_least, V, stride_columns, BLOCK: tl.constexpr):
+    """Give the columns of a tile whose code is at least the tile's the code LIVE, in place."""
     i_tile = tl.program_id(0)
     o_v = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_v = o_v < V
-    o = i_tile.to(tl.int64) * V + o_v
-    m_live = m_v & (tl.load(p_peak + o, mask=m_v, other=0).to(tl.int32) >= tl.load(p_least + i_tile))
-    tl.store(p_columns + o, tl.full([BLOCK], LIVE, tl.int32).to(tl.uint8), mask=m_live)
+    p_code = p_columns + i_tile.to(tl.int64) * stride_columns + o_v
+    m_live = m_v & (tl.load(p_code, mask=m_v, other=0).to(tl.int32) >= tl.load(p_least + i_tile))
+    tl.store(p_code, tl.full([BLOCK], LIVE, tl.int32).to(tl.uint8), mask=m_live)
 
 
 @triton.jit
@@ -390,12 +390,12 @@ def dlogit_kernel(
         b_m = b_p * (1.0 + b_z - tl.load(p_saved.mean_logit + o_n, mask=m_n, other=0.0)[None, :])
         b_d += b_m * tl.load(p_grads.mean_logit + o_n, mask=m_n, other=0.0)[None, :]
         if p_kept_mean is not None:
-            tl.store(p_kept_mean + i_block * N + o_n, tl.sum(b_m, 0), mask=m_n)
+            tl.store(p_kept_mean + i_block.to(tl.int64) * N + o_n, tl.sum(b_m, 0), mask=m_n)
     if p_grads.rest_lse is not None or p_kept is not None:
         b_rest = tl.exp(b_z - tl.load(p_saved.rest_lse + o_n, mask=m_n, other=float("inf"))[None, :])
         b_rest = tl.where(m_target, 0.0, b_rest)
         if p_kept is not None:
-            tl.store(p_kept + i_block * N + o_n, tl.sum(b_rest, 0), mask=m_n)
+            tl.store(p_kept + i_block.to(tl.int64) * N + o_n, tl.sum(b_rest, 0), mask=m_n)
     if p_grads.rest_lse is not None:
         b_d += b_rest * tl.load(p_grads.rest_lse + o_n, mask=m_n, other=0.0)[None, :]
     if p_grads.target_logit is not None:
@@ -497,6 +497,33 @@ def tail_kernel(p_tail, p_x, p_out, N, D, TILE: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
+def count_kernel(p_codes, p_counts, stride, n_columns, BLOCK: tl.constexpr):
+    """counts [T, 256] int32: how often each code occurs in a row of codes."""
+    i_row = tl.program_id(0)
+    b_counts = tl.zeros([256], dtype=tl.int32)
+    for start in range(0, n_columns, BLOCK):
+        o = start + tl.arange(0, BLOCK)
+        b_code = tl.load(p_codes + i_row.to(tl.int64) * stride + o, mask=o < n_columns, other=0)
+        b_counts += tl.histogram(b_code.to(tl.int32), 256)  # absent ones as 0, which weighs nothing
+    tl.store(p_counts + i_row * 256 + tl.arange(0, 256), b_counts)
+
+
+@triton.jit
+def weigh_kernel(p_codes, p_floor, p_weight, p_total, stride, n_columns, n_tiles, BLOCK: tl.constexpr):
+    """total [n_columns]: over the tiles, weight [T] times the mass of a dropped column whose code is at least floor [T]."""
+    o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m = o < n_columns
+    b_total = tl.zeros([BLOCK], dtype=tl.float32)
+    p_row = p_codes + o
+    for i_tile in range(n_tiles):
+        b_code = tl.load(p_row, mask=m, other=0).to(tl.int32)
+        p_row += stride
+        b_mass = tl.exp2((b_code - 254).to(tl.float32) / OCTAVE) * tl.load(p_weight + i_tile)
+        b_total += tl.where((b_code >= tl.load(p_floor + i_tile)) & (b_code < LIVE), b_mass, 0.0)
+    tl.store(p_total + o, b_total, mask=m)
+
+
+@triton.jit
 def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
     """key [n_columns] int32: sorts columns live in a quarter of the tiles first, the others by first and last tile."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -518,8 +545,8 @@ def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
 class Parts(NamedTuple):
     """What the scan writes of each part of V, over v != target, and ``combine_kernel`` adds up.
 
-    maximum, total, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z; dropped [S, 2, N]: the
-    part of the sum in columns below each threshold. moment and dropped are None where nobody asks for the mean logit
+    maximum, total, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z; dropped [S, N, THRESHOLDS]:
+    the part of the sum in columns below each threshold. moment and dropped are None where nobody asks for the mean logit
     and for live columns.
     """
 
@@ -560,10 +587,22 @@ def forward(x: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean:
             x, head.weight, head.bias, target, target_logit, n, d, head.scale, head.softcap, BLOCK_N=16, BLOCK_K=128
         )
     record = columns.numel() > 0
-    rows = (x, head, target, target_logit, filter_tol)
-    bound = _scan(*rows, v=HOT)[1] if record and v >= 8 * HOT else None
-    lse, rest_lse, mean = _scan(*rows, v=v, with_mean=with_mean, bound=bound, columns=columns if record else None)
+    record = columns.numel() > 0
+    bound = _bound(x, head, target, target_logit) if record and v >= 8 * SAMPLE else None
+    lse, rest_lse, mean = _scan(
+        x, head, target, target_logit, filter_tol, with_mean, bound, columns if record else None
+    )
     return Row(lse, rest_lse, target_logit, mean)
+
+
+def _bound(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Tensor:
+    """The rest lse [N] over a sample of the columns."""
+    v, half = head.weight.shape[0], SAMPLE // 2
+    sample = torch.arange(SAMPLE, device=x.device)
+    sample[half:] = half + sample[:half] * ((v - half) // half)
+    place = torch.full((v,), -1, device=x.device).index_copy_(0, sample, torch.arange(SAMPLE, device=x.device))
+    bias = None if head.bias is None else head.bias[sample]
+    return _scan(x, replace(head, weight=head.weight[sample], bias=bias), place[target], target_logit)[1]
 
 
 def _scan(
@@ -571,14 +610,13 @@ def _scan(
     head: Head,
     target: Tensor,
     target_logit: Tensor,
-    filter_tol: float,
-    v: int,
+    filter_tol: float = 0.0,
     with_mean: bool = False,
     bound: Tensor | None = None,
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(lse, rest_lse, mean_logit) over the first v columns, from ``bound`` [N] <= rest_lse; fills ``columns``."""
-    n, d = x.shape
+    """(lse, rest_lse, mean_logit) over the columns of the head, from ``bound`` [N] <= rest_lse; fills ``columns``."""
+    (n, d), v = x.shape, head.weight.shape[0]
     tiles = triton.cdiv(n, TILE)
     blocks = config(x.dtype, shared_memory(x.device)).scan
     n_blocks = triton.cdiv(v, 2 * blocks.outer)
@@ -590,25 +628,26 @@ def _scan(
 
     lse, rest_lse, mean = empty(n), empty(n), torch.zeros(n, dtype=torch.float32, device=x.device)
     record = columns is not None
-    moment, dropped = empty(n_parts, n) if with_mean else None, empty(n_parts, 2, n) if record else None
+    moment, dropped = empty(n_parts, n) if with_mean else None, empty(n_parts, n, THRESHOLDS.value) if record else None
     parts = Parts(empty(n_parts, n), empty(n_parts, n), moment, dropped)
-    peak = empty(tiles, v, dtype=torch.uint8) if record else None
     least = empty(tiles, dtype=torch.int32) if record else None
     if not n:
         return lse, rest_lse, mean
-    exponents = [math.floor(math.log2(filter_tol)) - octaves for octaves in OCTAVES] if record else [0, 0]
+    stride = 0 if columns is None else columns.stride(0)
+    top = 254 + live.CODES_PER_OCTAVE * live.first_octave(filter_tol) if record else 0
     scan_kernel[tiles, n_parts](
-        x, head.weight, head.bias, target, target_logit, bound, columns, peak, parts,
-        n, v, d, per_part, head.scale, head.softcap, math.log(v), tuple(2.0**e for e in exponents),
+        x, head.weight, head.bias, target, target_logit, bound, columns, parts,
+        n, v, d, stride, per_part, head.scale, head.softcap, math.log(v), top,
         TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, EVEN=d % blocks.inner == 0, PRECISION=precision(),
+        MASS=tl.bfloat16 if x.device.type == "cuda" else tl.float32,  # the interpreter has no products of bfloat16
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    codes = tuple(254 + portable.CODES_PER_OCTAVE * e for e in exponents)
     combine_kernel[tiles,](
-        parts, target, target_logit, lse, rest_lse, mean, least, peak, n, v, n_parts, filter_tol, codes, TILE=TILE
-    )
+        parts, target, target_logit, lse, rest_lse, mean, least, columns, n, stride, n_parts,
+        filter_tol * ROUNDING, top, TILE=TILE,
+    )  # fmt: skip
     if record:
-        mark_kernel[tiles, triton.cdiv(v, 4096)](columns, peak, least, v, BLOCK=4096)
+        mark_kernel[tiles, triton.cdiv(v, 4096)](columns, least, v, stride, BLOCK=4096)
     return lse, rest_lse, mean
 
 
@@ -642,13 +681,16 @@ def backward(
     blocks = config(x.dtype, shared_memory(x.device))
     need_weight = dweight is not None or dbias is not None
     warm = share = tail_row = None
+    most = v
     if columns is not None:
-        warm, share = warm_columns(columns, saved.rest_lse, head.softcap)
+        counts = torch.empty(tiles, 256, dtype=torch.int32, device=x.device)
+        count_kernel[tiles,](columns, counts, columns.stride(0), v, BLOCK=2048)
+        most = int(counts[:, live.LIVE].max())  # the host synchronisation
+        warm, share = warm_columns(columns, counts, saved.rest_lse, head.softcap)
         tail_row = share.to(weight.dtype) @ weight[warm]
     tail = None
 
     widest = max(WINDOW_ELEMENTS // (tiles * TILE), COLUMNS)
-    most = v if columns is None else int((columns == portable.LIVE).sum(1).max())  # the host synchronisation
     width = v if most <= widest else widest // COLUMNS * COLUMNS
     n_places = triton.cdiv(min(most, width), COLUMNS) * COLUMNS
     dlogit = torch.empty(tiles, n_places, TILE, dtype=x.dtype, device=x.device)
@@ -699,24 +741,27 @@ def backward(
     return dx
 
 
-def warm_columns(columns: Tensor, rest_lse: Tensor, softcap: float | None) -> tuple[Tensor, Tensor]:
+def warm_columns(
+    columns: Tensor, counts: Tensor, rest_lse: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     """(warm [K], share [T, K]): the dropped columns that stand for a tile's tail, of all tiles, and their weights.
 
-    A tile's own are its heaviest, up to COVERAGE of its dropped mass; the others weigh 0, the soft-cap's slope is in.
+    A tile's own are its heaviest, up to COVERAGE of its dropped mass; of all tiles' the WARM heaviest. What is none of a
+    tile's weighs 0; the soft-cap's slope is in. counts [T, 256]: how often each code occurs.
     """
-    codes = torch.arange(256, device=columns.device, dtype=torch.float32)
-    mass = torch.exp2((codes - 254) / portable.CODES_PER_OCTAVE)
-    mass[0] = mass[portable.LIVE] = 0.0
-    one = torch.ones((), device=columns.device)
-    counts = torch.zeros(columns.shape[0], 256, device=columns.device)
-    counts.scatter_add_(1, columns.long(), one.expand(columns.shape))  # sums of ones: exact in any order
+    mass = live.mass_of_codes(columns.device).float()
     heaviest_first = (counts * mass).flip(1).cumsum(1)
-    floor = (255 - (heaviest_first < portable.COVERAGE * heaviest_first[:, -1:]).sum(1, keepdim=True)).clamp_min(1)
-    is_warm = (columns >= floor) & (columns < portable.LIVE)
-    warm = is_warm.any(0).nonzero()[:, 0]
+    floor = (255 - (heaviest_first < live.COVERAGE * heaviest_first[:, -1:]).sum(1, keepdim=True)).clamp_min(1)
+    tiny = torch.finfo(torch.float32).tiny
+    weight = 1 / heaviest_first.gather(1, 255 - floor).clamp_min(tiny)
+    total = torch.empty(columns.shape[1], device=columns.device)
+    weigh_kernel[triton.cdiv(len(total), 1024),](
+        columns, floor.int(), weight, total, columns.stride(0), len(total), columns.shape[0], BLOCK=1024
+    )
+    warm = total.sort(descending=True, stable=True).indices[: live.WARM]
     picked = columns[:, warm]
-    share = mass[picked.int()] * is_warm[:, warm]
-    share = share / share.sum(1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    share = mass[picked.int()] * (picked >= floor)
+    share = share / share.sum(1, keepdim=True).clamp_min(tiny)
     return warm, share * portable.slope_of_tiles(picked, rest_lse, softcap) if softcap else share
 
 
@@ -759,9 +804,11 @@ def _window(
     order_kernel[triton.cdiv(width, 1024),](place, key, width, tiles, BLOCK=1024)
     order = torch.sort(key, stable=True).indices
     slot = place.index_select(1, order)
-    padded = torch.nn.functional.pad(slot, (0, n_blocks * COLUMNS - width), value=-1)
+    del place  # four bytes a (tile, column), as slot is
+    missing = n_blocks * COLUMNS - width
+    padded = torch.nn.functional.pad(slot, (0, missing), value=-1) if missing else slot
     wanted = (padded >= 0).view(tiles, n_blocks, COLUMNS).any(2).t()
-    tile, _, n_tiles = _compact((wanted * portable.LIVE).to(torch.uint8).contiguous(), tiles, 0)
+    tile, _, n_tiles = _compact((wanted * live.LIVE).to(torch.uint8).contiguous(), tiles, 0)
     return Window(index, count, (first + order).to(torch.int32), slot, tile, n_tiles)
 
 
@@ -781,4 +828,4 @@ def _parts(tiles: int, n_blocks: int, processors: int) -> int:
     def cost(parts: int) -> tuple[int, int]:
         return triton.cdiv(tiles * parts, processors) * triton.cdiv(n_blocks, parts), parts
 
-    return min(range(1, min(n_blocks, 2 * processors) + 1), key=cost)
+    return min(range(1, min(n_blocks, max(WAVES * processors // tiles, 1)) + 1), key=cost)

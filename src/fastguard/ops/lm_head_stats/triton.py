@@ -590,7 +590,6 @@ def forward(x: Tensor, head: Head, target: Tensor, filter_tol: float, with_mean:
             x, head.weight, head.bias, target, target_logit, n, d, head.scale, head.softcap, BLOCK_N=16, BLOCK_K=128
         )
     record = columns.numel() > 0
-    record = columns.numel() > 0
     bound = _bound(x, head, target, target_logit) if record and v >= 8 * SAMPLE else None
     lse, rest_lse, mean = _scan(
         x, head, target, target_logit, filter_tol, with_mean, bound, columns if record else None
@@ -618,11 +617,18 @@ def _scan(
     columns: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(lse, rest_lse, mean_logit) over the columns of the head, from ``bound`` [N] <= rest_lse; fills ``columns``."""
+    from fastguard.ops.lm_head_stats import hopper  # which is made of this file's functions
+
     (n, d), v = x.shape, head.weight.shape[0]
     tiles = triton.cdiv(n, TILE)
-    blocks = config(x.dtype, shared_memory(x.device)).scan
-    n_blocks = triton.cdiv(v, 2 * blocks.outer)
-    n_parts = _parts(tiles, n_blocks, processors(x.device)) if n else 1
+    by_descriptors = hopper.serves(x, head)
+    if by_descriptors:
+        blocks = hopper.blocks_of(head, with_mean)
+        n_blocks, parts_of = triton.cdiv(v, blocks.outer), hopper.parts_of
+    else:
+        blocks = config(x.dtype, shared_memory(x.device)).scan
+        n_blocks, parts_of = triton.cdiv(v, 2 * blocks.outer), _parts
+    n_parts = parts_of(tiles, n_blocks, processors(x.device)) if n else 1
     per_part = triton.cdiv(n_blocks, n_parts)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -637,13 +643,16 @@ def _scan(
         return lse, rest_lse, mean
     stride = 0 if columns is None else columns.stride(0)
     top = 254 + live.CODES_PER_OCTAVE * live.first_octave(filter_tol) if record else 0
-    scan_kernel[tiles, n_parts](
-        x, head.weight, head.bias, target, target_logit, bound, columns, parts,
-        n, v, d, stride, per_part, head.scale, head.softcap, math.log(v), top,
-        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, EVEN=d % blocks.inner == 0, PRECISION=precision(),
-        MASS=tl.bfloat16 if x.device.type == "cuda" else tl.float32,  # the interpreter has no products of bfloat16
-        num_warps=blocks.warps, num_stages=blocks.stages,
-    )  # fmt: skip
+    if by_descriptors:
+        hopper.scan(x, head, target, target_logit, bound, columns, parts, per_part, top)
+    else:
+        scan_kernel[tiles, n_parts](
+            x, head.weight, head.bias, target, target_logit, bound, columns, parts,
+            n, v, d, stride, per_part, head.scale, head.softcap, math.log(v), top,
+            TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, EVEN=d % blocks.inner == 0, PRECISION=precision(),
+            MASS=tl.bfloat16 if x.device.type == "cuda" else tl.float32,  # the interpreter has no products of bfloat16
+            num_warps=blocks.warps, num_stages=blocks.stages,
+        )  # fmt: skip
     combine_kernel[tiles,](
         parts, target, target_logit, lse, rest_lse, mean, least, columns, n, stride, n_parts,
         filter_tol * ROUNDING, top, TILE=TILE,

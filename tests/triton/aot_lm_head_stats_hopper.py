@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import aot
 import pytest
-
 import triton.language as tl
+
 from fastguard.ops.lm_head_stats import hopper
 from fastguard.ops.lm_head_stats.op import TILE
 from fastguard.ops.lm_head_stats.triton import Parts

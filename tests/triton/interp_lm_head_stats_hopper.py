@@ -18,6 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEN
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
 
 import triton.language as tl
+
 from fastguard.ops.lm_head_stats import hopper
 from fastguard.ops.lm_head_stats import triton as ops
 

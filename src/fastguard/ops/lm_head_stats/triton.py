@@ -549,8 +549,8 @@ class Parts(NamedTuple):
     """What the scan writes of each part of V, over v != target, and ``combine_kernel`` adds up.
 
     maximum, total, moment [S, N]: the running maximum m, sum exp(z - m) and sum exp(z - m) z; dropped
-    [S, N, THRESHOLDS]: the part of the sum in columns below each threshold. moment and dropped are None where nobody asks for the
-    mean logit and for live columns.
+    [S, N, THRESHOLDS]: the part of the sum in columns below each threshold. moment and
+    dropped are None where nobody asks for the mean logit and for live columns.
     """
 
     maximum: Tensor

@@ -108,7 +108,7 @@ class Case:
 def lm_head_stats(case: Case) -> Iterator[Result]:
     """All outputs, with bias, scale and soft-cap."""
     hidden, head, target = case.head()
-    options = {"scale": 1.3, "softcap": 15.0}
+    options: dict[str, Any] = {"scale": 1.3, "softcap": 15.0}
     yield from case.differentiated(
         lambda h, w, b: fastguard.lm_head_stats(h, w, target, bias=b, filter_tol=0.0, with_mean=True, **options),
         lambda h, w, b: head_spec.lm_head_stats(h, w, target, b, **options),

@@ -283,9 +283,9 @@ def _forward(
     tiles = columns.view(-1, weight.shape[0] + 4 * TILE)[: _tiles(t.numel() - k)]
     stats = order.forward(impl, x[k:], head, t[k:], filter_tol, with_mean, tiles)
     if k:
-        stats = map(torch.cat, zip(impl.keep(x[:k], head, t[:k], with_mean, first), stats, strict=True))
+        stats = Row(*map(torch.cat, zip(impl.keep(x[:k], head, t[:k], with_mean, first), stats, strict=True)))
     if valid is not None:
-        stats = tuple(s.new_zeros(target.shape).index_copy_(0, valid, s) for s in stats)
+        stats = Row(*(s.new_zeros(target.shape).index_copy_(0, valid, s) for s in stats))
     lse, rest_lse, target_logit, mean_logit = stats
     if not with_mean:
         mean_logit = lse.new_zeros(0)
@@ -387,7 +387,7 @@ def _backward(
         dy = order.backward(
             impl, part(grads, others), x[k:], head, t[k:], part(saved, others), tiles, need_hidden, dweight, dbias
         )
-        dx = dy if dx is None else torch.cat([dx, dy])
+        dx = dy if dx is None or dy is None else torch.cat([dx, dy])
     none = hidden.new_zeros(0)
     dhidden: Tensor = none
     dnorm_weight, dnorm_bias = None, None

@@ -17,8 +17,9 @@ from fastguard import backend
 from fastguard.bench import peers, timing, zipf
 from fastguard.bench.shapes import Shapes
 from fastguard.bench.work import Group, Work
+from fastguard.ops.lm_head_stats import order
+from fastguard.ops.lm_head_stats.live import LIVE
 from fastguard.ops.lm_head_stats.op import DEFAULT_FILTER_TOL, TILE
-from fastguard.ops.lm_head_stats.portable import LIVE
 from fastguard.ops.vocabulary import Head
 
 CHUNK = 1024
@@ -44,10 +45,10 @@ def drawn(shapes: Shapes, vocabulary: int, **how: Any) -> tuple[Tensor, Tensor, 
 
 def live(h: Tensor, w: Tensor, t: Tensor) -> float:
     """The part of all (tile, column) pairs that the forward finds live."""
-    columns = torch.zeros(-(-len(h) // TILE), len(w), dtype=torch.uint8, device=h.device)
+    record = torch.zeros(-(-len(h) // TILE), len(w) + 4 * TILE, dtype=torch.uint8, device=h.device)
     impl = backend.choose("lm_head_stats", h.device)
-    impl.forward(h, Head(w), t, DEFAULT_FILTER_TOL[h.dtype], False, columns)
-    return float((columns == LIVE).double().mean())
+    order.forward(impl, h, Head(w), t, DEFAULT_FILTER_TOL[h.dtype], False, record)
+    return float((record[:, : len(w)] == LIVE).double().mean())
 
 
 def entropy(h: Tensor, w: Tensor) -> float:

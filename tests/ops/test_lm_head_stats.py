@@ -18,6 +18,7 @@ from fastguard import backend
 from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.lens_stats import reference as lens_reference
 from fastguard.ops.lm_head_stats import LMHeadStats, live, lm_head_stats, order, portable
+from fastguard.ops.lm_head_stats import op as lm_head_op
 from fastguard.ops.lm_head_stats import reference as reference
 from fastguard.ops.vocabulary import KINDS, Head
 
@@ -414,6 +415,37 @@ def test_lens_matches_reference(on_backend, norm, dtype):
 
 def test_final_norm_kinds_are_documented():
     assert set(KINDS) == {n["norm_kind"] for n in NORMS.values()}
+
+
+def test_which_rows_count_is_found_once_for_all_states_and_again_when_the_target_changes(monkeypatch):
+    """A GPU has to be waited for to know."""
+    v, d, n = 40, 8, 6
+    weight, rows = torch.randn(v, d), torch.arange(n)
+    found, find = [], lm_head_op._counting
+    monkeypatch.setattr(lm_head_op, "_counting", lambda *given: found.append(given) or find(*given))
+
+    def step(states, target):
+        hidden = [torch.randn(n, d, requires_grad=True) for _ in range(states)]
+        stats = torch.stack([lens_stats(h, rows, weight, target, filter_tol=0.0)[0].lse for h in hidden])
+        torch.autograd.grad(stats.sum(), hidden)
+        return stats.detach()
+
+    target = torch.randint(0, v, (n,))
+    step(3, target)
+    step(2, target)
+    assert len(found) == 1
+    target[2] = -100
+    stats = step(2, target)
+    assert len(found) == 2 and (stats[:, 2] == 0).all() and (stats[:, 1] != 0).all()
+    target[2] = v
+    with pytest.raises(IndexError):
+        step(1, target)
+    target[2] = v - 1
+    with torch.inference_mode():  # which counts no versions
+        inference = target.clone()
+        for _ in range(2):
+            lens_stats(torch.randn(n, d), rows, weight, inference)
+    assert len(found) == 5
 
 
 def test_compiled_the_head_has_one_gradient_buffer():

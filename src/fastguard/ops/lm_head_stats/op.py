@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastguard import backend
 from fastguard.ops import transforms
@@ -231,10 +232,25 @@ def call(
     return stats, (token_out if token is not None else None)
 
 
+_known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Of each target: its version and the vocabulary it was read for, and what `_valid` found."""
+
+
 def _valid(target: Tensor, vocabulary: int) -> Tensor | None:
-    """Indices of the rows that count, or None if all do."""
+    """Indices of the rows that count, or None if all do.
+
+    Found once for each version of a tensor, since a GPU must be waited for to know: all states of a lens, and their
+    backwards, have one target. (So a CUDA graph keeps the rows that counted when it was captured.)
+    """
     if target.numel() == 0:
         return None
+    of = (None if target.is_inference() else target._version, vocabulary)  # inference tensors do not count versions
+    if of[0] is None or _known.get(target, (None, None))[0] != of:
+        _known[target] = of, _counting(target, vocabulary)
+    return _known[target][1]
+
+
+def _counting(target: Tensor, vocabulary: int) -> Tensor | None:
     too_large = (target >= vocabulary).any()
     if target.device.type == "cpu":
         if too_large:

@@ -15,7 +15,8 @@ import torch
 
 from end_to_end.step import load, prose
 from fastguard.ops.lens_stats import lens_stats
-from fastguard.ops.lm_head_stats import cpu, portable
+from fastguard.ops.lm_head_stats import cpu
+from fastguard.ops.lm_head_stats.live import LIVE
 
 LAYERS = (1, 6, 12, 18, 24, 28, 29, 30)
 
@@ -38,7 +39,7 @@ def main() -> None:
 
         def columns(self, codes, dtype):
             index, live, share = columns_of(self, codes, dtype)
-            kept.append(float((codes == portable.LIVE).double().mean()))
+            kept.append(float((codes == LIVE).double().mean()))
             return index, live, share if tail or share is None else 0 * share
 
         leaves = states[layer].reshape(-1, 576).clone().requires_grad_(), weight.clone().requires_grad_()

@@ -124,17 +124,17 @@ def test_filter_keeps_its_bound(on_backend, dtype, options):
     columns = torch.zeros(2, v, dtype=torch.uint8)
     head = Head(weight, **options)
     _, rest_lse, _, _ = impl.forward(hidden, head, target, tol, False, columns)
-    live = columns == portable.LIVE
-    assert 0.001 < live.double().mean() < 0.5
+    is_live = columns == live.LIVE
+    assert 0.001 < is_live.double().mean() < 0.5
     z = reference.logits_of(hidden.double(), replace(head, weight=weight.double()))
     mass = torch.exp(z - rest_lse.double()[:, None]).scatter(1, target[:, None], 0.0)
     tile = torch.arange(n) // portable.TILE
-    dropped = (mass * ~live[tile]).sum(1)
+    dropped = (mass * ~is_live[tile]).sum(1)
     assert dropped.max() <= tol * (1 + 1e-5)
-    assert live[tile, target].all(), "a target must always be live"
+    assert is_live[tile, target].all(), "a target must always be live"
     # The codes carry the dropped columns' mean mass to a quarter octave, half a step of rounding each way.
     mean = torch.stack([mass[tile == i].mean(0) for i in range(2)])
-    known = (columns > 1) & ~live
+    known = (columns > 1) & ~is_live
     ratio = torch.exp2((columns[known].double() - 254) / portable.CODES_PER_OCTAVE) / mean[known]
     assert ratio.log2().abs().max() <= 0.5 / portable.CODES_PER_OCTAVE + 1e-3
 
@@ -184,7 +184,7 @@ def test_backends_choose_the_same_columns(spread):
         pytest.skip("no C++ extension")
     cpu = importlib.import_module(f"{OP}.cpu")
     codes = (254 - spread * 40 * torch.randn(2000).abs()).clamp(0, 255).to(torch.uint8)
-    codes[::50] = portable.LIVE
+    codes[::50] = live.LIVE
     ours, spec = cpu.CppKernels().columns(codes, torch.float64), portable.tile_columns(codes, torch.float64)
     assert ours[1] == spec[1]
     for a, b in zip(ours[::2], spec[::2], strict=True):

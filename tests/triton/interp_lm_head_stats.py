@@ -123,7 +123,7 @@ def test_filter_keeps_its_promise(sample, options, monkeypatch):
     *inputs, target = draw(n, v, 40, torch.float32, spread=8.0)
     inputs[0][:] = inputs[0][torch.arange(n) % 8] + 0.1 * inputs[0]  # as a batch's rows, alike
     columns, mass = record(inputs, target, tol, **options)
-    is_live = columns == portable.LIVE
+    is_live = columns == live.LIVE
     assert 0.01 < is_live.double().mean() < 0.9, "the case must drop columns"
     assert float((mass * ~is_live).sum(1).max()) <= tol * (1 + 1e-5)
     assert is_live[torch.arange(n), target].all()
@@ -141,7 +141,7 @@ def test_a_bound_to_start_from_drops_more(monkeypatch):
     counts = {}
     for sample in (64, 2048):
         monkeypatch.setattr(ops, "SAMPLE", sample)
-        counts[sample] = int((record(inputs, target, 0.1)[0] == portable.LIVE).sum())
+        counts[sample] = int((record(inputs, target, 0.1)[0] == live.LIVE).sum())
     assert counts[64] < counts[2048] / 2
 
 
@@ -198,7 +198,7 @@ def test_a_flat_row_lowers_its_tiles_threshold():
     *inputs, target = draw(8, 1000, 40, torch.float32, spread=12.0)
     inputs[0][3] /= 4
     columns, mass = record((*inputs[:2], torch.zeros(1000)), target, 0.1)
-    is_live = columns[0] == portable.LIVE
+    is_live = columns[0] == live.LIVE
     peak = mass.max(0).values
     assert float(mass[3][peak < 2.0**-5].sum()) > 0.1, "the case must break the bound at a high threshold"
     assert not is_live.all()
@@ -222,7 +222,7 @@ def test_filtered_hidden_gradient_is_within_its_bound_row_by_row(index):
     hidden, weight, bias = (t.double() for t in inputs)
     z = reference.logits_of(hidden, Head(weight, bias, scale))
     gradient = [mass * share, mass, torch.zeros_like(mass), mass * share * (1 + z - exact[0][3][:, None])][index]
-    dropped = gradient * (columns != portable.LIVE)
+    dropped = gradient * (columns != live.LIVE)
     g = scale * upstream[index][:, None]
     longest = inputs[1].double().norm(dim=1).max()
     error = (mine[1][0].double() - exact[1][0]).norm(dim=1)
@@ -239,7 +239,7 @@ def test_windows_of_columns_add_up(filter_tol, monkeypatch):
     """Where the dlogits of all columns would not fit their buffer, windows of columns give the same gradients."""
     monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 2 * portable.TILE * 128)
     *inputs, target = draw(130, 303, 40, torch.float32)
-    assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == portable.LIVE).sum(1).max() > 128
+    assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == live.LIVE).sum(1).max() > 128
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), filter_tol)
     for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):

@@ -30,7 +30,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton
 from fastguard.ops.lm_head_stats.op import TILE
-from fastguard.ops.lm_head_stats.triton import NEGATIVE, OCTAVE, THRESHOLDS, Blocks, fold
+from fastguard.ops.lm_head_stats.triton import NEGATIVE, OCTAVE, THRESHOLDS, Blocks, fold, store_part
 from fastguard.ops.vocabulary import Head
 
 GROUP = tl.constexpr(32)
@@ -132,15 +132,7 @@ def scan_descriptors_kernel(
                 state, b_z, i_first + tl.arange(0, BLOCK_V), p_target + o_n, p_target_logit + o_n, m_n, p_bias,
                 p_columns, V, scale, softcap, log_v, top, p_parts.moment is not None, MASS,
             )  # fmt: skip
-    b_max, b_sum, b_moment, b_drop = state
-    o_part = i_part.to(tl.int64) * N + o_n
-    tl.store(p_parts.maximum + o_part, b_max, mask=m_n)
-    tl.store(p_parts.total + o_part, b_sum, mask=m_n)
-    if p_parts.moment is not None:
-        tl.store(p_parts.moment + o_part, b_moment, mask=m_n)
-    if p_parts.dropped is not None:
-        o_drop = o_part[:, None] * THRESHOLDS + tl.arange(0, THRESHOLDS)[None, :]
-        tl.store(p_parts.dropped + o_drop, b_drop, mask=m_n[:, None])
+    store_part(p_parts, state, i_part, o_n, m_n, N)
 
 
 def serves(x: Tensor, head: Head) -> bool:

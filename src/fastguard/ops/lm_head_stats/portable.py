@@ -17,7 +17,6 @@ from torch import Tensor
 
 from fastguard.ops.lm_head_stats import exact
 from fastguard.ops.lm_head_stats.live import CODES_PER_OCTAVE, encode, tile_columns
-from fastguard.ops.lm_head_stats.live import LIVE as LIVE
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved, part
 from fastguard.ops.precision import accumulation_dtype
 from fastguard.ops.vocabulary import Head

@@ -233,6 +233,20 @@ def encode(b_mass):
 
 
 @triton.jit
+def store_part(p_parts, state, i_part, o_n, m_n, N):
+    """Write what `fold` made of one part of V for the rows o_n of a tile."""
+    b_max, b_sum, b_moment, b_drop = state
+    o_part = i_part.to(tl.int64) * N + o_n
+    tl.store(p_parts.maximum + o_part, b_max, mask=m_n)
+    tl.store(p_parts.total + o_part, b_sum, mask=m_n)
+    if p_parts.moment is not None:
+        tl.store(p_parts.moment + o_part, b_moment, mask=m_n)
+    if p_parts.dropped is not None:
+        o_drop = o_part[:, None] * THRESHOLDS + tl.arange(0, THRESHOLDS)[None, :]
+        tl.store(p_parts.dropped + o_drop, b_drop, mask=m_n[:, None])
+
+
+@triton.jit
 def scan_kernel(
     p_x, p_weight, p_bias, p_target, p_target_logit, p_bound, p_columns, p_parts,
     N, V, D, stride_columns, n_blocks, scale, softcap, log_v, top,
@@ -267,15 +281,7 @@ def scan_kernel(
                 state, b_left if i_half == 0 else b_right, o_v + i_half * BLOCK_V, p_target + o_n, p_target_logit + o_n,
                 m_n, p_bias, p_columns, V, scale, softcap, log_v, top, p_parts.moment is not None, MASS,
             )  # fmt: skip
-    b_max, b_sum, b_moment, b_drop = state
-    o_part = i_part.to(tl.int64) * N + o_n
-    tl.store(p_parts.maximum + o_part, b_max, mask=m_n)
-    tl.store(p_parts.total + o_part, b_sum, mask=m_n)
-    if p_parts.moment is not None:
-        tl.store(p_parts.moment + o_part, b_moment, mask=m_n)
-    if p_parts.dropped is not None:
-        o_drop = o_part[:, None] * THRESHOLDS + tl.arange(0, THRESHOLDS)[None, :]
-        tl.store(p_parts.dropped + o_drop, b_drop, mask=m_n[:, None])
+    store_part(p_parts, state, i_part, o_n, m_n, N)
 
 
 @triton.jit

@@ -73,8 +73,10 @@ def backward(
         kernels.gradient(d, block, None, target - start, saved, grads)
         if dx is not None:
             add_product(dx, d, w)
-        if dweight is not None and overwrite:
+        if dweight is not None and overwrite and dweight.dtype == d.dtype:
             torch.mm(d.t(), x, out=dweight[columns])
+        elif dweight is not None and overwrite:
+            dweight[columns] = d.t() @ x
         elif dweight is not None:
             add_product(dweight[columns], d.t(), x)
         if dbias is not None:

@@ -32,7 +32,7 @@ from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.gram import gram_
 from fastguard.ops.head_kl import head_kl
 from fastguard.ops.head_kl import triton as head_kl_kernels
-from fastguard.ops.lm_head_stats import triton as lm_head_stats
+from fastguard.ops.lm_head_stats.triton import backward_pass, forward_pass
 from fastguard.ops.masks import apply_mask_, count_bits, pack_mask, unpack_mask
 from fastguard.ops.masks import triton as masks
 from fastguard.ops.multi_tensor import triton as tables
@@ -127,8 +127,8 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(stream_id=7))
-    monkeypatch.setattr(lm_head_stats, "shared_memory", lambda _: 227 * 1024)
-    monkeypatch.setattr(head_kl_kernels, "shared_memory", lambda _: 227 * 1024)
+    for module in (forward_pass, backward_pass, head_kl_kernels):
+        monkeypatch.setattr(module, "shared_memory", lambda _: 227 * 1024)
     monkeypatch.setattr(FakeTensor, "__getitem__", item)
     monkeypatch.setattr(FakeTensor, "copy_", lambda t, source: torch.ops.aten.copy_(t, source))
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: t.untyped_storage()._cdata << 16)  # each its own megabyte

@@ -10,8 +10,15 @@ import pytest
 import torch
 
 import triton
-from fastguard.ops.lm_head_stats import triton as ops
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Saved
+from fastguard.ops.lm_head_stats.triton import combine, configs, dlogit, dweight, dx, lists, scan, target, warm
+
+KERNELS = {
+    name: kernel
+    for module in (combine, dlogit, dweight, dx, lists, scan, target, warm)
+    for name, kernel in vars(module).items()
+    if name.endswith("_kernel")
+}
 
 POINTERS = dict.fromkeys(("p_x", "p_weight", "p_dlogit"), "*bf16")
 SIZES = dict.fromkeys(
@@ -37,7 +44,7 @@ INTEGERS = dict.fromkeys(
 COUNTS = dict.fromkeys(("n_blocks", "n_parts", "n_columns", "n_tiles", "stride", "first", "top"), "i32")
 SCALARS = dict.fromkeys(("scale", "softcap", "log_v", "filter_tol"), "fp32")
 TUPLES = {
-    "p_grads": Grads(*["*fp32"] * 4), "p_saved": Saved(*["*fp32"] * 3), "p_parts": ops.Parts(*["*fp32"] * 4),
+    "p_grads": Grads(*["*fp32"] * 4), "p_saved": Saved(*["*fp32"] * 3), "p_parts": scan.Parts(*["*fp32"] * 4),
 }  # fmt: skip
 TYPES = POINTERS | SIZES | BYTES | INTEGERS | COUNTS | SCALARS | TUPLES | {"p_target": "*i64"}
 
@@ -59,10 +66,10 @@ BLOCK_NAMES = {
 MATRIX = tuple(BLOCK_NAMES)
 
 
-def arguments(name: str, blocks: ops.Blocks | None, plain: bool, dtype: str = "bf16") -> dict[str, Any]:
+def arguments(name: str, blocks: configs.Blocks | None, plain: bool, dtype: str = "bf16") -> dict[str, Any]:
     """Types and constants of a kernel. plain: what a RepNoise step launches; otherwise every option on."""
     constants: dict[str, Any] = {
-        "TILE": TILE, "COLUMNS": ops.COLUMNS, "PRECISION": "ieee", "EVEN": True, "WITH_MEAN": True, "ADD": True,
+        "TILE": TILE, "COLUMNS": configs.COLUMNS, "PRECISION": "ieee", "EVEN": True, "WITH_MEAN": True, "ADD": True,
         "BLOCK": 2048, "BLOCK_D": 64, "BLOCK_N": 16, "BLOCK_K": 128,
         "MASS": triton.language.bfloat16,
     }  # fmt: skip
@@ -71,7 +78,7 @@ def arguments(name: str, blocks: ops.Blocks | None, plain: bool, dtype: str = "b
         constants |= {outer: blocks.outer, inner: blocks.inner}
     known = TYPES | constants | (PLAIN if plain else {})
     out: dict[str, Any] = {}
-    for p in getattr(ops, name).params:
+    for p in KERNELS[name].params:
         value = known.get(p.name, "*fp32")
         out[p.name] = value.replace("bf16", dtype) if isinstance(value, str) and not p.is_constexpr else value
     return out
@@ -81,9 +88,9 @@ def arguments(name: str, blocks: ops.Blocks | None, plain: bool, dtype: str = "b
 def compiled(name: str, arch: int, plain: bool = True) -> aot.Compiled:
     blocks = None
     if name in MATRIX:
-        blocks = getattr(ops.config(torch.bfloat16, aot.SHARED_LIMIT[arch]), name.removesuffix("_kernel"))
+        blocks = getattr(configs.config(torch.bfloat16, aot.SHARED_LIMIT[arch]), name.removesuffix("_kernel"))
     warps, stages = (blocks.warps, blocks.stages) if blocks else (4, 3)
-    return aot.compile_kernel(getattr(ops, name), arguments(name, blocks, plain), arch, warps, stages)
+    return aot.compile_kernel(KERNELS[name], arguments(name, blocks, plain), arch, warps, stages)
 
 
 @pytest.mark.parametrize("arch", sorted(aot.SHARED_LIMIT))
@@ -127,15 +134,15 @@ def test_the_other_kernels_compile(name):
 @pytest.mark.parametrize("name", MATRIX)
 def test_float32_kernels_fit_everywhere(name):
     """Exact float32 products compile, and fit the smallest shared memory in use (AMD's 64 KiB)."""
-    blocks = getattr(ops.config(torch.float32, 64 * 1024), name.removesuffix("_kernel"))
+    blocks = getattr(configs.config(torch.float32, 64 * 1024), name.removesuffix("_kernel"))
     arguments_ = arguments(name, blocks, plain=True, dtype="fp32")
-    kernel = aot.compile_kernel(getattr(ops, name), arguments_, 80, blocks.warps, blocks.stages)
+    kernel = aot.compile_kernel(KERNELS[name], arguments_, 80, blocks.warps, blocks.stages)
     assert kernel.shared <= 64 * 1024
 
 
 @pytest.mark.parametrize("name", MATRIX)
 def test_half_precision_kernels_fit_small_devices(name):
     """Consumer GPUs (99 KiB) take the narrow blocks."""
-    blocks = getattr(ops.config(torch.bfloat16, 99 * 1024), name.removesuffix("_kernel"))
-    kernel = aot.compile_kernel(getattr(ops, name), arguments(name, blocks, True), 89, blocks.warps, blocks.stages)
+    blocks = getattr(configs.config(torch.bfloat16, 99 * 1024), name.removesuffix("_kernel"))
+    kernel = aot.compile_kernel(KERNELS[name], arguments(name, blocks, True), 89, blocks.warps, blocks.stages)
     assert kernel.shared <= 64 * 1024

@@ -21,7 +21,9 @@ from fastguard.ops.vocabulary import Head
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
 
+from fastguard.ops.launch import processors
 from fastguard.ops.lm_head_stats import triton as ops
+from fastguard.ops.lm_head_stats.triton import backward_pass, configs, forward_pass, scan
 
 pytestmark = pytest.mark.interpreter
 
@@ -118,7 +120,7 @@ def record(inputs, target, filter_tol, with_mean=False, **options):
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "softcap"])
 def test_filter_keeps_its_promise(sample, options, monkeypatch):
     """No row drops more than filter_tol of its rest mass, targets live, and codes tell a dropped column's peak."""
-    monkeypatch.setattr(ops, "SAMPLE", sample)
+    monkeypatch.setattr(forward_pass, "SAMPLE", sample)
     n, v, tol = 130, 550, 0.1
     *inputs, target = draw(n, v, 40, torch.float32, spread=8.0)
     inputs[0][:] = inputs[0][torch.arange(n) % 8] + 0.1 * inputs[0]  # as a batch's rows, alike
@@ -140,14 +142,14 @@ def test_a_bound_to_start_from_drops_more(monkeypatch):
     inputs[2][:8] += 12.0
     counts = {}
     for sample in (64, 2048):
-        monkeypatch.setattr(ops, "SAMPLE", sample)
+        monkeypatch.setattr(forward_pass, "SAMPLE", sample)
         counts[sample] = int((record(inputs, target, 0.1)[0] == live.LIVE).sum())
     assert counts[64] < counts[2048] / 2
 
 
 def test_the_kernels_follow_the_rule(monkeypatch):
     """Codes and live columns are the specification's, among flat, one-hot, equal and NaN rows; of these none asks."""
-    monkeypatch.setattr(ops, "SAMPLE", 64)
+    monkeypatch.setattr(forward_pass, "SAMPLE", 64)
     *inputs, target = draw(128, 1100, 40, torch.float32, spread=12.0)
     hidden, weight, bias = inputs
     hidden[:] = hidden[torch.arange(128) % 8] + 0.1 * hidden  # as a batch's rows, alike
@@ -158,12 +160,12 @@ def test_the_kernels_follow_the_rule(monkeypatch):
     head, rows = Head(weight, bias), torch.arange(128) != 7
     columns = torch.zeros(1, 1100, dtype=torch.uint8)
     stats = ops.forward(hidden, head, target, 0.1, False, columns)
-    bound = ops._bound(hidden, head, target, stats.target_logit)[rows]
-    block = ops.config(torch.float32, 0).scan.outer
-    parts = ops._parts(1, -(-1100 // (2 * block)), ops.processors(hidden.device))
+    bound = forward_pass._bound(hidden, head, target, stats.target_logit)[rows]
+    block = configs.config(torch.float32, 0).scan.outer
+    parts = scan._parts(1, -(-1100 // (2 * block)), processors(hidden.device))
     assert parts > 1
     z = reference.logits_of(hidden, head)[rows]
-    codes = reference.one_pass_codes(z, target[rows], bound, 0.1, parts, block, ops.ROUNDING)
+    codes = reference.one_pass_codes(z, target[rows], bound, 0.1, parts, block, forward_pass.ROUNDING)
     codes[target[7]] = live.LIVE
     assert 0.01 < (codes == live.LIVE).double().mean() < 0.5
     assert (columns[0] == codes).double().mean() > 0.99  # a code may be rounded the other way
@@ -237,7 +239,7 @@ def test_filtered_hidden_gradient_is_within_its_bound_row_by_row(index):
 @pytest.mark.parametrize("filter_tol", [0.0, 0.1], ids=["all columns", "dense tiles"])
 def test_windows_of_columns_add_up(filter_tol, monkeypatch):
     """Where the dlogits of all columns would not fit their buffer, windows of columns give the same gradients."""
-    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 2 * portable.TILE * 128)
+    monkeypatch.setattr(backward_pass, "WINDOW_ELEMENTS", 2 * portable.TILE * 128)
     *inputs, target = draw(130, 303, 40, torch.float32)
     assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == live.LIVE).sum(1).max() > 128
     upstream = torch.randn(4, 130, dtype=torch.float64)
@@ -266,7 +268,8 @@ def test_one_gradient_wanted(wanted, filter_tol):
 @pytest.mark.parametrize("shared", [100 * 1024, 163 * 1024, 227 * 1024])
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small, A100-like and Hopper-like devices agree with the specification."""
-    monkeypatch.setattr(ops, "shared_memory", lambda device: shared)
+    for module in (forward_pass, backward_pass):
+        monkeypatch.setattr(module, "shared_memory", lambda device: shared)
     *inputs, target = draw(130, 303, 72, torch.float16, spread=4.0)
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), **OPTIONS)

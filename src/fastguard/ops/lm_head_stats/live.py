@@ -11,7 +11,7 @@ it has summed up. Where no threshold will do, every column is live. A row of NaN
 **Warm** columns are the heaviest dropped ones that together hold COVERAGE of the dropped mass, at most WARM of them; a
 tile's tail is divided among them in proportion to their masses.
 
-``portable.py`` reads these functions; csrc/cpu/lm_head_stats.cpp and ``triton.py`` are other forms of them, and tested
+``portable.py`` reads these functions; csrc/cpu/lm_head_stats.cpp and ``triton/`` are other forms of them, and tested
 against them. Shapes: R rows of a tile, V vocabulary.
 """
 

@@ -32,6 +32,7 @@ from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.gram import gram_
 from fastguard.ops.head_kl import head_kl
 from fastguard.ops.head_kl import triton as head_kl_kernels
+from fastguard.ops.lm_head_stats import op as lm_head
 from fastguard.ops.lm_head_stats.triton import backward_pass, forward_pass
 from fastguard.ops.masks import apply_mask_, count_bits, pack_mask, unpack_mask
 from fastguard.ops.masks import triton as masks
@@ -95,7 +96,8 @@ def item(tensor, key):
         elif isinstance(part, slice):
             tensor = torch.ops.aten.slice(tensor, axis, part.start, part.stop, part.step or 1)
         else:
-            tensor = tensor.index_select(axis, part)  # a mask, whose count nobody knows, has no int64
+            # A mask, whose count nobody knows, is none of what index_select takes.
+            tensor = tensor.index_select(axis, part.flatten()).unflatten(axis, part.shape)
         axis += 1
     return tensor
 
@@ -129,6 +131,7 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(stream_id=7))
     for module in (forward_pass, backward_pass, head_kl_kernels):
         monkeypatch.setattr(module, "shared_memory", lambda _: 227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(FakeTensor, "__getitem__", item)
     monkeypatch.setattr(FakeTensor, "copy_", lambda t, source: torch.ops.aten.copy_(t, source))
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: t.untyped_storage()._cdata << 16)  # each its own megabyte
@@ -192,6 +195,32 @@ def test_head_kl(launched):
     student, teacher, weight = new(70, 64), new(70, 64), new(1000, 64)
     head_kl(student, teacher, weight, softcap=30.0)
     assert set(launched) == {"scan_kernel", "combine_kernel", "dlogit_kernel"}
+
+
+@pytest.mark.parametrize("dtype, softcap, with_mean", [(torch.bfloat16, 0.0, False), (torch.float16, 30.0, True)])
+def test_lm_head_stats(launched, dtype, softcap, with_mean, monkeypatch):
+    """How many columns live is not known to the host: it launches for all that may be, and works on those of none."""
+    monkeypatch.setattr(lm_head, "_valid", lambda *_: None)  # which waits, once for each target
+    n, v, places = 300, 20000, 1024
+    monkeypatch.setattr(backward_pass, "WINDOW_ELEMENTS", 0)
+    hidden, weight, bias, target = new(n, 64, dtype=dtype), new(v, 64, dtype=dtype), new(v), new(n, dtype=torch.int64)
+
+    def run(filter_tol):
+        launched.clear()
+        torch.ops.fastguard.lm_head_stats(
+            hidden, None, weight, bias, target, "none", None, None, 0.0, 1.0, softcap, filter_tol, with_mean,
+            filter_tol > 0, 0, None,
+        )  # fmt: skip
+
+    run(0.05)
+    assert set(launched) == {
+        "target_kernel", "scan_descriptors_kernel", "combine_kernel", "mark_kernel", "compact_kernel", "order_kernel",
+        "floor_kernel", "weigh_kernel", "dlogit_kernel", "dx_kernel", "wanted_kernel", "dweight_kernel", "tail_kernel",
+        "add_rows_kernel",
+    }  # fmt: skip
+    assert launched.count("dlogit_kernel") == launched.count("dweight_kernel") == -(-v // places)
+    run(0.0)
+    assert launched[-1] == "gradient_kernel" and "dlogit_kernel" not in launched
 
 
 def test_scores_and_activations(launched):

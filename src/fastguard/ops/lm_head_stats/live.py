@@ -75,9 +75,8 @@ def encode(mass: Tensor, target: Tensor, filter_tol: float) -> Tensor:
 
 def mass_of_codes(device: torch.device) -> Tensor:
     """[256] float64: the mass that a code of a dropped column stands for."""
-    mass = torch.exp2((torch.arange(256, device=device, dtype=torch.float64) - 254) / CODES_PER_OCTAVE)
-    mass[0] = mass[LIVE] = 0.0
-    return mass
+    code = torch.arange(256, device=device, dtype=torch.float64)
+    return torch.where((code > 0) & (code < LIVE), torch.exp2((code - 254) / CODES_PER_OCTAVE), 0.0)
 
 
 def tile_columns(codes: Tensor, dtype: torch.dtype, most: int = WARM) -> tuple[Tensor, int, Tensor | None]:

@@ -55,9 +55,10 @@ def _bound(x: Tensor, head: Head, target: Tensor, target_logit: Tensor) -> Tenso
     """The rest lse [N] over a sample of the columns."""
     v = head.weight.shape[0]
     sample = live.sample(v, SAMPLE, x.device)
-    place = torch.full((v,), -1, device=x.device).index_copy_(0, sample, torch.arange(SAMPLE, device=x.device))
+    place = torch.searchsorted(sample, target).clamp_max(SAMPLE - 1)
+    place = torch.where(sample[place] == target, place, -1)
     bias = None if head.bias is None else head.bias[sample]
-    return _scan(x, replace(head, weight=head.weight[sample], bias=bias), place[target], target_logit)[1]
+    return _scan(x, replace(head, weight=head.weight[sample], bias=bias), place, target_logit)[1]
 
 
 def _scan(

@@ -11,59 +11,38 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
-from fastguard.ops.lm_head_stats import live
-from fastguard.ops.lm_head_stats.triton.configs import COLUMNS
 from fastguard.ops.lm_head_stats.triton.pieces import LIVE
 
 
-class Window(NamedTuple):
-    """Live columns of every tile within a range of columns of W.
-
-    listed [T, C]: columns of W; n_listed [T]; column [U]: columns of W in the order in which dW is computed;
-    slot [T, U]: their places in ``listed``, -1 for none; tile [blocks, T], n_tiles [blocks]: tiles per block.
-    """
-
-    listed: Tensor
-    n_listed: Tensor
-    column: Tensor
-    slot: Tensor
-    tile: Tensor
-    n_tiles: Tensor
-
-
 @triton.jit
-def compact_kernel(p_codes, p_index, p_place, p_count, stride, n_columns, n_places, first, BLOCK: tl.constexpr):
-    """List the columns of one row of codes that equal LIVE.
-
-    codes [T, stride] of which n_columns are read; index [T, n_places]: first + column, ascending;
-    place [T, n_columns]: position in the list, -1 for none; count [T].
-    """
-    i_row = tl.program_id(0)
+def compact_kernel(p_codes, p_index, p_place, p_count, stride, V, BLOCK: tl.constexpr):
+    """List the live columns of one tile: `Lists` of codes [T, stride]."""
+    i_row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     n = 0
-    for start in range(0, n_columns, BLOCK):
-        m = start + o < n_columns
-        b_live = (tl.load(p_codes + i_row.to(tl.int64) * stride + start + o, mask=m, other=0) == LIVE).to(tl.int32)
+    for start in range(0, V, BLOCK):
+        m = start + o < V
+        b_live = (tl.load(p_codes + i_row * stride + start + o, mask=m, other=0) == LIVE).to(tl.int32)
         b_place = n + tl.cumsum(b_live, 0) - 1
-        tl.store(p_place + i_row.to(tl.int64) * n_columns + start + o, tl.where(b_live > 0, b_place, -1), mask=m)
-        m_live = (b_live > 0) & (b_place < n_places)
-        tl.store(p_index + i_row.to(tl.int64) * n_places + b_place, first + start + o, mask=m_live)
+        if p_place is not None:
+            tl.store(p_place + i_row * V + start + o, tl.where(b_live > 0, b_place, -1), mask=m)
+        tl.store(p_index + i_row * V + b_place, start + o, mask=b_live > 0)
         n += tl.sum(b_live, 0)
     tl.store(p_count + i_row, n)
 
 
 @triton.jit
-def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
-    """key [n_columns] int32: sorts columns live in a quarter of the tiles first, the others by first and last tile."""
+def order_kernel(p_place, p_key, V, n_tiles, BLOCK: tl.constexpr):
+    """key [V] int32: sorts columns live in a quarter of the tiles first, the others by first and last tile."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    m = o < n_columns
+    m = o < V
     b_count = tl.zeros([BLOCK], dtype=tl.int32)
     b_first = tl.full([BLOCK], 0, tl.int32) + n_tiles
     b_last = tl.zeros([BLOCK], dtype=tl.int32)
     p_row = p_place + o
     for i_tile in range(n_tiles):
         m_live = tl.load(p_row, mask=m, other=-1) >= 0
-        p_row += n_columns
+        p_row += V
         b_count += m_live.to(tl.int32)
         b_first = tl.where(m_live, tl.minimum(b_first, i_tile), b_first)
         b_last = tl.where(m_live, i_tile, b_last)
@@ -71,45 +50,57 @@ def order_kernel(p_place, p_key, n_columns, n_tiles, BLOCK: tl.constexpr):
     tl.store(p_key + o, b_key, mask=m)
 
 
-def _window(
-    columns: Tensor | None,
-    first: int,
-    end: int,
-    tiles: int,
-    n_places: int,
-    need_weight: bool,
-    device: torch.device,
-) -> Window:
-    """The live columns among [first, end), or all of them."""
-    width = end - first
-    n_blocks = triton.cdiv(width, COLUMNS)
-    empty = torch.empty(0, 0, dtype=torch.int32, device=device)
-    if columns is None:
-        every = torch.arange(width, dtype=torch.int32, device=device)
-        tile = torch.arange(tiles, dtype=torch.int32, device=device).expand(n_blocks, -1)
-        full = torch.full((max(tiles, n_blocks),), width, dtype=torch.int32, device=device)
-        n_tiles = torch.full((n_blocks,), tiles, dtype=torch.int32, device=device)
-        return Window((first + every).expand(tiles, -1), full, first + every, every.expand(tiles, -1), tile, n_tiles)
-    index, place, count = _compact(columns[:, first:end], n_places, first)
-    if not need_weight:
-        return Window(index, count, empty[0:0, 0:0].view(0), empty, empty, empty.view(0))
-    key = torch.empty(width, dtype=torch.int32, device=device)
-    order_kernel[triton.cdiv(width, 1024),](place, key, width, tiles, BLOCK=1024)
-    order = torch.sort(key, stable=True).indices
-    slot = place.index_select(1, order)
-    del place  # four bytes a (tile, column), as slot is
-    missing = n_blocks * COLUMNS - width
-    padded = torch.nn.functional.pad(slot, (0, missing), value=-1) if missing else slot
-    wanted = (padded >= 0).view(tiles, n_blocks, COLUMNS).any(2).t()
-    tile, _, n_tiles = _compact((wanted * live.LIVE).to(torch.uint8).contiguous(), tiles, 0)
-    return Window(index, count, (first + order).to(torch.int32), slot, tile, n_tiles)
+@triton.jit
+def wanted_kernel(
+    p_place, p_column, p_most, p_tile, p_n_tiles, V, n_places, n_tiles, first,
+    COLUMNS: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """tile [blocks, T], n_tiles [blocks]: in which tiles a block of columns has a place in [first, first + n_places).
+
+    Nothing is written where no list (``most``: the longest) comes so far.
+    """
+    if tl.load(p_most) <= first:
+        return
+    i_block = tl.program_id(0).to(tl.int64)
+    o_c = i_block * COLUMNS + tl.arange(0, COLUMNS)
+    b_column = tl.load(p_column + o_c, mask=o_c < V, other=0)
+    n = 0
+    for start in range(0, n_tiles, BLOCK_T):
+        o_t = start + tl.arange(0, BLOCK_T)
+        m = (o_t < n_tiles)[:, None] & (o_c < V)[None, :]
+        b_slot = tl.load(p_place + o_t.to(tl.int64)[:, None] * V + b_column[None, :], mask=m, other=-1) - first
+        b_any = tl.max(((b_slot >= 0) & (b_slot < n_places)).to(tl.int32), 1)
+        tl.store(p_tile + i_block * n_tiles + n + tl.cumsum(b_any, 0) - 1, o_t, mask=b_any > 0)
+        n += tl.sum(b_any, 0)
+    tl.store(p_n_tiles + i_block, n)
 
 
-def _compact(codes: Tensor, n_places: int, first: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(index [rows, n_places], place [rows, columns], count [rows]) of the LIVE entries of ``codes``."""
-    rows, n_columns = codes.shape
-    index = torch.zeros(rows, n_places, dtype=torch.int32, device=codes.device)
-    place = torch.empty(rows, n_columns, dtype=torch.int32, device=codes.device)
-    count = torch.empty(rows, dtype=torch.int32, device=codes.device)
-    compact_kernel[rows,](codes, index, place, count, codes.stride(0), n_columns, n_places, first, BLOCK=2048)
-    return index, place, count
+class Lists(NamedTuple):
+    """The live columns of each tile.
+
+    listed [T, V]: columns of W, ascending, of which n_listed [T] are given; place [T, V]: each column's place among
+    them, -1 for none, or None where nobody asks; most []: the longest list.
+    """
+
+    listed: Tensor
+    n_listed: Tensor
+    place: Tensor | None
+    most: Tensor
+
+
+def lists_of(columns: Tensor, with_places: bool) -> Lists:
+    """`Lists` of the codes [T, V]."""
+    tiles, v = columns.shape
+    listed = torch.empty(tiles, v, dtype=torch.int32, device=columns.device)
+    place = torch.empty_like(listed) if with_places else None
+    n_listed = torch.empty(tiles, dtype=torch.int32, device=columns.device)
+    compact_kernel[tiles,](columns, listed, place, n_listed, columns.stride(0), v, BLOCK=2048)
+    return Lists(listed, n_listed, place, n_listed.amax())
+
+
+def in_order(place: Tensor) -> Tensor:
+    """The columns [V] int32 in an order in which neighbours are live in the same tiles."""
+    tiles, v = place.shape
+    key = torch.empty(v, dtype=torch.int32, device=place.device)
+    order_kernel[triton.cdiv(v, 1024),](place, key, v, tiles, BLOCK=1024)
+    return torch.sort(key, stable=True).indices.int()

@@ -49,7 +49,7 @@ def backward(
     Nothing waits for the device: how long the lists are is not known here. They are gone through in as many windows of
     places as the longest possible list has, of a width that the memory gives (8192 at 8192 rows: sixteen at V = 128256,
     one up to 512 rows). Where no list comes so far, the four launches of a window end with a load in each program:
-    about 25 us on paper, against some milliseconds that the first window takes.
+    about 30 us on paper, against some milliseconds that the first window takes.
     """
     if x.dtype == torch.float64:
         return portable.backward(grads, x, head, target, saved, columns, need_hidden, dweight, dbias)

@@ -40,6 +40,7 @@ from fastguard.ops.multi_tensor import triton as tables
 from fastguard.ops.multi_tensor.scalars import AdamW
 from fastguard.ops.project_out import project_out, project_out_
 from fastguard.ops.representation_distance import representation_distance
+from fastguard.ops.threshold_select import triton as selection
 
 DEVICE = torch.device("cuda", 1)
 
@@ -235,6 +236,18 @@ def test_scores_and_activations(launched):
         positions=new(2, 3, dtype=torch.int64), second=new(2, 3, 64, **wide), second_rest=new(2, 3, 64, **wide),
     )  # fmt: skip
     assert {"sums_kernel", "squares_kernel", "gram_kernel", "moments_kernel"} <= set(launched)
+
+
+def test_passes_of_threshold_select(launched):
+    """The op itself waits once, between two passes."""
+    scores, key = [new(33, 70), new(5, 1)], new(dtype=torch.int64)
+    selection.histogram(scores, None, torch.bfloat16, None, 5, 11)
+    selection.histogram(scores, None, torch.bfloat16, key, 0, 5)
+    selection.ties(scores, scores, torch.bfloat16, key)
+    of_rows, cut, _ = selection.rows(scores[0], None, torch.bfloat16, 3)
+    selection.write(scores[0], None, torch.bfloat16, of_rows, cut)
+    names = ["histogram_kernel"] * 4 + ["ties_kernel"] * 2 + ["rows_kernel", "write_kernel"]
+    assert launched == names
 
 
 def test_masks(launched):

@@ -61,8 +61,8 @@ def gradient_kernel(
     ROWS: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """out [N, V] = the gradient at raw products z [N, V] of a block of V columns; target: counted from its first."""
-    o_v = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    o_n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    o_n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    o_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     m_n, m_v = o_n < N, o_v < V
     m = m_n[:, None] & m_v[None, :]
     b_z = tl.load(p_z + o_n.to(tl.int64)[:, None] * stride_z + o_v[None, :], mask=m, other=0.0).to(tl.float32)
@@ -86,7 +86,7 @@ class Kernels(portable.TorchKernels):
             super().gradient(z, head, index, target, row, grads, out)
         elif z.numel():
             (n, v), blocks = z.shape, (8, 512)
-            gradient_kernel[triton.cdiv(v, blocks[1]), triton.cdiv(n, blocks[0])](
+            gradient_kernel[triton.cdiv(n, blocks[0]), triton.cdiv(v, blocks[1])](
                 grads, z, head.bias, target, row, out, n, v, z.stride(0), out.stride(0), head.scale, head.softcap,
                 ROWS=blocks[0], BLOCK_V=blocks[1],
             )  # fmt: skip

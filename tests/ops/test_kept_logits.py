@@ -74,6 +74,18 @@ def test_statistics_and_gradients_are_the_same_however_many_are_kept(on_backend,
         assert_catches_spoiled(lambda x, w=want, s=same: assert_agrees("", x, w, s, ulps=64), mine)
 
 
+def test_an_exact_gradient_of_the_head_is_made_in_its_own_dtype(monkeypatch):
+    """Also where nothing is kept: no block of it is added to, so none has to be wide."""
+    made = []
+    impl = backend.choose("lm_head_stats", torch.device("cpu"))
+    read = impl.read_kept
+    monkeypatch.setattr(impl, "read_kept", lambda *a, **k: made.append(a[7].dtype) or read(*a, **k))
+    hidden, weight, _, target = draw(torch.bfloat16)
+    stats = lm_head_stats(hidden, weight.requires_grad_(), target, filter_tol=0.0, keep_logits_bytes=0)
+    stats.lse.sum().backward()
+    assert made == [torch.bfloat16]
+
+
 def test_kept_rows_are_exact_and_the_filter_is_for_the_others(on_backend):
     hidden, weight, _, target = draw()
     weight[:90] *= 6  # peaked: the filter has something to leave out

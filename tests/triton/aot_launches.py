@@ -32,13 +32,15 @@ from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.gram import gram_
 from fastguard.ops.head_kl import head_kl
 from fastguard.ops.head_kl import triton as head_kl_kernels
-from fastguard.ops.lm_head_stats import triton as lm_head_stats
+from fastguard.ops.lm_head_stats import op as lm_head
+from fastguard.ops.lm_head_stats.triton import backward_pass, forward_pass
 from fastguard.ops.masks import apply_mask_, count_bits, pack_mask, unpack_mask
 from fastguard.ops.masks import triton as masks
 from fastguard.ops.multi_tensor import triton as tables
 from fastguard.ops.multi_tensor.scalars import AdamW
 from fastguard.ops.project_out import project_out, project_out_
 from fastguard.ops.representation_distance import representation_distance
+from fastguard.ops.threshold_select import triton as selection
 
 DEVICE = torch.device("cuda", 1)
 
@@ -95,7 +97,8 @@ def item(tensor, key):
         elif isinstance(part, slice):
             tensor = torch.ops.aten.slice(tensor, axis, part.start, part.stop, part.step or 1)
         else:
-            tensor = tensor.index_select(axis, part)  # a mask, whose count nobody knows, has no int64
+            # A mask, whose count nobody knows, is none of what index_select takes.
+            tensor = tensor.index_select(axis, part.flatten()).unflatten(axis, part.shape)
         axis += 1
     return tensor
 
@@ -127,8 +130,9 @@ def launched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(stream_id=7))
-    monkeypatch.setattr(lm_head_stats, "shared_memory", lambda _: 227 * 1024)
-    monkeypatch.setattr(head_kl_kernels, "shared_memory", lambda _: 227 * 1024)
+    for module in (forward_pass, backward_pass, head_kl_kernels):
+        monkeypatch.setattr(module, "shared_memory", lambda _: 227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(FakeTensor, "__getitem__", item)
     monkeypatch.setattr(FakeTensor, "copy_", lambda t, source: torch.ops.aten.copy_(t, source))
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: t.untyped_storage()._cdata << 16)  # each its own megabyte
@@ -194,6 +198,32 @@ def test_head_kl(launched):
     assert set(launched) == {"scan_kernel", "combine_kernel", "dlogit_kernel"}
 
 
+@pytest.mark.parametrize("dtype, softcap, with_mean", [(torch.bfloat16, 0.0, False), (torch.float16, 30.0, True)])
+def test_lm_head_stats(launched, dtype, softcap, with_mean, monkeypatch):
+    """How many columns live is not known to the host: it launches for all that may be, and works on those of none."""
+    monkeypatch.setattr(lm_head, "_valid", lambda *_: None)  # which waits, once for each target
+    n, v, places = 300, 20000, 1024
+    monkeypatch.setattr(backward_pass, "WINDOW_ELEMENTS", 0)
+    hidden, weight, bias, target = new(n, 64, dtype=dtype), new(v, 64, dtype=dtype), new(v), new(n, dtype=torch.int64)
+
+    def run(filter_tol):
+        launched.clear()
+        torch.ops.fastguard.lm_head_stats(
+            hidden, None, weight, bias, target, "none", None, None, 0.0, 1.0, softcap, filter_tol, with_mean,
+            filter_tol > 0, 0, None,
+        )  # fmt: skip
+
+    run(0.05)
+    assert set(launched) == {
+        "target_kernel", "scan_descriptors_kernel", "combine_kernel", "mark_kernel", "compact_kernel", "order_kernel",
+        "floor_kernel", "weigh_kernel", "dlogit_kernel", "dx_kernel", "wanted_kernel", "dweight_kernel", "tail_kernel",
+        "add_rows_kernel",
+    }  # fmt: skip
+    assert launched.count("dlogit_kernel") == launched.count("dweight_kernel") == -(-v // places)
+    run(0.0)
+    assert launched[-1] == "gradient_kernel" and "dlogit_kernel" not in launched
+
+
 def test_scores_and_activations(launched):
     dy, x = new(2, 30, 96), new(2, 30, 64)
     wide = {"dtype": torch.float32}
@@ -206,6 +236,18 @@ def test_scores_and_activations(launched):
         positions=new(2, 3, dtype=torch.int64), second=new(2, 3, 64, **wide), second_rest=new(2, 3, 64, **wide),
     )  # fmt: skip
     assert {"sums_kernel", "squares_kernel", "gram_kernel", "moments_kernel"} <= set(launched)
+
+
+def test_passes_of_threshold_select(launched):
+    """The op itself waits once, between two passes."""
+    scores, key = [new(33, 70), new(5, 1)], new(dtype=torch.int64)
+    selection.histogram(scores, None, torch.bfloat16, None, 5, 11)
+    selection.histogram(scores, None, torch.bfloat16, key, 0, 5)
+    selection.ties(scores, scores, torch.bfloat16, key)
+    of_rows, cut, _ = selection.rows(scores[0], None, torch.bfloat16, 3)
+    selection.write(scores[0], None, torch.bfloat16, of_rows, cut)
+    names = ["histogram_kernel"] * 4 + ["ties_kernel"] * 2 + ["rows_kernel", "write_kernel"]
+    assert launched == names
 
 
 def test_masks(launched):

@@ -10,9 +10,9 @@ import aot
 import pytest
 import triton.language as tl
 
-from fastguard.ops.lm_head_stats import hopper
 from fastguard.ops.lm_head_stats.op import TILE
-from fastguard.ops.lm_head_stats.triton import Parts
+from fastguard.ops.lm_head_stats.triton import configs, hopper
+from fastguard.ops.lm_head_stats.triton.scan import Parts
 
 SIZES = dict.fromkeys(("N", "V", "D", "stride_columns"), "i32/16")
 COUNTS = dict.fromkeys(("n_tiles", "n_parts", "n_blocks", "top"), "i32")
@@ -35,7 +35,7 @@ CALLS = [Call(record=False), PLAIN, Call(bias=True), Call(softcap=True), Call(me
 @functools.cache
 def compiled(call: Call, arch: int = 90) -> aot.Compiled:
     plain = not (call.bias or call.softcap or call.mean)
-    blocks = hopper.PLAIN if plain else hopper.OPTIONS
+    blocks = configs.PLAIN if plain else configs.OPTIONS
     known = SIZES | COUNTS | {
         "d_x": f"tensordesc<bf16[{TILE}, {blocks.inner}]>",
         "d_weight": f"tensordesc<bf16[{blocks.outer}, {blocks.inner}]>",

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from checks import assert_agrees, assert_catches_spoiled
+from fastguard.ops.lm_head_stats import exact as exact_rows
 from fastguard.ops.lm_head_stats import live, lm_head_stats, order, portable, reference
 from fastguard.ops.lm_head_stats.op import Grads, Saved
 from fastguard.ops.vocabulary import Head
@@ -21,7 +22,9 @@ from fastguard.ops.vocabulary import Head
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
 
+from fastguard.ops.launch import processors
 from fastguard.ops.lm_head_stats import triton as ops
+from fastguard.ops.lm_head_stats.triton import backward_pass, configs, forward_pass, scan
 
 pytestmark = pytest.mark.interpreter
 
@@ -118,7 +121,7 @@ def record(inputs, target, filter_tol, with_mean=False, **options):
 @pytest.mark.parametrize("options", [{}, OPTIONS], ids=["plain", "softcap"])
 def test_filter_keeps_its_promise(sample, options, monkeypatch):
     """No row drops more than filter_tol of its rest mass, targets live, and codes tell a dropped column's peak."""
-    monkeypatch.setattr(ops, "SAMPLE", sample)
+    monkeypatch.setattr(forward_pass, "SAMPLE", sample)
     n, v, tol = 130, 550, 0.1
     *inputs, target = draw(n, v, 40, torch.float32, spread=8.0)
     inputs[0][:] = inputs[0][torch.arange(n) % 8] + 0.1 * inputs[0]  # as a batch's rows, alike
@@ -140,14 +143,14 @@ def test_a_bound_to_start_from_drops_more(monkeypatch):
     inputs[2][:8] += 12.0
     counts = {}
     for sample in (64, 2048):
-        monkeypatch.setattr(ops, "SAMPLE", sample)
+        monkeypatch.setattr(forward_pass, "SAMPLE", sample)
         counts[sample] = int((record(inputs, target, 0.1)[0] == live.LIVE).sum())
     assert counts[64] < counts[2048] / 2
 
 
 def test_the_kernels_follow_the_rule(monkeypatch):
     """Codes and live columns are the specification's, among flat, one-hot, equal and NaN rows; of these none asks."""
-    monkeypatch.setattr(ops, "SAMPLE", 64)
+    monkeypatch.setattr(forward_pass, "SAMPLE", 64)
     *inputs, target = draw(128, 1100, 40, torch.float32, spread=12.0)
     hidden, weight, bias = inputs
     hidden[:] = hidden[torch.arange(128) % 8] + 0.1 * hidden  # as a batch's rows, alike
@@ -158,12 +161,12 @@ def test_the_kernels_follow_the_rule(monkeypatch):
     head, rows = Head(weight, bias), torch.arange(128) != 7
     columns = torch.zeros(1, 1100, dtype=torch.uint8)
     stats = ops.forward(hidden, head, target, 0.1, False, columns)
-    bound = ops._bound(hidden, head, target, stats.target_logit)[rows]
-    block = ops.config(torch.float32, 0).scan.outer
-    parts = ops._parts(1, -(-1100 // (2 * block)), ops.processors(hidden.device))
+    bound = forward_pass._bound(hidden, head, target, stats.target_logit)[rows]
+    block = configs.config(torch.float32, 0).scan.outer
+    parts = scan._parts(1, -(-1100 // (2 * block)), processors(hidden.device))
     assert parts > 1
     z = reference.logits_of(hidden, head)[rows]
-    codes = reference.one_pass_codes(z, target[rows], bound, 0.1, parts, block, ops.ROUNDING)
+    codes = reference.one_pass_codes(z, target[rows], bound, 0.1, parts, block, forward_pass.ROUNDING)
     codes[target[7]] = live.LIVE
     assert 0.01 < (codes == live.LIVE).double().mean() < 0.5
     assert (columns[0] == codes).double().mean() > 0.99  # a code may be rounded the other way
@@ -236,10 +239,14 @@ def test_filtered_hidden_gradient_is_within_its_bound_row_by_row(index):
 
 @pytest.mark.parametrize("filter_tol", [0.0, 0.1], ids=["all columns", "dense tiles"])
 def test_windows_of_columns_add_up(filter_tol, monkeypatch):
-    """Where the dlogits of all columns would not fit their buffer, windows of columns give the same gradients."""
-    monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 2 * portable.TILE * 128)
+    """Where not all dlogits fit their buffer, windows give the same gradients: some tiles need one, others all."""
+    monkeypatch.setattr(backward_pass, "WINDOW_ELEMENTS", 0)
+    monkeypatch.setattr(backward_pass, "NARROWEST", 128)
+    monkeypatch.setitem(exact_rows.BLOCK, "cpu", (0, 128))
     *inputs, target = draw(130, 303, 40, torch.float32)
-    assert filter_tol == 0.0 or (record(inputs, target, filter_tol, True)[0] == live.LIVE).sum(1).max() > 128
+    inputs[0][:2] *= 40  # the most peaked rows are a tile of their own
+    found = (record(inputs, target, 0.1, True)[0] == live.LIVE).sum(1)
+    assert found.max() > 256 and found.min() <= 128
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), filter_tol)
     for name, got, want, same in zip(("hidden", "weight", "bias"), mine[1], exact[1], peer[1], strict=True):
@@ -266,7 +273,8 @@ def test_one_gradient_wanted(wanted, filter_tol):
 @pytest.mark.parametrize("shared", [100 * 1024, 163 * 1024, 227 * 1024])
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small, A100-like and Hopper-like devices agree with the specification."""
-    monkeypatch.setattr(ops, "shared_memory", lambda device: shared)
+    for module in (forward_pass, backward_pass):
+        monkeypatch.setattr(module, "shared_memory", lambda device: shared)
     *inputs, target = draw(130, 303, 72, torch.float16, spread=4.0)
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), **OPTIONS)
@@ -277,16 +285,19 @@ def test_block_shapes_of_every_device(shared, monkeypatch):
         assert_agrees(name, got, want, same, ulps=0.05 * 2**11)
 
 
-def test_buffers_are_added_to():
+@pytest.mark.parametrize("filter_tol", [0.0, 0.1])
+def test_buffers_are_added_to(filter_tol):
     """dweight and dbias collect the gradients of several calls."""
     hidden, weight, bias, target = draw(5, 130, 16, torch.float32)
     ones = torch.ones(5)
     head = Head(weight, bias)
-    stats = ops.forward(hidden, head, target, 0.0, False, torch.zeros(0, 130, dtype=torch.uint8))
+    columns = torch.zeros(1 if filter_tol else 0, 130, dtype=torch.uint8)
+    stats = ops.forward(hidden, head, target, filter_tol, False, columns)
     saved = Saved(stats.lse, stats.rest_lse, None)
 
     def run(dweight, dbias):
-        ops.backward(Grads(ones, None, None, None), hidden, head, target, saved, None, False, dweight, dbias)
+        given = columns if filter_tol else None
+        ops.backward(Grads(ones, None, None, None), hidden, head, target, saved, given, False, dweight, dbias)
         return dweight, dbias
 
     once = run(torch.zeros(130, 16), torch.zeros(130))
@@ -295,11 +306,28 @@ def test_buffers_are_added_to():
         torch.testing.assert_close(b, a + 1, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("filter_tol", [0.0, 0.01])
+def test_float16_keeps_what_light_columns_hold(filter_tol):
+    """A flat row's probabilities times a small upstream gradient are below float16's least number."""
+    hidden, weight, _, target = draw(5, 301, 24, torch.float16, spread=0.1)
+    columns = torch.zeros(1 if filter_tol else 0, 301, dtype=torch.uint8)
+    stats = ops.forward(hidden, Head(weight), target, filter_tol, False, columns)
+    g, saved = torch.full((5,), 2.0**-17), Saved(stats.lse, stats.rest_lse, None)
+    dweight, dbias = torch.zeros(301, 24), torch.zeros(301)
+    given = columns if filter_tol else None
+    dx = ops.backward(Grads(None, g, None, None), hidden, Head(weight), target, saved, given, True, dweight, dbias)
+    z = (hidden.double() @ weight.double().t()).scatter(1, target[:, None], -torch.inf)
+    d = z.softmax(1) * 2.0**-17
+    for got, want in ((dx, d @ weight.double()), (dweight, d.t() @ hidden.double()), (dbias, d.sum(0))):
+        assert (got.double() - want).norm() <= 0.03 * want.norm()
+
+
 def test_refuses_a_strided_buffer():
     hidden, weight, _, target = draw(2, 8, 16, torch.float32)
     grads, saved = Grads(torch.ones(2), None, None, None), Saved(torch.zeros(2), torch.zeros(2), None)
+    columns = torch.full((1, 8), live.LIVE, dtype=torch.uint8)
     with pytest.raises(ValueError, match="dweight"):
-        ops.backward(grads, hidden, Head(weight), target, saved, None, False, torch.zeros(16, 8).t(), None)
+        ops.backward(grads, hidden, Head(weight), target, saved, columns, False, torch.zeros(16, 8).t(), None)
 
 
 def test_float64_is_served_by_the_portable_backend():

@@ -1,4 +1,4 @@
-"""The scan by descriptors of ``lm_head_stats`` in Triton's interpreter, against the scan of ``triton.py`` and the rule.
+"""The scan by descriptors of ``lm_head_stats`` in Triton's interpreter, against the scan through pointers and the rule.
 
 That one is held to the float64 specification in interp_lm_head_stats.py.
 """
@@ -19,8 +19,10 @@ if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEN
 
 import triton.language as tl
 
-from fastguard.ops.lm_head_stats import hopper
+from fastguard.ops.launch import processors
 from fastguard.ops.lm_head_stats import triton as ops
+from fastguard.ops.lm_head_stats.op import TILE
+from fastguard.ops.lm_head_stats.triton import configs, forward_pass, hopper
 
 pytestmark = pytest.mark.interpreter
 
@@ -35,13 +37,13 @@ def draw(n, spread=12.0):
 
 def record(hidden, head, target, with_mean=False):
     """(statistics, codes [T, V]) of the whole forward."""
-    columns = torch.zeros(-(-len(hidden) // ops.TILE), V, dtype=torch.uint8)
+    columns = torch.zeros(-(-len(hidden) // TILE), V, dtype=torch.uint8)
     return ops.forward(hidden, head, target, TOL, with_mean, columns), columns
 
 
 @pytest.fixture
 def by_descriptors(monkeypatch):
-    monkeypatch.setattr(ops, "SAMPLE", 64)
+    monkeypatch.setattr(forward_pass, "SAMPLE", 64)
     monkeypatch.setattr(hopper, "serves", lambda x, head: True)
     launched = []
     scan = hopper.scan
@@ -54,7 +56,7 @@ def by_descriptors(monkeypatch):
 def test_statistics_and_promise(options, by_descriptors, monkeypatch):
     """Five tiles in groups of two: every row's statistics, and no row drops more than it may."""
     monkeypatch.setattr(hopper, "GROUP", tl.constexpr(2))
-    n = 4 * ops.TILE + 3
+    n = 4 * TILE + 3
     hidden, weight, target = draw(n)
     bias = 0.5 * torch.randn(V) if "bias" in options else None
     scale, softcap = options.get("scale", 1.0), options.get("softcap")
@@ -71,7 +73,7 @@ def test_statistics_and_promise(options, by_descriptors, monkeypatch):
     mass = (z.scatter(1, target[:, None], float("-inf")) - want[1][:, None]).exp()
     if "with_mean" in options:
         mass *= (1 + z - want[3][:, None]).abs().clamp_min(1)
-    is_live = (columns == live.LIVE)[torch.arange(n) // ops.TILE]
+    is_live = (columns == live.LIVE)[torch.arange(n) // TILE]
     assert 0.01 < is_live.double().mean() < 0.9, "the case must drop columns"
     assert float((mass * ~is_live).sum(1).max()) <= TOL * (1 + 1e-5)
     assert is_live[torch.arange(n), target].all()
@@ -87,12 +89,12 @@ def test_live_columns_are_those_of_the_rule(by_descriptors):
     head, rows = Head(weight), ~torch.isnan(hidden[:, 0])
     stats, columns = record(hidden, head, target)
     assert stats.lse.isnan().tolist() == (~rows).tolist()
-    bound = ops._bound(hidden, head, target, stats.target_logit)[rows]
-    block = hopper.PLAIN.outer
-    parts = hopper.parts_of(1, -(-V // block), ops.processors(hidden.device))
+    bound = forward_pass._bound(hidden, head, target, stats.target_logit)[rows]
+    block = configs.PLAIN.outer
+    parts = hopper.parts_of(1, -(-V // block), processors(hidden.device))
     assert parts > 1
     z = reference.logits_of(hidden, head)[rows]
-    codes = reference.one_pass_codes(z, target[rows], bound, TOL, parts, block, ops.ROUNDING)
+    codes = reference.one_pass_codes(z, target[rows], bound, TOL, parts, block, forward_pass.ROUNDING)
     codes[target[~rows]] = live.LIVE
     mine, rule = columns[0] == live.LIVE, codes == live.LIVE
     assert 0.01 < rule.double().mean() < 0.5

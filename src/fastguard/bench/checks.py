@@ -106,15 +106,22 @@ class Case:
 
 
 def lm_head_stats(case: Case) -> Iterator[Result]:
-    """All outputs, with bias, scale and soft-cap."""
-    hidden, head, target = case.head()
+    """All outputs, with bias, scale and soft-cap: exact, and by live columns with next to nothing dropped."""
     options: dict[str, Any] = {"scale": 1.3, "softcap": 15.0}
-    yield from case.differentiated(
-        lambda h, w, b: fastguard.lm_head_stats(h, w, target, bias=b, filter_tol=0.0, with_mean=True, **options),
-        lambda h, w, b: head_spec.lm_head_stats(h, w, target, b, **options),
-        {"hidden": hidden, "weight": head, "bias": case.normal(case.vocabulary)},
-        ("lse", "rest_lse", "target_logit", "mean_logit"),
-    )
+    bias = case.normal(case.vocabulary)
+    plain = case.head()
+    read = zipf.reading(case.rows, case.width, case.vocabulary, case.generator)
+    peaked = read.hidden.to(case.dtype), read.head.to(case.dtype), read.target
+    for name, (hidden, head, target), tol in (("exact", plain, 0.0), ("filtered", peaked, 1e-3)):
+        for result in case.differentiated(
+            lambda h, w, b, target=target, tol=tol: fastguard.lm_head_stats(
+                h, w, target, bias=b, filter_tol=tol, with_mean=True, **options
+            ),
+            lambda h, w, b, target=target: head_spec.lm_head_stats(h, w, target, b, **options),
+            {"hidden": hidden, "weight": head, "bias": bias},
+            ("lse", "rest_lse", "target_logit", "mean_logit"), 0.02 if tol else None,
+        ):  # fmt: skip
+            yield result._replace(name=f"{name} {result.name}")
 
 
 def lens_stats(case: Case) -> Iterator[Result]:

@@ -31,7 +31,8 @@ from torch import Tensor
 import triton
 from fastguard.ops.head_kl import portable
 from fastguard.ops.launch import on_device, precision, processors, shared_memory
-from fastguard.ops.lm_head_stats.triton import _parts, logits
+from fastguard.ops.lm_head_stats.triton.pieces import logits
+from fastguard.ops.lm_head_stats.triton.scan import _parts
 from fastguard.ops.vocabulary import Head
 
 WINDOW_ELEMENTS = 2**26

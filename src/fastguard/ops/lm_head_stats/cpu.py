@@ -40,18 +40,20 @@ class CppKernels:
             return None, codes.numel(), None
         return index[: n_live + n_warm], n_live, share[:n_warm] if n_warm else None
 
-    def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
+    def gradient(
+        self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads, out: Tensor
+    ) -> Tensor:
         """See `TileKernels.gradient`."""
         wide = accumulation_dtype(z.dtype)
-        logits = z.to(wide)
+        logits = out.copy_(z) if z.dtype == wide else z.to(wide)
         tail = torch.empty(z.shape[0], dtype=wide)
         stats = torch.stack([row.lse, row.rest_lse, row.lse if row.mean_logit is None else row.mean_logit])
         torch.ops.fastguard_c.lm_head_gradient(
             logits, _as(head.bias, wide), index, target.contiguous(), head.scale, head.softcap or 0.0, stats, *grads,
             tail,
         )  # fmt: skip
-        if logits is not z:
-            z.copy_(logits)
+        if logits is not out:
+            out.copy_(logits)
         return tail
 
 

@@ -11,7 +11,7 @@ it has summed up. Where no threshold will do, every column is live. A row of NaN
 **Warm** columns are the heaviest dropped ones that together hold COVERAGE of the dropped mass, at most WARM of them; a
 tile's tail is divided among them in proportion to their masses.
 
-``portable.py`` reads these functions; csrc/cpu/lm_head_stats.cpp and ``triton.py`` are other forms of them, and tested
+``portable.py`` reads these functions; csrc/cpu/lm_head_stats.cpp and ``triton/`` are other forms of them, and tested
 against them. Shapes: R rows of a tile, V vocabulary.
 """
 
@@ -75,9 +75,8 @@ def encode(mass: Tensor, target: Tensor, filter_tol: float) -> Tensor:
 
 def mass_of_codes(device: torch.device) -> Tensor:
     """[256] float64: the mass that a code of a dropped column stands for."""
-    mass = torch.exp2((torch.arange(256, device=device, dtype=torch.float64) - 254) / CODES_PER_OCTAVE)
-    mass[0] = mass[LIVE] = 0.0
-    return mass
+    code = torch.arange(256, device=device, dtype=torch.float64)
+    return torch.where((code > 0) & (code < LIVE), torch.exp2((code - 254) / CODES_PER_OCTAVE), 0.0)
 
 
 def tile_columns(codes: Tensor, dtype: torch.dtype, most: int = WARM) -> tuple[Tensor, int, Tensor | None]:

@@ -386,21 +386,23 @@ def _backward(
     saved = Saved(at(lse), at(rest_lse), given(mean_logit))
     first = kept.view(-1, weight.shape[0])[: t.numel()]
     k, n = len(first), t.numel()
-    alone = 0 < k == n and acc is None  # then each block of the weight's gradient is written once, in its own dtype
+    exact = k == n or not (k or columns.numel())  # then each block of the weight's gradient is made once, for all rows
+    alone = exact and acc is None  # and may be written in the weight's own dtype
     dweight = acc
     if need_weight and acc is None:
         dweight = torch.empty(weight.shape, dtype=weight.dtype if alone else wide, device=weight.device)
         fresh = True
-    if dweight is not None and fresh and not k:
+    if dweight is not None and fresh and not (k or exact):
         dweight.zero_()
     dbias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if need_bias else None
     dx = None
-    if k:
+    if k or exact:
+        m = n if exact else k
         dx = impl.read_kept(
-            part(grads, slice(k)), x[:k], head, t[:k], part(saved, slice(k)), first, need_hidden, dweight, dbias,
-            overwrite=fresh,
+            part(grads, slice(m)), x[:m], head, t[:m], part(saved, slice(m)), first if k else None, need_hidden,
+            dweight, dbias, overwrite=fresh,
         )  # fmt: skip
-    if k < n or not k:
+    if not exact:
         others = slice(k, None)
         tiles = columns.view(-1, weight.shape[0] + 4 * TILE)[: _tiles(n - k)] if columns.numel() else None
         dy = order.backward(

@@ -42,11 +42,11 @@ def forward(
         return backend.forward(x, head, target, filter_tol, with_mean, codes)
     rows = by_spread(x, head)
     bytes_ = record[:, codes.shape[1] :]
-    room = torch.zeros(bytes_.numel() // 4, dtype=torch.int32, device=x.device)
-    room[: len(rows)] = rows
+    room = torch.nn.functional.pad(rows.int(), (0, bytes_.numel() // 4 - len(rows)))
     bytes_.copy_(room.view(torch.uint8).view(bytes_.shape))
     stats = backend.forward(x[rows], head, target[rows], filter_tol, with_mean, codes)
-    return type(stats)(*(torch.empty_like(s).index_copy_(0, rows, s) for s in stats))
+    back = rows.argsort()
+    return type(stats)(*(s[back] for s in stats))
 
 
 def backward(
@@ -65,7 +65,7 @@ def backward(
     codes = None if record is None else record[:, : head.weight.shape[0]]
     if record is None or codes is None or len(record) < 2:
         return backend.backward(grads, x, head, target, saved, codes, need_hidden, dweight, dbias)
-    rows = record[:, codes.shape[1] :].contiguous().view(torch.int32).flatten()[: len(x)].long()
+    rows = record[:, codes.shape[1] :].reshape(-1).view(torch.int32)[: len(x)].long()
 
     def ordered(bundle: Any) -> Any:
         return type(bundle)(*(None if s is None else s[rows] for s in bundle))
@@ -73,4 +73,4 @@ def backward(
     dx = backend.backward(
         ordered(grads), x[rows], head, target[rows], ordered(saved), codes, need_hidden, dweight, dbias
     )
-    return None if dx is None else torch.empty_like(dx).index_copy_(0, rows, dx)
+    return None if dx is None else dx[rows.argsort()]

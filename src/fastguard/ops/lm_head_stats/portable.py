@@ -36,8 +36,10 @@ class TileKernels(Protocol):
     def columns(self, codes: Tensor, dtype: torch.dtype) -> tuple[Tensor | None, int, Tensor | None]:
         """`tile_columns`, or None for all columns where these are more than DENSE of V."""
 
-    def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
-        """Turn raw products z [R, C] of the columns ``index`` into the gradient at the raw products, in place.
+    def gradient(
+        self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads, out: Tensor
+    ) -> Tensor:
+        """Write the gradient at the raw products z [R, C] of the columns ``index`` to out, which may be z.
 
         index: None for the head's own columns, of which a target need not be one.
         Returns the tail mass [R]: what the absent columns would add to the row's gradient before softcap and scale.
@@ -78,10 +80,11 @@ class TorchKernels:
         index, live, share = tile_columns(codes, dtype)
         return (index, live, share) if index.numel() <= DENSE * codes.numel() else (None, codes.numel(), None)
 
-    def gradient(self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads) -> Tensor:
+    def gradient(
+        self, z: Tensor, head: Head, index: Tensor | None, target: Tensor, row: Saved, grads: Grads, out: Tensor
+    ) -> Tensor:
         """See `TileKernels.gradient`."""
         g_lse, g_rest, g_target, g_mean = (None if g is None else g[:, None] for g in grads)
-        raw = z
         z = _transform(z, head, index)
         columns = torch.arange(z.shape[1], device=z.device) if index is None else index
         is_target = columns[None] == target[:, None]
@@ -104,7 +107,7 @@ class TorchKernels:
             d += g_target * is_target
         if head.softcap:
             d *= 1 - (z / head.softcap).square()
-        raw.copy_(d * head.scale)
+        out.copy_(d * head.scale)
         return tail
 
 
@@ -163,7 +166,7 @@ def backward(
         d = x[rows] @ w[:live].t()
         row = part(saved, rows)
         computed = None if index is None else index[:live]
-        tail = kernels.gradient(d, head, computed, target[rows], row, part(grads, rows)) * head.scale
+        tail = kernels.gradient(d, head, computed, target[rows], row, part(grads, rows), d) * head.scale
         if index is not None and share is not None and head.softcap:
             share = share * slope_of_codes(columns[i][index[live:]], row.rest_lse.mean(), head.softcap)
         if dx is not None:

@@ -52,7 +52,7 @@ def lm_head_stats(
 def one_pass_codes(
     z: Tensor, target: Tensor, bound: Tensor, filter_tol: float, parts: int, block: int = 128, rounding: float = 1.0
 ) -> Tensor:
-    """Column codes [V] of a tile as a scan that reads the columns once finds them (``triton.py``), without mean_logit.
+    """Column codes [V] of a tile as a scan that reads the columns once finds them (``triton/``), without mean_logit.
 
     z: logits [R, V]. bound: [R], a lower bound of the rest lse to start from. parts: how many runs of blocks of
     ``block`` columns start from it. rounding: what the sums of dropped mass keep of the true ones.

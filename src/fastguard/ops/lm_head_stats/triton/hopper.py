@@ -1,6 +1,6 @@
 # mypy: disallow-untyped-defs=False
 # (the arguments of a kernel are pointers and scalars of Triton's own; only constexprs can be annotated)
-"""The scan of ``triton.py`` for GPUs that have a tensor memory accelerator and wide asynchronous products.
+"""The scan of ``scan.py`` for GPUs that have a tensor memory accelerator and wide asynchronous products.
 
 The same results into the same buffers, from the same ``combine_kernel`` on. What differs, and why:
 
@@ -13,15 +13,14 @@ The same results into the same buffers, from the same ``combine_kernel`` on. Wha
   columns of W.
 
 Codes are octaves here, and those under the ladder's last step count as none. A head with a bias or a soft-cap, or a
-call for mean logits, goes through ``triton.py``'s `fold`, 128 columns a step: there are not the registers for 256.
+call for mean logits, goes through ``scan.py``'s `fold`, 128 columns a step: there are not the registers for 256.
 
-Prefixes and shapes: see ``triton.py``. d_ is a descriptor.
+Prefixes and shapes: see the package. d_ is a descriptor.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -30,17 +29,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton
 from fastguard.ops.lm_head_stats.op import TILE
-from fastguard.ops.lm_head_stats.triton import NEGATIVE, OCTAVE, THRESHOLDS, Blocks, fold, store_part
+from fastguard.ops.lm_head_stats.triton.configs import OPTIONS, PLAIN, Blocks
+from fastguard.ops.lm_head_stats.triton.pieces import NEGATIVE, OCTAVE, THRESHOLDS
+from fastguard.ops.lm_head_stats.triton.scan import Parts, fold, store_part
 from fastguard.ops.vocabulary import Head
 
 GROUP = tl.constexpr(32)
 """Tiles that run at once: 33 MB of x at D = 4096, of an H100's 50 MB of L2 cache."""
 
 LOG2E = tl.constexpr(math.log2(math.e))
-
-PLAIN = Blocks(256, 64, 8, 4)
-OPTIONS = Blocks(128, 64, 8, 4)
-"""Columns and features of a step, warps, pipeline stages: of a head that has neither bias nor soft-cap, and others."""
 
 
 @triton.jit
@@ -72,7 +69,7 @@ def fold_octaves(
     state, b_z, i_first, b_target, m_n, p_columns, V, scale, top, TILE: tl.constexpr, BLOCK_V: tl.constexpr,
     MASS: tl.constexpr,
 ):  # fmt: skip
-    """``triton.py``'s `fold` for the raw products b_z of a head without options, scale > 0."""
+    """``scan.py``'s `fold` for the raw products b_z of a head without options, scale > 0."""
     b_max, b_sum, b_moment, b_drop = state
     o_v = i_first + tl.arange(0, BLOCK_V)
     m_here = (b_target >= i_first) & (b_target < i_first + BLOCK_V)
@@ -100,7 +97,7 @@ def scan_descriptors_kernel(
     N, V, D, stride_columns, n_tiles, n_parts, n_blocks, scale, softcap, log_v, top,
     TILE: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, OCTAVES: tl.constexpr, MASS: tl.constexpr,
 ):  # fmt: skip
-    """``triton.py``'s `scan_kernel`, over ``n_blocks`` blocks of BLOCK_V columns. OCTAVES: fold by `fold_octaves`."""
+    """``scan.py``'s `scan_kernel`, over ``n_blocks`` blocks of BLOCK_V columns. OCTAVES: fold by `fold_octaves`."""
     i_group = tl.program_id(0) // (GROUP * n_parts)
     n_here = tl.minimum(n_tiles - i_group * GROUP, GROUP)
     i_here = tl.program_id(0) % (GROUP * n_parts)
@@ -161,7 +158,7 @@ def scan(
     target_logit: Tensor,
     bound: Tensor | None,
     columns: Tensor | None,
-    parts: Any,
+    parts: Parts,
     per_part: int,
     top: int,
 ) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import triton
-from fastguard.ops import orthonormal
+from fastguard.ops import launch, orthonormal
 from fastguard.ops.abs_weight_grad import abs_weight_grad_
 from fastguard.ops.add_project_rms_norm import add_project_rms_norm
 from fastguard.ops.class_moments import class_moments_
@@ -31,8 +31,6 @@ from fastguard.ops.column_norms import column_norms_
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.gram import gram_
 from fastguard.ops.head_kl import head_kl
-from fastguard.ops.head_kl import triton as head_kl_kernels
-from fastguard.ops.lm_head_stats.triton import backward_pass, forward_pass
 from fastguard.ops.masks import apply_mask_, count_bits, pack_mask, unpack_mask
 from fastguard.ops.masks import triton as masks
 from fastguard.ops.multi_tensor import triton as tables
@@ -125,16 +123,18 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(stream_id=7))
-    for module in (forward_pass, backward_pass, head_kl_kernels):
-        monkeypatch.setattr(module, "shared_memory", lambda _: 227 * 1024)
+    monkeypatch.setattr(launch, "shared_memory", lambda _: 227 * 1024)
+    launch.chip.cache_clear()
     monkeypatch.setattr(FakeTensor, "__getitem__", item)
     monkeypatch.setattr(FakeTensor, "copy_", lambda t, source: torch.ops.aten.copy_(t, source))
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: t.untyped_storage()._cdata << 16)  # each its own megabyte
     monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
     with FakeTensorMode(), OwnBodies(), torch.no_grad():
         yield names
+    launch.chip.cache_clear()
 
 
 def new(*shape, dtype=torch.bfloat16):

@@ -12,6 +12,7 @@ import torch
 
 from checks import assert_agrees
 from fastguard.ops.lm_head_stats import live, reference
+from fastguard.ops.table import Chip
 from fastguard.ops.vocabulary import Head
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
@@ -22,7 +23,7 @@ import triton.language as tl
 from fastguard.ops.launch import processors
 from fastguard.ops.lm_head_stats import triton as ops
 from fastguard.ops.lm_head_stats.op import TILE
-from fastguard.ops.lm_head_stats.triton import configs, forward_pass, hopper
+from fastguard.ops.lm_head_stats.triton import forward_pass, hopper
 
 pytestmark = pytest.mark.interpreter
 
@@ -45,6 +46,7 @@ def record(hidden, head, target, with_mean=False):
 def by_descriptors(monkeypatch):
     monkeypatch.setattr(forward_pass, "SAMPLE", 64)
     monkeypatch.setattr(hopper, "serves", lambda x, head: True)
+    monkeypatch.setattr(hopper, "chip", lambda device: Chip("", "sm_90", 227 * 1024))
     launched = []
     scan = hopper.scan
     monkeypatch.setattr(hopper, "scan", lambda *a: launched.append(a) or scan(*a))
@@ -90,7 +92,7 @@ def test_live_columns_are_those_of_the_rule(by_descriptors):
     stats, columns = record(hidden, head, target)
     assert stats.lse.isnan().tolist() == (~rows).tolist()
     bound = forward_pass._bound(hidden, head, target, stats.target_logit)[rows]
-    block = configs.PLAIN.outer
+    block = hopper.blocks_of(hidden, head, False).outer
     parts = hopper.parts_of(1, -(-V // block), processors(hidden.device))
     assert parts > 1
     z = reference.logits_of(hidden, head)[rows]

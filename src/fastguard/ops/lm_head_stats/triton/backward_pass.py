@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import triton
-from fastguard.ops.launch import on_device, precision, shared_memory
+from fastguard.ops.launch import chip, on_device, precision
 from fastguard.ops.lm_head_stats import live, portable
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Saved
 from fastguard.ops.lm_head_stats.triton.configs import COLUMNS, config
@@ -48,7 +48,7 @@ def backward(
     if not n:
         return dx
     tiles = triton.cdiv(n, TILE)
-    blocks = config(x.dtype, shared_memory(x.device))
+    blocks = config(x.dtype, d, chip(x.device))
     need_weight = dweight is not None or dbias is not None
     warm = share = tail_row = None
     most = v

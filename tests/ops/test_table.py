@@ -48,7 +48,8 @@ def test_the_row_is_the_names_then_the_capabilitys_then_of_the_most_shared_memor
     assert found(Chip("by name", "sm_90", 0)) == 512
     assert found(Chip("another", "sm_90", 0)) == 256
     assert found(OTHER._replace(shared=100 * 1024)) == 128 and found(OTHER) == 64
-    assert not table.fits("kernel", ("half",), Chip("", "", 0)) and table.fits("kernel", ("half",), OTHER)
+    assert table.row_of("kernel", ("half",), Chip("", "", 0)) is None
+    assert table.row_of("kernel", ("half",), OTHER) == row(64)
     with pytest.raises(ValueError, match=r"kernel: half: expected a row for a CPU, found none"):
         found(Chip("", "", 0))
 

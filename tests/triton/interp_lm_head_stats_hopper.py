@@ -23,7 +23,7 @@ import triton.language as tl
 from fastguard.ops.launch import processors
 from fastguard.ops.lm_head_stats import triton as ops
 from fastguard.ops.lm_head_stats.op import TILE
-from fastguard.ops.lm_head_stats.triton import forward_pass, hopper
+from fastguard.ops.lm_head_stats.triton import configs, forward_pass, hopper
 
 pytestmark = pytest.mark.interpreter
 
@@ -47,6 +47,8 @@ def by_descriptors(monkeypatch):
     monkeypatch.setattr(forward_pass, "SAMPLE", 64)
     monkeypatch.setattr(hopper, "serves", lambda x, head: True)
     monkeypatch.setattr(hopper, "chip", lambda device: Chip("", "sm_90", 227 * 1024))
+    half = configs.by_descriptors  # whose rows the interpreter's float32 takes
+    monkeypatch.setattr(hopper, "by_descriptors", lambda _, width, options: half(torch.float16, width, options))
     launched = []
     scan = hopper.scan
     monkeypatch.setattr(hopper, "scan", lambda *a: launched.append(a) or scan(*a))

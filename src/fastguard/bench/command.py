@@ -21,6 +21,10 @@ def main(given: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of results.jsonl and table.md [default: runs/gpu-TIME]")
     parser.add_argument("--peers", type=Path, help="folder of wheels of libraries to compare with; nothing is fetched")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no more is begun [default: 8]")
+    parser.add_argument(
+        "--tune", type=float, nargs="?", const=10.0, default=0.0, metavar="MINUTES",
+        help="first try block shapes of the matrix kernels, for so long [10], and write the table of the fastest",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="the check against float64 alone")
     options = parser.parse_args(given)
     from fastguard.bench.session import run
@@ -29,7 +33,8 @@ def main(given: Sequence[str] | None = None) -> int:
     shapes = REHEARSAL if options.rehearse else LLAMA_8B
     out = options.out or Path(f"runs/gpu-{datetime.datetime.now():%Y%m%d-%H%M%S}")
     try:
-        outcome = run(shapes, out, options.minutes, options.peers, options.check, functools.partial(print, flush=True))
+        say = functools.partial(print, flush=True)
+        outcome = run(shapes, out, options.minutes, options.peers, options.check, say, options.tune)
     except (OSError, RuntimeError) as error:
         parser.exit(2, f"fastguard bench: {error}\n")
     wrong = [op for op, said in outcome.checked.items() if said]

@@ -1,4 +1,4 @@
-"""All groups by name, in the order of their worth: what there is no time for is not reached."""
+"""All groups by name, in the order in which they run: what there is no time for is not reached."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 from fastguard import proof
-from fastguard.bench import head, roofs, steps
+from fastguard.bench import head, roofs, steps, tune
 from fastguard.bench.checks import CHECKS, Case, check
 from fastguard.bench.shapes import Shapes
 from fastguard.bench.work import Group, Work
@@ -57,5 +57,5 @@ def checks(jobs: int) -> dict[str, Group]:
 
 def all_groups(shapes: Shapes) -> dict[str, Group]:
     """Every group of a run."""
-    first = {MACHINE: Group(("facts",), _machine), **checks(shapes.jobs)}
+    first = {MACHINE: Group(("facts",), _machine), **tune.groups(shapes), **checks(shapes.jobs)}
     return {**first, ROOFS: roofs.GROUP, **head.GROUPS, **steps.GROUPS}

@@ -80,11 +80,15 @@ def read(file: Path) -> Table:
                 for name, number in mapping(row, kernel, shape, key).items():
                     allowed = ALLOWED.get(name, SIDES)
                     if type(number) is not int or number not in allowed:
-                        expected = ", ".join(map(str, allowed))
-                        raise ValueError(
-                            f"{file}: {kernel}: {shape}: {key}: {name}: expected {expected}, got {number!r}"
-                        )
+                        at = f"{file}: {kernel}: {shape}: {key}: {name}"
+                        raise ValueError(f"{at}: expected {', '.join(map(str, allowed))}, got {number!r}")
     return table
+
+
+def tuned(file: Path) -> dict[str, str]:
+    """By GPU when, and with which versions, its rows were measured."""
+    found: dict[str, str] = json.loads(file.read_text(encoding="utf-8")).get(TUNED, {})
+    return found
 
 
 def classes(dtype: torch.dtype, width: int, *options: str) -> tuple[str, str]:
@@ -109,9 +113,10 @@ def _where(file: Path, kernel: str, shapes: tuple[str, ...], chip: Chip) -> tupl
     return None
 
 
-def fits(kernel: str, shapes: tuple[str, ...], chip: Chip) -> bool:
-    """Whether the table has a row for a chip."""
-    return _where(file(), kernel, shapes, chip) is not None
+def row_of(kernel: str, shapes: tuple[str, ...], chip: Chip) -> Row | None:
+    """The row for a call of these classes on a chip; None where none fits it."""
+    where = _where(file(), kernel, shapes, chip)
+    return None if where is None else read(file())[kernel][where[0]][where[1]]
 
 
 def find(
@@ -161,7 +166,7 @@ def text(table: Table, tuned: Mapping[str, str]) -> bytes:
     """A table's file: a line a row, so that a change of one is a change of a line."""
 
     def indented(value: Any, depth: int) -> str:
-        if depth == 3 or not value:
+        if depth == 3 or not value or not isinstance(value, dict):
             return json.dumps(value, ensure_ascii=False)
         items = (f"{json.dumps(key, ensure_ascii=False)}: {indented(value[key], depth + 1)}" for key in value)
         return "{" + ",".join(f"\n{' ' * (depth + 1)}{item}" for item in items) + f"\n{' ' * depth}}}"

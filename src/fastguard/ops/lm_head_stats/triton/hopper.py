@@ -143,10 +143,9 @@ def serves(x: Tensor, head: Head) -> bool:
         x.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
     aligned = x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 and head.weight.data_ptr() % 16 == 0
-    return (
-        capable and aligned and x.element_size() == 2 and head.scale > 0
-        and table.fits(BY_DESCRIPTORS, by_descriptors(x.dtype, x.shape[1], options=False), chip(x.device))
-    )  # fmt: skip
+    shapes = by_descriptors(x.dtype, x.shape[1], options=False)
+    fits = capable and table.row_of(BY_DESCRIPTORS, shapes, chip(x.device)) is not None
+    return fits and aligned and x.element_size() == 2 and head.scale > 0
 
 
 def plain(head: Head, with_mean: bool) -> bool:

@@ -210,7 +210,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def pretend(says):
-        def starter(shapes, file, folder, own):
+        def starter(shapes, file, folder, own, recorded):
             groups, journal = all_groups(shapes), Journal(file)
 
             def start(names, deadline):

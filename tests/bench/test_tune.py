@@ -30,7 +30,7 @@ def tuned(tmp_path, monkeypatch):
     monkeypatch.setenv(table.VARIABLE, str(in_use))
 
     def run(took, capsys):
-        def starter(shapes, file, folder, own):
+        def starter(shapes, file, folder, own, recorded):
             groups, journal = all_groups(shapes), Journal(file)
 
             def start(names, deadline):

@@ -35,19 +35,22 @@ class Outcome(NamedTuple):
 
 def run(
     shapes: Shapes, out: Path, minutes: float, wheels: Path | None = None, only_checks: bool = False,
-    say: Callable[[str], object] = print, tuning: float = 0.0,
+    say: Callable[[str], object] = print, tuning: float = 0.0, recorded: Path | None = None,
 ) -> Outcome:  # fmt: skip
     """Check every op on the device, write the proof, and time what there is time for.
 
     out: a folder, made where it is not there: ``results.jsonl``, as results come, and ``table.md``.
     wheels: a folder of peers' wheels, or None. say: is told of each step. tuning: minutes that come before, in which
     block shapes are tried; what is found of them is in ``configurations.json``, beside the results and where the table
-    in use can be written, and holds for all that follows.
+    in use can be written, and holds for all that follows. recorded: a file of hidden states, which are timed beside
+    the synthetic ones (``states``), or None.
 
     Raises:
-        FileNotFoundError: wheels is no folder. FileExistsError: out holds the results of another run.
+        ValueError: recorded holds something else. FileNotFoundError: wheels is no folder.
+        FileExistsError: out holds the results of another run.
         RuntimeError: there is no device, with what it said.
     """
+    groups = all_groups(shapes, recorded)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "results.jsonl")
     if journal.file.exists():
@@ -58,8 +61,7 @@ def run(
     own = out / configurations.INSTALLED.name if tuning else None
     if own is not None:
         write_atomically(own, configurations.file().read_bytes())
-    start = starter(shapes, journal.file, folder, own)
-    groups = all_groups(shapes)
+    start = starter(shapes, journal.file, folder, own, recorded)
     drain({MACHINE: groups[MACHINE]}, journal, start, time.time() + 60 * minutes)
     facts = journal.last()[MACHINE, "facts"]
     if facts["state"] != "done":
@@ -126,10 +128,10 @@ def tune_all(
         say(f"the table in use could not be written ({error}): {configurations.VARIABLE}={own} takes the new one")
 
 
-def starter(shapes: Shapes, journal: Path, folder: Path | None, own: Path | None) -> Start:
+def starter(shapes: Shapes, journal: Path, folder: Path | None, own: Path | None, recorded: Path | None) -> Start:
     """Starts `child`, with the GPU's kernels, proven or not, and the peers' folder behind all others.
 
-    own: a table of block shapes, or None for the one in use.
+    own: a table of block shapes, or None for the one in use. recorded: a file of hidden states, or None.
     """
     rehearse = shapes.device == "cpu"
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if rehearse else {})}
@@ -141,7 +143,7 @@ def starter(shapes: Shapes, journal: Path, folder: Path | None, own: Path | None
 
     def start(groups: Sequence[str], deadline: float) -> tuple[int, str]:
         command = [sys.executable, "-m", "fastguard.bench.child", str(journal), str(deadline), *groups]
-        command += ["--rehearse"] * rehearse
+        command += ["--rehearse"] * rehearse + (["--states", str(recorded)] if recorded else [])
         backend = "triton" if groups[0].startswith((tune.FIT, tune.TUNE, CHECK)) else shapes.backend
         try:
             done = subprocess.run(

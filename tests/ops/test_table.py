@@ -70,6 +70,7 @@ def test_a_row_of_a_width_is_taken_for_that_width_alone(written):
         ({"kernel": {"half": {"sm_86": 3}}}, "kernel: half: sm_86: expected names and values, got 3"),
         ({"kernel": {"half": {"sm_86": row(100)}}}, "kernel: half: sm_86: side: expected 16, 32, .*, got 100"),
         ({"other": {"half": {"x": {"warps": 3}}}}, "other: half: x: warps: expected 1, 2, 4, 8, 16, got 3"),
+        ({"kernel": {"half": {"1e2KiB": row(16)}}}, "kernel: half: expected a chip, or a size .*, got '1e2KiB'"),
         ({"kernel": {"half": {"sm_86": {"side": 64}}}}, "kernel: half: sm_86: expected side, warps, stages, got side"),
         ({"kernel": {"half": {"sm_86": row(256)}}}, "kernel: half: sm_86: side: expected at most 128, got 256"),
     ],

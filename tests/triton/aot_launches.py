@@ -31,12 +31,14 @@ from fastguard.ops.column_norms import column_norms_
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.gram import gram_
 from fastguard.ops.head_kl import head_kl
+from fastguard.ops.lm_head_stats.triton import hopper
 from fastguard.ops.masks import apply_mask_, count_bits, pack_mask, unpack_mask
 from fastguard.ops.masks import triton as masks
 from fastguard.ops.multi_tensor import triton as tables
 from fastguard.ops.multi_tensor.scalars import AdamW
 from fastguard.ops.project_out import project_out, project_out_
 from fastguard.ops.representation_distance import representation_distance
+from fastguard.ops.vocabulary import Head
 
 DEVICE = torch.device("cuda", 1)
 
@@ -192,6 +194,16 @@ def test_head_kl(launched):
     student, teacher, weight = new(70, 64), new(70, 64), new(1000, 64)
     head_kl(student, teacher, weight, softcap=30.0)
     assert set(launched) == {"scan_kernel", "combine_kernel", "dlogit_kernel"}
+
+
+def test_a_scan_by_descriptors_is_launched_where_its_blocks_fit(launched, monkeypatch):
+    """Consumer GPUs of compute capability 12 have descriptors, and 99 KiB of shared memory."""
+    x, head = new(128, 64), Head(new(1000, 64))
+    for capability, size, want in (((9, 0), 227, True), ((12, 0), 99, False), ((8, 0), 163, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(launch, "shared_memory", lambda _, size=size: size * 1024)
+        launch.chip.cache_clear()
+        assert hopper.serves(x, head) == want
 
 
 def test_scores_and_activations(launched):

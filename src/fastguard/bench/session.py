@@ -105,8 +105,8 @@ def tune_all(
     identity: Mapping[str, str], say: Callable[[str], object],
 ) -> None:  # fmt: skip
     """Find each kernel's block shapes; ``own`` has those found so far, and at the end the table in use."""
-    say("trying block shapes: which of them fit")
-    side_by_side(groups, tune.FIT, journal, start, deadline)
+    say("trying block shapes: which of them fit, for half of the time at most")
+    side_by_side(groups, tune.FIT, journal, start, (time.time() + deadline) / 2)
     for group, label, line in tune.unfit(journal.last()):
         journal.add(group, label, line["state"], error=line.get("error", ""))
     named = {name: group for name, group in groups.items() if name.startswith(tune.TUNE)}

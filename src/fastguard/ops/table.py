@@ -14,6 +14,7 @@ import contextlib
 import functools
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -77,6 +78,10 @@ def read(file: Path) -> Table:
     for kernel, classes in table.items():
         for shape, chips in mapping(classes, kernel).items():
             for key, row in mapping(chips, kernel, shape).items():
+                if key.endswith("KiB") and not re.fullmatch(r"\d+ KiB", key):
+                    raise ValueError(
+                        f'{file}: {kernel}: {shape}: expected a chip, or a size as in "144 KiB", got {key!r}'
+                    )
                 for name, number in mapping(row, kernel, shape, key).items():
                     allowed = ALLOWED.get(name, SIDES)
                     if type(number) is not int or number not in allowed:

@@ -30,7 +30,8 @@ help:
 	@echo "make quick       the demo in under four minutes: a smoke test, not a result"
 	@echo "make components  the demo without noise, without lens, on the output alone; its table in runs/components/"
 	@echo "make bench       benchmarks/results/*.json and the tables of docs/performance.md"
-	@echo "make bench-gpu   every op against float64 on a GPU, then at the shapes of an 8B model; PEERS=DIR of wheels"
+	@echo "make bench-gpu   every op against float64 on a GPU, then at the shapes of an 8B model; PEERS=DIR of wheels,"
+	@echo "                 TUNE=1 rewrites the table of block shapes first"
 	@echo "make docs        the documentation as a site, into site/; a broken link fails it"
 	@echo "make lint        ruff and mypy;  make format: ruff rewrites"
 	@echo "make clean       everything that was built; make clean-all: also $(VENV) and runs/"
@@ -82,7 +83,8 @@ bench: $(BENCH)
 
 # With the packages that are there: a machine with a GPU may have no network. PYTHON runs the sources as they are.
 bench-gpu:
-	PYTHONPATH=src $(PYTHON) -m fastguard.bench --gpu $(if $(PEERS),--peers $(PEERS)) $(if $(MINUTES),--minutes $(MINUTES))
+	PYTHONPATH=src $(PYTHON) -m fastguard.bench --gpu $(if $(PEERS),--peers $(PEERS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(TUNE),--tune)
 
 clean:
 	rm -rf build dist site src/*.egg-info src/fastguard/*.so src/fastguard/_extension.txt $(STAMP) $(BENCH)

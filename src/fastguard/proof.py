@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from fastguard.machine import write_json
+from fastguard.ops import table
 
 PROVE = "fastguard bench --gpu --check (minutes)"
 """The command that proves kernels."""
@@ -33,10 +34,14 @@ def gpu(device: torch.device) -> str:
 
 
 @functools.cache
-def kernels() -> str:
-    """A digest of all ops' sources: an edited kernel has not been checked."""
+def kernels(configurations: Path | None = None) -> str:
+    """A digest of all ops' sources and of the table of their block shapes: an edited kernel has not been checked.
+
+    configurations: another table than the one in use.
+    """
     digest = hashlib.sha256()
-    for file in sorted((Path(__file__).parent / "ops").rglob("*.py")):
+    sources = sorted((Path(__file__).parent / "ops").rglob("*.py"))
+    for file in (*sources, configurations or table.file()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -7,9 +7,10 @@ import time
 from itertools import count
 
 import pytest
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastguard import proof
-from fastguard.bench import child, command, session, table, timing
+from fastguard.bench import child, command, session, steps, table, timing, tune
 from fastguard.bench.groups import CHECK, MACHINE, ROOFS, all_groups
 from fastguard.bench.journal import Journal
 from fastguard.bench.roofs import COPY, GEMM
@@ -178,6 +179,17 @@ def test_the_table_gives_fractions_and_says_what_is_unproven_absent_and_not_reac
     assert "before 1980 MHz; after 1755 MHz" in text and "Kernels of fastguard, ms: `scan` 0.25." in text
 
 
+def test_a_plain_step_on_paper_has_the_flops_that_torch_counts():
+    """With the head, of two layers, beside which attention's scores are few."""
+    shapes = REHEARSAL._replace(hidden=32, mlp=48, tokens=16)
+    model, given = steps.language_model(shapes, 2), steps.batch(shapes, 0)
+    with FlopCounterMode(display=False) as counter:
+        model(**given, use_cache=False).loss.backward()
+    assert 0.9 < steps.on_paper(shapes, 2, steps.PLAIN[0]) / counter.get_total_flops() < 1.1
+    more = steps.on_paper(shapes, 2, "fastguard RepNoise") / steps.on_paper(shapes, 2, steps.PLAIN[1])
+    assert 0.7 < more < 1.5
+
+
 def test_a_folder_of_kernels_is_proven_where_all_ops_are_that_it_serves():
     found = session.by_folder(dict.fromkeys(OPS, "") | {"lens_stats": "max error"})
     assert found["lm_head_stats"] == "lens_stats: max error"
@@ -198,7 +210,7 @@ def pretended(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def pretend(says):
-        def starter(shapes, file, folder):
+        def starter(shapes, file, folder, own, recorded):
             groups, journal = all_groups(shapes), Journal(file)
 
             def start(names, deadline):
@@ -240,7 +252,7 @@ def test_every_group_is_started_and_has_its_table(pretended, tmp_path):
     assert command.main(pretended(says)) == 0
     text = (tmp_path / "out" / "table.md").read_text()
     for name in all_groups(LLAMA_8B):
-        assert name == MACHINE or name.startswith(CHECK) or f"## {name}" in text
+        assert name.startswith((MACHINE, tune.FIT, tune.TUNE, CHECK)) or f"## {name}" in text
 
 
 def test_without_a_device_the_command_says_so(pretended, capsys):

@@ -14,9 +14,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import triton
+from fastguard.ops.table import Chip
 
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Bytes of shared memory that one program may take, by compute capability."""
+
+
+def chip(arch: int, shared: int | None = None) -> Chip:
+    """A GPU of a compute capability, of which nothing was measured."""
+    return Chip("", f"sm_{arch}", SHARED_LIMIT[arch] if shared is None else shared)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ STATES = ("p_score", "p_squared", "p_signed")
 
 
 def compiled(arch, dtype="*bf16", states=1, size=4096, precision="ieee", flat=True):
-    blocks = ops.blocks_of(size, size, states, DTYPES[dtype])
+    blocks = ops.blocks_of(size, size, states, DTYPES[dtype], aot.chip(arch))
     types = {
         "p_dy": dtype, "p_x": dtype, "p_bounds": "*i64", "FLAT": flat, "PRECISION": precision,
         "BLOCK_O": blocks.outputs, "BLOCK_I": blocks.inputs, "BLOCK_T": blocks.tokens,

@@ -22,11 +22,10 @@ LARGE = ("gram_kernel", "gradient_kernel")
 SMALL = ("order_kernel", "reduce_kernel", "mmd_kernel", "coefficient_kernel")
 
 
-def arguments(name: str, samples: int, dtype: str, **flags: Any) -> dict[str, Any]:
+def arguments(name: str, blocks: ops.Blocks, samples: int, dtype: str, **flags: Any) -> dict[str, Any]:
     """Types and constants of a kernel for a batch of ``samples`` of dtype *bf16, *fp16 or *fp32."""
-    counters = ops.GRAM_COUNTERS if name == "gram_kernel" else ops.GRADIENT_COUNTERS
     constants = {
-        "SAMPLES": samples, "COUNTERS": counters, "ONE_TILE": True, "ALIGNED": True, "HAS_MASK": True,
+        "SAMPLES": samples, "COUNTERS": blocks.counters, "ONE_TILE": True, "ALIGNED": True, "HAS_MASK": True,
         "HAS_NOISE": False, "TOKENS": 1024, "SPANS": 32, "WORDS": max(1, 8 // samples), "ROWS": ops.ROWS,
         "COLUMNS": 2 * samples,
     } | flags  # fmt: skip
@@ -44,8 +43,12 @@ def arguments(name: str, samples: int, dtype: str, **flags: Any) -> dict[str, An
 
 @functools.cache
 def _compiled(name: str, arch: int, samples: int, dtype: str, flags: tuple[tuple[str, Any], ...]) -> aot.Compiled:
-    warps = ops.gram_warps(samples, dict(flags).get("ONE_TILE", True)) if name == "gram_kernel" else 4
-    return aot.compile_kernel(getattr(ops, name), arguments(name, samples, dtype, **dict(flags)), arch, warps, 3)
+    if name == "gram_kernel":
+        blocks = ops.gram_blocks(samples, dict(flags).get("ONE_TILE", True), aot.chip(arch))
+    else:
+        blocks = ops.gradient_blocks(aot.chip(arch))
+    types = arguments(name, blocks, samples, dtype, **dict(flags))
+    return aot.compile_kernel(getattr(ops, name), types, arch, blocks.warps, 3)
 
 
 def compiled(name: str, arch: int, samples: int = 8, dtype: str = "*bf16", **flags: Any) -> aot.Compiled:

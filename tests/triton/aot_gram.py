@@ -19,7 +19,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parts", [False, True], ids=["one part", "several"])
 def test_products_do_not_spill(arch, dtype, parts):
-    blocks = ops.config(DTYPES[dtype])
+    blocks = ops.config(DTYPES[dtype], 4096, aot.chip(arch))
     known = TYPES | {
         "p_x": f"*{dtype}", "p_part": "*fp32" if parts else None, "BLOCK": blocks.features, "BLOCK_K": blocks.rows,
         "PRECISION": "tf32x3" if dtype == "fp32" else "ieee",

@@ -47,7 +47,7 @@ def arguments(name: str, blocks: ops.Blocks, options: str, dtype: torch.dtype) -
 
 @functools.cache
 def compiled(name: str, arch: int, shared: int, options: str = "", dtype: torch.dtype = torch.bfloat16) -> aot.Compiled:
-    blocks = ops.config(dtype, shared)
+    blocks = ops.config(dtype, 4096, aot.chip(arch, shared))
     warps, stages = (blocks.warps, blocks.stages) if name in MATRIX else (4, 3)
     return aot.compile_kernel(getattr(ops, name), arguments(name, blocks, options, dtype), arch, warps, stages)
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import triton
-from fastguard.ops import orthonormal
+from fastguard.ops import launch, orthonormal
 from fastguard.ops.abs_weight_grad import abs_weight_grad_
 from fastguard.ops.add_project_rms_norm import add_project_rms_norm
 from fastguard.ops.class_moments import class_moments_
@@ -31,9 +31,8 @@ from fastguard.ops.column_norms import column_norms_
 from fastguard.ops.gaussian_mmd import gaussian_mmd
 from fastguard.ops.gram import gram_
 from fastguard.ops.head_kl import head_kl
-from fastguard.ops.head_kl import triton as head_kl_kernels
 from fastguard.ops.lm_head_stats import op as lm_head
-from fastguard.ops.lm_head_stats.triton import backward_pass, forward_pass
+from fastguard.ops.lm_head_stats.triton import backward_pass, hopper
 from fastguard.ops.masks import apply_mask_, count_bits, pack_mask, unpack_mask
 from fastguard.ops.masks import triton as masks
 from fastguard.ops.multi_tensor import triton as tables
@@ -41,6 +40,7 @@ from fastguard.ops.multi_tensor.scalars import AdamW
 from fastguard.ops.project_out import project_out, project_out_
 from fastguard.ops.representation_distance import representation_distance
 from fastguard.ops.threshold_select import triton as selection
+from fastguard.ops.vocabulary import Head
 
 DEVICE = torch.device("cuda", 1)
 
@@ -128,17 +128,19 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", run)
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _=None: SimpleNamespace(stream_id=7))
-    for module in (forward_pass, backward_pass, head_kl_kernels):
-        monkeypatch.setattr(module, "shared_memory", lambda _: 227 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch, "shared_memory", lambda _: 227 * 1024)
+    launch.chip.cache_clear()
     monkeypatch.setattr(FakeTensor, "__getitem__", item)
     monkeypatch.setattr(FakeTensor, "copy_", lambda t, source: torch.ops.aten.copy_(t, source))
     monkeypatch.setattr(FakeTensor, "data_ptr", lambda t: t.untyped_storage()._cdata << 16)  # each its own megabyte
     monkeypatch.setattr(torch, "_assert_async", lambda *_: None)
     with FakeTensorMode(), OwnBodies(), torch.no_grad():
         yield names
+    launch.chip.cache_clear()
 
 
 def new(*shape, dtype=torch.bfloat16):
@@ -222,6 +224,16 @@ def test_lm_head_stats(launched, dtype, softcap, with_mean, monkeypatch):
     assert launched.count("dlogit_kernel") == launched.count("dweight_kernel") == -(-v // places)
     run(0.0)
     assert launched[-1] == "gradient_kernel" and "dlogit_kernel" not in launched
+
+
+def test_a_scan_by_descriptors_is_launched_where_its_blocks_fit(launched, monkeypatch):
+    """Consumer GPUs of compute capability 12 have descriptors, and 99 KiB of shared memory."""
+    x, head = new(128, 64), Head(new(1000, 64))
+    for capability, size, want in (((9, 0), 227, True), ((12, 0), 99, False), ((8, 0), 163, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(launch, "shared_memory", lambda _, size=size: size * 1024)
+        launch.chip.cache_clear()
+        assert hopper.serves(x, head) == want
 
 
 def test_scores_and_activations(launched):

@@ -93,7 +93,7 @@ def arguments(name: str, blocks: configs.Blocks | None, plain: bool, dtype: str 
 def compiled(name: str, arch: int, plain: bool = True) -> aot.Compiled:
     blocks = None
     if name in MATRIX:
-        blocks = getattr(configs.config(torch.bfloat16, aot.SHARED_LIMIT[arch]), name.removesuffix("_kernel"))
+        blocks = getattr(configs.config(torch.bfloat16, 4096, aot.chip(arch)), name.removesuffix("_kernel"))
     warps, stages = (blocks.warps, blocks.stages) if blocks else (4, 3)
     return aot.compile_kernel(KERNELS[name], arguments(name, blocks, plain), arch, warps, stages)
 
@@ -135,7 +135,7 @@ def test_the_other_kernels_compile(name):
 @pytest.mark.parametrize("name", MATRIX)
 def test_float32_kernels_fit_everywhere(name):
     """Exact float32 products compile, and fit the smallest shared memory in use (AMD's 64 KiB)."""
-    blocks = getattr(configs.config(torch.float32, 64 * 1024), name.removesuffix("_kernel"))
+    blocks = getattr(configs.config(torch.float32, 4096, aot.chip(80, 64 * 1024)), name.removesuffix("_kernel"))
     arguments_ = arguments(name, blocks, plain=True, dtype="fp32")
     kernel = aot.compile_kernel(KERNELS[name], arguments_, 80, blocks.warps, blocks.stages)
     assert kernel.shared <= 64 * 1024
@@ -144,6 +144,6 @@ def test_float32_kernels_fit_everywhere(name):
 @pytest.mark.parametrize("name", MATRIX)
 def test_half_precision_kernels_fit_small_devices(name):
     """Consumer GPUs (99 KiB) take the narrow blocks."""
-    blocks = getattr(configs.config(torch.bfloat16, 99 * 1024), name.removesuffix("_kernel"))
+    blocks = getattr(configs.config(torch.bfloat16, 4096, aot.chip(89, 99 * 1024)), name.removesuffix("_kernel"))
     kernel = aot.compile_kernel(KERNELS[name], arguments(name, blocks, True), 89, blocks.warps, blocks.stages)
     assert kernel.shared <= 64 * 1024

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 
 import aot
 import pytest
+import torch
 import triton.language as tl
 
+from fastguard.ops import table
 from fastguard.ops.lm_head_stats.op import TILE
 from fastguard.ops.lm_head_stats.triton import configs, hopper
 from fastguard.ops.lm_head_stats.triton.scan import Parts
@@ -35,7 +37,8 @@ CALLS = [Call(record=False), PLAIN, Call(bias=True), Call(softcap=True), Call(me
 @functools.cache
 def compiled(call: Call, arch: int = 90) -> aot.Compiled:
     plain = not (call.bias or call.softcap or call.mean)
-    blocks = configs.PLAIN if plain else configs.OPTIONS
+    shapes = configs.by_descriptors(torch.bfloat16, 4096, options=not plain)
+    blocks = table.find(configs.BY_DESCRIPTORS, shapes, aot.chip(arch), configs.Blocks)
     known = SIZES | COUNTS | {
         "d_x": f"tensordesc<bf16[{TILE}, {blocks.inner}]>",
         "d_weight": f"tensordesc<bf16[{blocks.outer}, {blocks.inner}]>",

@@ -14,6 +14,7 @@ import torch
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard.ops import segments
 from fastguard.ops.abs_weight_grad import abs_weight_grad_, reference
+from fastguard.ops.table import Chip
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
@@ -63,7 +64,8 @@ def test_matches_reference(shape, dtype):
 
 def test_large_weights_have_large_tiles():
     grad_out, input = draw(2, 5, 8 * 128 + 1, 16 * 128 - 3, torch.float32)
-    assert ops.blocks_of(grad_out.shape[-1], input.shape[-1], 1, torch.float32).inputs == 128
+    blocks = ops.blocks_of(grad_out.shape[-1], input.shape[-1], 1, torch.float32, Chip("", "", 0))
+    assert blocks.inputs == 128
     want = specified(grad_out, input, segments.bounds_of(input))
     assert_agrees("score", added(("score",), grad_out, input)["score"], want["score"])
 

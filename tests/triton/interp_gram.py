@@ -13,6 +13,7 @@ import torch
 
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard.ops.gram import gram_, reference
+from fastguard.ops.table import Chip
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.interpreter
 def test_matches_reference(width, parts, dtype, monkeypatch):
     """Samples of less than a block, of none, of several chunks; rows that are no one's hold NaN, as the upper half."""
     monkeypatch.setattr(ops, "CHUNK", 80)
-    side = -(-width // ops.config(dtype).features)
+    side = -(-width // ops.config(dtype, width, Chip("", "", 0)).features)
     monkeypatch.setattr(ops, "PROGRAMS", parts * side * (side + 1) // 2)
     bounds = torch.tensor([[0, 5], [7, 7], [9, 9 + 5 * 80 + 3], [420, 421]])
     x = torch.full((430, width), torch.nan, dtype=torch.float64)

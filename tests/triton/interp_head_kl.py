@@ -13,6 +13,7 @@ import torch
 
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard.ops.head_kl import head_kl, reference
+from fastguard.ops.table import Chip
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
     pytest.skip("needs TRITON_INTERPRET=1 and FASTGUARD_BACKEND=triton", allow_module_level=True)
@@ -136,7 +137,7 @@ def test_far_from_the_teacher():
 @pytest.mark.parametrize("shared", [100 * 1024, 227 * 1024])
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small and of large devices, and a backward in several windows."""
-    monkeypatch.setattr(ops, "shared_memory", lambda device: shared)
+    monkeypatch.setattr(ops, "chip", lambda device: Chip("", "", shared))
     monkeypatch.setattr(ops, "WINDOW_ELEMENTS", 130 * 128)
     student, teacher, weight, bias = draw(130, 301, 72, torch.float16)
     results = all_three((student, weight, bias), teacher, **OPTIONS)

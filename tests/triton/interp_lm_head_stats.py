@@ -17,6 +17,7 @@ from checks import assert_agrees, assert_catches_spoiled
 from fastguard.ops.lm_head_stats import exact as exact_rows
 from fastguard.ops.lm_head_stats import live, lm_head_stats, order, portable, reference
 from fastguard.ops.lm_head_stats.op import Grads, Saved
+from fastguard.ops.table import Chip
 from fastguard.ops.vocabulary import Head
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
@@ -162,7 +163,7 @@ def test_the_kernels_follow_the_rule(monkeypatch):
     columns = torch.zeros(1, 1100, dtype=torch.uint8)
     stats = ops.forward(hidden, head, target, 0.1, False, columns)
     bound = forward_pass._bound(hidden, head, target, stats.target_logit)[rows]
-    block = configs.config(torch.float32, 0).scan.outer
+    block = configs.config(torch.float32, hidden.shape[1], Chip("", "", 0)).scan.outer
     parts = scan._parts(1, -(-1100 // (2 * block)), processors(hidden.device))
     assert parts > 1
     z = reference.logits_of(hidden, head)[rows]
@@ -274,7 +275,7 @@ def test_one_gradient_wanted(wanted, filter_tol):
 def test_block_shapes_of_every_device(shared, monkeypatch):
     """The blocks of small, A100-like and Hopper-like devices agree with the specification."""
     for module in (forward_pass, backward_pass):
-        monkeypatch.setattr(module, "shared_memory", lambda device: shared)
+        monkeypatch.setattr(module, "chip", lambda device: Chip("", "", shared))
     *inputs, target = draw(130, 303, 72, torch.float16, spread=4.0)
     upstream = torch.randn(4, 130, dtype=torch.float64)
     mine, exact, peer = all_three(inputs, target, upstream, range(4), **OPTIONS)

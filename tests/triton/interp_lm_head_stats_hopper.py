@@ -12,6 +12,7 @@ import torch
 
 from checks import assert_agrees
 from fastguard.ops.lm_head_stats import live, reference
+from fastguard.ops.table import Chip
 from fastguard.ops.vocabulary import Head
 
 if os.environ.get("TRITON_INTERPRET") != "1" or os.environ.get("FASTGUARD_BACKEND") != "triton":
@@ -45,6 +46,9 @@ def record(hidden, head, target, with_mean=False):
 def by_descriptors(monkeypatch):
     monkeypatch.setattr(forward_pass, "SAMPLE", 64)
     monkeypatch.setattr(hopper, "serves", lambda x, head: True)
+    monkeypatch.setattr(hopper, "chip", lambda device: Chip("", "sm_90", 227 * 1024))
+    half = configs.by_descriptors  # whose rows the interpreter's float32 takes
+    monkeypatch.setattr(hopper, "by_descriptors", lambda _, width, options: half(torch.float16, width, options))
     launched = []
     scan = hopper.scan
     monkeypatch.setattr(hopper, "scan", lambda *a: launched.append(a) or scan(*a))
@@ -90,7 +94,7 @@ def test_live_columns_are_those_of_the_rule(by_descriptors):
     stats, columns = record(hidden, head, target)
     assert stats.lse.isnan().tolist() == (~rows).tolist()
     bound = forward_pass._bound(hidden, head, target, stats.target_logit)[rows]
-    block = configs.PLAIN.outer
+    block = hopper.blocks_of(hidden, head, False).outer
     parts = hopper.parts_of(1, -(-V // block), processors(hidden.device))
     assert parts > 1
     z = reference.logits_of(hidden, head)[rows]

@@ -309,6 +309,9 @@ def abs_weight_grad(case: Case) -> Iterator[Result]:
     peer = abs_weight_grad_spec.sums(grad, x, bounds)
     for name, got, want, same in zip(("score", "squared", "signed"), sums, exact, peer, strict=True):
         yield Result(name, got, want, same)
+    alone = torch.zeros_like(sums[0])
+    fastguard.abs_weight_grad_(alone, grad, x, bounds=bounds)
+    yield Result("score alone", alone, exact[0], peer[0])  # in larger tiles
 
 
 def column_norms(case: Case) -> Iterator[Result]:

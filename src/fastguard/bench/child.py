@@ -1,6 +1,6 @@
 """Groups in this process: contenders are made and warmed up one after another, then take turns.
 
-    python -m fastguard.bench.child JOURNAL DEADLINE [--rehearse] GROUP...
+    python -m fastguard.bench.child JOURNAL DEADLINE [--rehearse] [--states FILE] GROUP...
 
 A contender that raises is written down and the others go on. An error that the device does not recover from ends the
 process, with `POISONED`: who started it starts another for those that are left.
@@ -102,11 +102,12 @@ def main() -> None:
     parser.add_argument("deadline", type=float)
     parser.add_argument("groups", nargs="+")
     parser.add_argument("--rehearse", action="store_true")
+    parser.add_argument("--states", type=Path)
     given = parser.parse_args()
     from fastguard.bench.groups import all_groups
 
     shapes = REHEARSAL if given.rehearse else LLAMA_8B
-    known = all_groups(shapes)
+    known = all_groups(shapes, given.states)
     for name in given.groups:
         work_through(name, known[name], shapes, Journal(given.journal), given.deadline)
         if shapes.device != "cpu":

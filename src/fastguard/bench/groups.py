@@ -1,12 +1,13 @@
-"""All groups by name, in the order of their worth: what there is no time for is not reached."""
+"""All groups by name, in the order in which they run: what there is no time for is not reached."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from fastguard import proof
-from fastguard.bench import head, roofs, steps
+from fastguard.bench import head, roofs, states, steps, tune
 from fastguard.bench.checks import CHECKS, Case, check
 from fastguard.bench.shapes import Shapes
 from fastguard.bench.work import Group, Work
@@ -55,7 +56,8 @@ def checks(jobs: int) -> dict[str, Group]:
     return {f"{CHECK} {i + 1}": Group(tuple(CHECKS)[i::jobs], _checks) for i in range(jobs)}
 
 
-def all_groups(shapes: Shapes) -> dict[str, Group]:
-    """Every group of a run."""
-    first = {MACHINE: Group(("facts",), _machine), **checks(shapes.jobs)}
-    return {**first, ROOFS: roofs.GROUP, **head.GROUPS, **steps.GROUPS}
+def all_groups(shapes: Shapes, recorded: Path | None = None) -> dict[str, Group]:
+    """Every group of a run; recorded: a file of hidden states (``states``)."""
+    own = {} if recorded is None else {states.GROUP: states.group(recorded)}
+    first = {MACHINE: Group(("facts",), _machine), **tune.groups(shapes), **checks(shapes.jobs)}
+    return {**first, ROOFS: roofs.GROUP, **head.GROUPS, **own, **steps.GROUPS}

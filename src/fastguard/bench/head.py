@@ -43,11 +43,11 @@ def drawn(shapes: Shapes, vocabulary: int, **how: Any) -> tuple[Tensor, Tensor, 
     return found.hidden.to(shapes.dtype), found.head.to(shapes.dtype), found.target
 
 
-def live(h: Tensor, w: Tensor, t: Tensor) -> float:
-    """The part of all (tile, column) pairs that the forward finds live."""
+def live(h: Tensor, w: Tensor, t: Tensor, **options: Any) -> float:
+    """The part of all (tile, column) pairs that the forward finds live; options: the head's scale and soft-cap."""
     record = torch.zeros(-(-len(h) // TILE), len(w) + 4 * TILE, dtype=torch.uint8, device=h.device)
     impl = backend.choose("lm_head_stats", h.device)
-    order.forward(impl, h, Head(w), t, DEFAULT_FILTER_TOL[h.dtype], False, record)
+    order.forward(impl, h, Head(w, **options), t, DEFAULT_FILTER_TOL[h.dtype], False, record)
     return float((record[:, : len(w)] == LIVE).double().mean())
 
 

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastguard import proof
-from fastguard.bench import peers, table
+from fastguard.bench import peers, table, tune
 from fastguard.bench.groups import CHECK, MACHINE, all_groups
 from fastguard.bench.journal import STATES, Journal
 from fastguard.bench.shapes import Shapes
 from fastguard.bench.work import Group
 from fastguard.doctor import OPS
 from fastguard.machine import write_atomically
+from fastguard.ops import table as configurations
 
 Start = Callable[[Sequence[str], float], tuple[int, str]]
 """Works through groups until a deadline: exit code, and the end of what was said on stderr."""
@@ -34,18 +35,22 @@ class Outcome(NamedTuple):
 
 def run(
     shapes: Shapes, out: Path, minutes: float, wheels: Path | None = None, only_checks: bool = False,
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = print, tuning: float = 0.0, recorded: Path | None = None,
 ) -> Outcome:  # fmt: skip
     """Check every op on the device, write the proof, and time what there is time for.
 
     out: a folder, made where it is not there: ``results.jsonl``, as results come, and ``table.md``.
-    wheels: a folder of peers' wheels, or None. say: is told of each step.
+    wheels: a folder of peers' wheels, or None. say: is told of each step. tuning: minutes that come before, in which
+    block shapes are tried; what is found of them is in ``configurations.json``, beside the results and where the table
+    in use can be written, and holds for all that follows. recorded: a file of hidden states, which are timed beside
+    the synthetic ones (``states``), or None.
 
     Raises:
-        FileNotFoundError: wheels is no folder. FileExistsError: out holds the results of another run.
+        ValueError: recorded holds something else. FileNotFoundError: wheels is no folder.
+        FileExistsError: out holds the results of another run.
         RuntimeError: there is no device, with what it said.
     """
-    deadline = time.time() + 60 * minutes
+    groups = all_groups(shapes, recorded)
     out.mkdir(parents=True, exist_ok=True)
     journal = Journal(out / "results.jsonl")
     if journal.file.exists():
@@ -53,16 +58,21 @@ def run(
     folder, refused = peers.install(wheels) if wheels else (None, {})
     for wheel, why in refused.items():
         say(f"{wheel}: not installed: {why}")
-    start = starter(shapes, journal.file, folder)
-    groups = all_groups(shapes)
-    drain({MACHINE: groups[MACHINE]}, journal, start, deadline)
+    own = out / configurations.INSTALLED.name if tuning else None
+    if own is not None:
+        write_atomically(own, configurations.file().read_bytes())
+    start = starter(shapes, journal.file, folder, own, recorded)
+    drain({MACHINE: groups[MACHINE]}, journal, start, time.time() + 60 * minutes)
     facts = journal.last()[MACHINE, "facts"]
     if facts["state"] != "done":
         raise RuntimeError(f"device: {facts.get('error', facts['state'])}")
+    identity = {key: facts["figures"].get(key, "") for key in proof.KEYS}
+    if own is not None:
+        tune_all(shapes, groups, journal, start, time.time() + 60 * tuning, own, identity, say)
+        identity["kernels"] = proof.kernels(own)
+    deadline = time.time() + 60 * minutes
     say(f"checking {len(OPS)} ops against float64")
-    with ThreadPoolExecutor(shapes.jobs) as pool:
-        each = [{name: group} for name, group in groups.items() if name.startswith(CHECK)]
-        list(pool.map(lambda one: drain(one, journal, start, deadline), each))
+    side_by_side(groups, CHECK, journal, start, deadline)
     found = checked(journal)
     for op, wrong in found.items():
         if wrong:
@@ -70,11 +80,11 @@ def run(
     kept = None
     if shapes.device != "cpu":
         try:
-            kept = proof.write({key: facts["figures"][key] for key in proof.KEYS}, by_folder(found))
+            kept = proof.write(identity, by_folder(found))
         except OSError as error:
             say(f"the proof could not be kept: {error}")
     if not only_checks:
-        timed = {n: g for n, g in groups.items() if n != MACHINE and not n.startswith(CHECK)}
+        timed = {n: g for n, g in groups.items() if not n.startswith((MACHINE, tune.FIT, tune.TUNE, CHECK))}
         for part in [timed] if shapes.device == "cpu" else [{name: group} for name, group in timed.items()]:
             say(f"timing {', '.join(part)}: {max(deadline - time.time(), 0):.0f} s left")
             drain(part, journal, start, deadline)
@@ -83,18 +93,58 @@ def run(
     return Outcome(out / "table.md", found, kept)
 
 
-def starter(shapes: Shapes, journal: Path, folder: Path | None) -> Start:
-    """Starts `child`, with the GPU's kernels, proven or not, and the peers' folder behind all others."""
+def side_by_side(groups: Mapping[str, Group], kind: str, journal: Journal, start: Start, deadline: float) -> None:
+    """Groups of a kind at the same time, each in processes of its own."""
+    each = [{name: group} for name, group in groups.items() if name.startswith(kind)]
+    with ThreadPoolExecutor(len(each)) as pool:
+        list(pool.map(lambda one: drain(one, journal, start, deadline), each))
+
+
+def tune_all(
+    shapes: Shapes, groups: Mapping[str, Group], journal: Journal, start: Start, deadline: float, own: Path,
+    identity: Mapping[str, str], say: Callable[[str], object],
+) -> None:  # fmt: skip
+    """Find each kernel's block shapes; ``own`` has those found so far, and at the end the table in use."""
+    say("trying block shapes: which of them fit, for half of the time at most")
+    side_by_side(groups, tune.FIT, journal, start, (time.time() + deadline) / 2)
+    for group, label, line in tune.unfit(journal.last()):
+        journal.add(group, label, line["state"], error=line.get("error", ""))
+    named = {name: group for name, group in groups.items() if name.startswith(tune.TUNE)}
+    rows = configurations.read(configurations.file())
+    tuned = configurations.tuned(configurations.file())
+    when = f"{time.strftime('%Y-%m-%d')}, torch {identity['torch']}, triton {identity['triton']}"
+    chip = identity["gpu"] or "rehearsal"
+    for part in [named] if shapes.device == "cpu" else [{name: group} for name, group in named.items()]:
+        say(f"timing {', '.join(part)}: {max(deadline - time.time(), 0):.0f} s left")
+        drain(part, journal, start, deadline)
+        new = tune.updated(rows, chip, tune.best(journal.last()))
+        write_atomically(own, configurations.text(new, {**tuned, chip: when}))
+    if shapes.device == "cpu":
+        return
+    try:
+        write_atomically(configurations.file(), own.read_bytes())
+        say(f"the table of block shapes is written: {configurations.file()}")
+    except OSError as error:
+        say(f"the table in use could not be written ({error}): {configurations.VARIABLE}={own} takes the new one")
+
+
+def starter(shapes: Shapes, journal: Path, folder: Path | None, own: Path | None, recorded: Path | None) -> Start:
+    """Starts `child`, with the GPU's kernels, proven or not, and the peers' folder behind all others.
+
+    own: a table of block shapes, or None for the one in use. recorded: a file of hidden states, or None.
+    """
     rehearse = shapes.device == "cpu"
     environment = {**os.environ, **({"TRITON_INTERPRET": "1"} if rehearse else {})}
+    if own is not None:
+        environment[configurations.VARIABLE] = str(own.resolve())
     # Behind all others: a peer's folder must not put another torch in this one's place.
     search = [p for p in (*sys.path, str(folder) if folder else "") if p]
     environment["PYTHONPATH"] = os.pathsep.join(search)
 
     def start(groups: Sequence[str], deadline: float) -> tuple[int, str]:
         command = [sys.executable, "-m", "fastguard.bench.child", str(journal), str(deadline), *groups]
-        command += ["--rehearse"] * rehearse
-        backend = "triton" if groups[0].startswith(CHECK) else shapes.backend
+        command += ["--rehearse"] * rehearse + (["--states", str(recorded)] if recorded else [])
+        backend = "triton" if groups[0].startswith((tune.FIT, tune.TUNE, CHECK)) else shapes.backend
         try:
             done = subprocess.run(
                 command, env={**environment, "FASTGUARD_BACKEND": backend}, stdout=subprocess.DEVNULL,

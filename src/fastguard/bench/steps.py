@@ -7,7 +7,8 @@ what it does in a model (``zipf``). Two depths: what they differ by is what a la
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from fastguard.bench import zipf
 from fastguard.bench.shapes import Shapes
 from fastguard.bench.work import Absent, Group, Work
 from fastguard.methods.training import Role
+from fastguard.plan import passes
+from fastguard.plan.architecture import Architecture
+from fastguard.plan.setting import Setting
 from fastguard.settings import build
 
 DEFENSES = {"fastguard RepNoise": "repnoise", "fastguard TAR": "tar", "fastguard Booster": "booster",
@@ -25,6 +29,8 @@ DEFENSES = {"fastguard RepNoise": "repnoise", "fastguard TAR": "tar", "fastguard
 SALIENCY = "fastguard saliency"
 PLAIN = ("plain, one batch", "plain, two batches")
 TOPICS = 32
+UNDRAWN = {"retain_weight"}
+"""Options of batches that a step does without, and has not here."""
 
 Batch = dict[str, Tensor]
 
@@ -75,6 +81,35 @@ def stream(shapes: Shapes, role: Role, shift: int) -> Callable[[int], Any]:
     return lambda n: batch(shapes, shift + 2 * n, role.count)
 
 
+def options_of(entry: methods.Entry, shapes: Shapes) -> Mapping[str, Any]:
+    """Those that a defense is timed with, where they are not the published ones."""
+    kind = entry.load_options()
+    return kind.quick if shapes.device == "cpu" else kind.timed
+
+
+def on_paper(shapes: Shapes, layers: int, name: str) -> float:
+    """Flops of a step's products as the planner counts them (``plan/passes.py``, the methods' costs).
+
+    Scores of weights take a plain pass: as many as the weights' gradients, which are not computed beside them.
+    """
+    setting = Setting(
+        Architecture(
+            "timed", layers, shapes.hidden, shapes.mlp, shapes.heads, shapes.kv_heads, shapes.hidden // shapes.heads,
+            shapes.vocabulary, tied=False,
+        ),
+        gpus=1, global_batch=shapes.samples, tokens=shapes.tokens, checkpointing=False, cpu=shapes.device == "cpu",
+    )  # fmt: skip
+    if name not in DEFENSES:
+        count = 1 + PLAIN.index(name) if name in PLAIN else 1
+        parts = passes.full(setting, name, shapes.samples, count)[0]
+    else:
+        entry = methods.find(DEFENSES[name])
+        given = options_of(entry, shapes)
+        setting = replace(setting, given=frozenset(given) - UNDRAWN)
+        parts = entry.load_cost().here(setting, build(entry.load_options(), given)).parts
+    return sum(part.flops for part in parts)
+
+
 def prepare(depth: int) -> Callable[[Shapes], Callable[[str], Work]]:
     """Steps on the shallower model (0) or on the deeper one (1)."""
 
@@ -97,8 +132,7 @@ def prepare(depth: int) -> Callable[[Shapes], Callable[[str], Work]]:
 
         def defense(name: str) -> Callable[[], object]:
             entry = methods.find(name)
-            kind = entry.load_options()
-            method = entry.build(model, build(kind, kind.quick if shapes.device == "cpu" else kind.timed))
+            method = entry.build(model, build(entry.load_options(), options_of(entry, shapes)))
             roles = {name: role for name, role in method.roles.items() if not role.optional}
             data = {name: stream(shapes, role, 10 * i) for i, (name, role) in enumerate(roles.items())}
             return lambda: method.backward(**method.draw(data))
@@ -112,7 +146,7 @@ def prepare(depth: int) -> Callable[[Shapes], Callable[[str], Work]]:
                 step = plain(1 + PLAIN.index(name))
             else:
                 step = scored() if name == SALIENCY else defense(DEFENSES[name])
-            return Work(cleared(step), figures={"layers": layers})
+            return Work(cleared(step), on_paper(shapes, layers, name), figures={"layers": layers})
 
         return make
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fastguard.bench import roofs, steps
+from fastguard.bench import roofs, steps, tune
 from fastguard.bench.groups import CHECK, MACHINE, ROOFS
 from fastguard.bench.work import Group
 
@@ -23,7 +23,7 @@ def markdown(last: Last, groups: Mapping[str, Group]) -> str:
     lines += [*check_lines(last), ""]
     roof = {name: rate(last.get((ROOFS, name), {}), kind) for name, kind in KINDS.items()}
     for name, group in groups.items():
-        if (name, group.contenders[0]) in last and name != MACHINE and not name.startswith(CHECK):
+        if (name, group.contenders[0]) in last and not name.startswith((MACHINE, tune.FIT, CHECK)):
             lines += [f"## {name}", "", *group_lines(name, group, last, roof), ""]
     return "\n".join([*lines, *layer_lines(last)]).rstrip() + "\n"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import triton
+from fastguard.ops.table import Chip
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -43,10 +44,18 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-@functools.cache
 def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one program may take; the interpreter has none to run out of."""
-    if device.type != "cuda":
-        return 0
+    """Bytes of shared memory that one program may take."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+
+
+@functools.cache
+def chip(device: torch.device) -> Chip:
+    """What a device's rows of the table go by; the interpreter has no shared memory to run out of."""
+    if device.type != "cuda":
+        return Chip("", "", 0)
+    found = torch.cuda.get_device_properties(device)
+    amd = torch.version.hip is not None
+    capability = found.gcnArchName.partition(":")[0] if amd else f"sm_{found.major}{found.minor}"
+    return Chip(found.name, capability, shared_memory(device))

@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops import table
 from fastguard.ops.abs_weight_grad import portable
-from fastguard.ops.launch import on_device, precision
+from fastguard.ops.launch import chip, on_device, precision
 
 GROUP = tl.constexpr(8)
 """Tiles of outputs that neighbouring programs take together, so that they read the same inputs out of L2."""
@@ -39,13 +40,13 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def blocks_of(outputs: int, inputs: int, states: int, dtype: torch.dtype) -> Blocks:
+def blocks_of(outputs: int, inputs: int, states: int, dtype: torch.dtype, chip: table.Chip) -> Blocks:
     """The tile for a weight [outputs, inputs]: what one accumulator and ``states`` sums leave room for in registers."""
-    tokens = 32 if dtype == torch.float32 else 64
-    large = Blocks(128, 128 if states == 1 else 64, tokens, 8, 3)
+    options = ["several sums"] if states > 1 else []
+    large = table.find("abs_weight_grad", table.classes(dtype, inputs, *options), chip, Blocks)
     if triton.cdiv(outputs, large.outputs) * triton.cdiv(inputs, large.inputs) >= PROGRAMS:
         return large
-    return Blocks(64, 64 if states == 1 else 32, tokens, 4, 4)
+    return table.find("abs_weight_grad", table.classes(dtype, inputs, *options, "few programs"), chip, Blocks)
 
 
 @triton.jit
@@ -126,7 +127,8 @@ def update(
     dy, x = (t if t.dim() == 3 else t[None] for t in (grad_out, input))
     samples, tokens, outputs = dy.shape
     inputs = x.shape[-1]
-    blocks = blocks_of(outputs, inputs, sum(t is not None for t in (score, squared, signed)), grad_out.dtype)
+    states = sum(t is not None for t in (score, squared, signed))
+    blocks = blocks_of(outputs, inputs, states, grad_out.dtype, chip(x.device))
     programs = triton.cdiv(outputs, blocks.outputs) * triton.cdiv(inputs, blocks.inputs)
     sums_kernel[(programs,)](
         score, squared, signed, dy, x, bounds, bounds.shape[0], samples * tokens, outputs, inputs, tokens,

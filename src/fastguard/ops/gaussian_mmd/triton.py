@@ -30,10 +30,11 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops import table
 from fastguard.ops.gaussian_mmd import portable
 from fastguard.ops.gaussian_mmd.portable import Source
 from fastguard.ops.gaussian_mmd.reference import KERNELS as N_KERNELS
-from fastguard.ops.launch import on_device
+from fastguard.ops.launch import chip, on_device
 from fastguard.ops.philox import BLOCK, LANES
 
 NOISE_BLOCK = tl.constexpr(BLOCK)
@@ -43,12 +44,6 @@ TINY = tl.constexpr(float(torch.finfo(torch.float32).tiny))
 
 MAX_SAMPLES = 16
 """Samples of a program's tile; larger batches are covered by pairs of tiles, which remake noise."""
-
-GRAM_COUNTERS = 32
-"""Counters of a gram program's tile, per sample: 128 features."""
-
-GRADIENT_COUNTERS = 128
-"""Counters of a gradient program's tile, per sample: 512 features."""
 
 SPANS = 1024
 """Most programs per layer and pair of tiles that share the live blocks."""
@@ -482,9 +477,22 @@ def _flags(x: Tensor, source: Source, plan: Plan) -> dict[str, object]:
     }  # fmt: skip
 
 
-def gram_warps(samples: int, one_tile: bool) -> int:
-    """Warps of a gram program: as many as its products keep busy and its rows fit into the registers of."""
-    return (2 if samples < MAX_SAMPLES else 4) if one_tile else 8
+class Blocks(NamedTuple):
+    """Counters of a program's tile, per sample, each of 4 features; warps."""
+
+    counters: int
+    warps: int
+
+
+def gram_blocks(samples: int, one_tile: bool, chip: table.Chip) -> Blocks:
+    """Of a gram program: as many warps as its products keep busy and its rows fit into the registers of."""
+    shape = ("a tile" if samples == MAX_SAMPLES else "part of a tile") if one_tile else "pairs of tiles"
+    return table.find("gaussian_mmd.gram", (shape,), chip, Blocks)
+
+
+def gradient_blocks(chip: table.Chip) -> Blocks:
+    """Of a gradient program."""
+    return table.find("gaussian_mmd.gradient", ("all",), chip, Blocks)
 
 
 @on_device
@@ -497,13 +505,14 @@ def forward(x: Tensor, mask: Tensor | None, source: Source) -> tuple[Tensor, Ten
     plan = plan_of(x, mask)
     flags = _flags(x, source, plan)
     samples = int(flags["SAMPLES"])  # type: ignore[call-overload]
+    blocks = gram_blocks(samples, b <= samples, chip(x.device))
     words = max(1, 8 // samples)
     rows, tiles = 2 * samples * words, triton.cdiv(b, samples)
-    spans = min(SPANS, triton.cdiv(plan.tokens * plan.per_token, GRAM_COUNTERS // LANES))
+    spans = min(SPANS, triton.cdiv(plan.tokens * plan.per_token, blocks.counters // LANES))
     partial = torch.empty(layers, tiles**2, spans, rows, rows, dtype=torch.float32, device=x.device)
     gram_kernel[(spans, tiles**2, layers)](
         x, plan.mask, noise, source.call, plan.order, plan.live, partial, *_arguments(x, source, plan), tiles,
-        WORDS=words, COUNTERS=GRAM_COUNTERS, ONE_TILE=tiles == 1, **flags, num_warps=gram_warps(samples, tiles == 1),
+        WORDS=words, COUNTERS=blocks.counters, ONE_TILE=tiles == 1, **flags, num_warps=blocks.warps,
     )  # fmt: skip
     gram = torch.empty(layers, 2 * b, 2 * b, dtype=torch.float32, device=x.device)
     reduce_kernel[(2 * samples, tiles**2, layers)](
@@ -528,9 +537,10 @@ def backward(grad: Tensor, x: Tensor, mask: Tensor | None, source: Source, gram:
         gram, grad, coefficient, grad.stride(0), b, ROWS=ROWS, COLUMNS=triton.next_power_of_2(2 * b)
     )
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    parts = triton.cdiv(plan.tokens * plan.per_token, GRADIENT_COUNTERS // LANES)
+    blocks = gradient_blocks(chip(x.device))
+    parts = triton.cdiv(plan.tokens * plan.per_token, blocks.counters // LANES)
     gradient_kernel[(parts, triton.cdiv(b, int(flags["SAMPLES"])), layers)](  # type: ignore[call-overload]
         x, plan.mask, noise, source.call, plan.order, plan.live, coefficient, dx, *_arguments(x, source, plan),
-        COUNTERS=GRADIENT_COUNTERS, **flags, num_warps=4,
+        COUNTERS=blocks.counters, **flags, num_warps=blocks.warps,
     )  # fmt: skip
     return dx

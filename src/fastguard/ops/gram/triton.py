@@ -17,8 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops import table
 from fastguard.ops.gram import portable
-from fastguard.ops.launch import on_device
+from fastguard.ops.launch import chip, on_device
 
 PROGRAMS = 256
 """Programs that fill a GPU."""
@@ -35,9 +36,9 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def config(dtype: torch.dtype) -> Blocks:
-    """The shape of a program for a dtype of x; within A100's shared memory."""
-    return Blocks(64, 32, 8, 3) if dtype == torch.float32 else Blocks(128, 64, 8, 4)
+def config(dtype: torch.dtype, width: int, chip: table.Chip) -> Blocks:
+    """The shape of a program for x of a dtype and of ``width`` features on a chip."""
+    return table.find("gram", table.classes(dtype, width), chip, Blocks)
 
 
 @triton.jit
@@ -109,7 +110,8 @@ def add(gram: Tensor, x: Tensor, bounds: Tensor) -> None:
     if gram.dtype == torch.float64:
         portable.add(gram, x, bounds)
         return
-    width, blocks = gram.shape[0], config(x.dtype)
+    width = gram.shape[0]
+    blocks = config(x.dtype, width, chip(x.device))
     side = triton.cdiv(width, blocks.features)
     parts = min(triton.cdiv(PROGRAMS, side * (side + 1) // 2), triton.cdiv(x.shape[0], CHUNK))
     partial = None if parts == 1 else torch.empty(parts, width, width, device=x.device)

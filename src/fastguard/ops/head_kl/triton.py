@@ -29,8 +29,9 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+from fastguard.ops import table
 from fastguard.ops.head_kl import portable
-from fastguard.ops.launch import on_device, precision, processors, shared_memory
+from fastguard.ops.launch import chip, on_device, precision, processors
 from fastguard.ops.lm_head_stats.triton.pieces import logits
 from fastguard.ops.lm_head_stats.triton.scan import _parts
 from fastguard.ops.vocabulary import Head
@@ -52,13 +53,9 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def config(dtype: torch.dtype, shared: int) -> Blocks:
-    """Block shapes for a dtype and a device with ``shared`` bytes of shared memory per program."""
-    if dtype == torch.float32:
-        return Blocks(64, 32, 32, 8, 2)
-    if shared >= 144 * 1024:  # A100, Hopper, Blackwell
-        return Blocks(128, 64, 64, 8, 3)
-    return Blocks(64, 64, 32, 8, 2)
+def config(dtype: torch.dtype, width: int, chip: table.Chip) -> Blocks:
+    """Block shapes for hidden states of a dtype and of ``width`` features on a chip."""
+    return table.find("head_kl", table.classes(dtype, width), chip, Blocks)
 
 
 @triton.jit
@@ -280,7 +277,7 @@ def forward(
     out = portable.Row(*(torch.empty(n, dtype=torch.float32, device=t.device) for _ in range(3)))
     if not n:
         return out, torch.empty(0, d, dtype=torch.float32, device=t.device) if ahead else None
-    blocks = config(t.dtype, shared_memory(t.device))
+    blocks = config(t.dtype, d, chip(t.device))
     tiles, n_blocks = triton.cdiv(n, blocks.rows), triton.cdiv(v, blocks.columns)
     per_part = triton.cdiv(n_blocks, _parts(tiles, n_blocks, processors(t.device)))
     parts = triton.cdiv(n_blocks, per_part)  # none is empty
@@ -323,7 +320,7 @@ def backward(
     dbias = torch.zeros(v, dtype=torch.float32, device=t.device) if need_bias else None
     if not n:
         return dstudent, dweight, dbias
-    blocks = config(t.dtype, shared_memory(t.device))
+    blocks = config(t.dtype, d, chip(t.device))
     width = min(max(WINDOW_ELEMENTS // n // blocks.columns, 1) * blocks.columns, v)
     for first in range(0, v, width):
         columns = slice(first, min(first + width, v))

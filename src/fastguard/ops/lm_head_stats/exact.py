@@ -88,7 +88,7 @@ def backward(
             torch.mm(d.t(), x, out=dweight[columns])
         elif dweight is not None and overwrite:
             grown = product(d.t(), x)
-            dweight[columns] = grown if shrink is None else grown * shrink
+            dweight[columns].copy_(grown if shrink is None else grown * shrink)
         elif dweight is not None:
             add_product(dweight[columns], d.t(), x, shrink)
         if dbias is not None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import triton
-from fastguard.ops.launch import on_device, precision, processors, shared_memory
+from fastguard.ops.launch import chip, on_device, precision, processors
 from fastguard.ops.lm_head_stats import exact, half, portable
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Saved
 from fastguard.ops.lm_head_stats.triton.configs import COLUMNS, config
@@ -67,7 +67,7 @@ def backward(
     if not n:
         return dx
     tiles = triton.cdiv(n, TILE)
-    blocks = config(x.dtype, shared_memory(x.device))
+    blocks = config(x.dtype, d, chip(x.device))
     need_weight = dweight is not None or dbias is not None
     grads, shrink = half.raised(grads, head.scale, x.dtype)
     lists = lists_of(columns, need_weight)

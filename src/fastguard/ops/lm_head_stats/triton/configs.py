@@ -1,10 +1,13 @@
-"""The shapes of the matrix kernels' programs."""
+"""The shapes of the matrix kernels' programs, as ``ops/table.py`` finds them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+
+from fastguard.ops import table
+from fastguard.ops.table import Chip
 
 
 class Blocks(NamedTuple):
@@ -29,22 +32,18 @@ COLUMNS = 128
 """Columns that one program of ``dweight_kernel`` owns, and the granularity of lists of live columns."""
 
 
-def config(dtype: torch.dtype, shared: int) -> Config:
-    """Block shapes for a dtype and a device with ``shared`` bytes of shared memory per program."""
-    if dtype == torch.float32:
-        small = Blocks(64, 32, 8, 2)
-        return Config(small, small, small, small)
-    square = Blocks(128, 64, 8, 4)
-    # Lists of columns are read through an index, which takes the pipeline two more stages to run as deep.
-    if shared >= 200 * 1024:  # Hopper, Blackwell
-        return Config(scan=square, dlogit=square, dx=Blocks(256, 64, 8, 5), dweight=Blocks(256, 64, 8, 5))
-    if shared >= 144 * 1024:  # A100
-        listed = Blocks(128, 64, 8, 6)
-        return Config(scan=Blocks(64, 64, 8, 4), dlogit=square, dx=listed, dweight=listed)
-    narrow = Blocks(128, 32, 8, 2)
-    return Config(scan=Blocks(64, 32, 8, 2), dlogit=narrow, dx=narrow, dweight=narrow)
+def config(dtype: torch.dtype, width: int, chip: Chip) -> Config:
+    """Block shapes for hidden states of a dtype and of ``width`` features, of which the table has rows for a chip."""
+    shapes = table.classes(dtype, width)
+    # A list's columns come in multiples of COLUMNS, which no block of them may straddle.
+    whole = {"scan": None, "dlogit": {"outer": COLUMNS}, "dx": {"inner": COLUMNS}, "dweight": None}
+    found = (table.find(f"lm_head_stats.{kernel}", shapes, chip, Blocks, most) for kernel, most in whole.items())
+    return Config(*found)
 
 
-PLAIN = Blocks(256, 64, 8, 4)
-OPTIONS = Blocks(128, 64, 8, 4)
-"""Columns and features of a step, warps, pipeline stages: of a head that has neither bias nor soft-cap, and others."""
+BY_DESCRIPTORS = "lm_head_stats.scan_descriptors"
+
+
+def by_descriptors(dtype: torch.dtype, width: int, options: bool) -> tuple[str, str]:
+    """The class of a scan by descriptors; options: of a bias, a soft-cap or a mean logit."""
+    return table.classes(dtype, width, *(["options"] if options else []))

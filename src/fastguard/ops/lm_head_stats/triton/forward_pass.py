@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
-from fastguard.ops.launch import on_device, precision, processors, shared_memory
+from fastguard.ops.launch import chip, on_device, precision, processors
 from fastguard.ops.lm_head_stats import live, portable
 from fastguard.ops.lm_head_stats.op import TILE, Row
 from fastguard.ops.lm_head_stats.triton import hopper
@@ -76,10 +76,10 @@ def _scan(
     tiles = triton.cdiv(n, TILE)
     by_descriptors = hopper.serves(x, head)
     if by_descriptors:
-        blocks = hopper.blocks_of(head, with_mean)
+        blocks = hopper.blocks_of(x, head, with_mean)
         n_blocks, parts_of = triton.cdiv(v, blocks.outer), hopper.parts_of
     else:
-        blocks = config(x.dtype, shared_memory(x.device)).scan
+        blocks = config(x.dtype, d, chip(x.device)).scan
         n_blocks, parts_of = triton.cdiv(v, 2 * blocks.outer), _parts
     n_parts = parts_of(tiles, n_blocks, processors(x.device)) if n else 1
     per_part = triton.cdiv(n_blocks, n_parts)

@@ -28,8 +28,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 import triton
+from fastguard.ops import table
+from fastguard.ops.launch import chip
 from fastguard.ops.lm_head_stats.op import TILE
-from fastguard.ops.lm_head_stats.triton.configs import OPTIONS, PLAIN, Blocks
+from fastguard.ops.lm_head_stats.triton.configs import BY_DESCRIPTORS, Blocks, by_descriptors
 from fastguard.ops.lm_head_stats.triton.pieces import NEGATIVE, OCTAVE, THRESHOLDS
 from fastguard.ops.lm_head_stats.triton.scan import Parts, fold, store_part
 from fastguard.ops.vocabulary import Head
@@ -133,17 +135,28 @@ def scan_descriptors_kernel(
 
 
 def serves(x: Tensor, head: Head) -> bool:
-    """Whether x [N, D] and the head can be read through descriptors, on a device that has them (from Hopper on)."""
+    """Whether x [N, D] and the head can be read through descriptors, on a device that has them (from Hopper on).
+
+    Consumer GPUs that have them lack the shared memory for blocks of this width.
+    """
     capable = (
         x.device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(x.device)[0] >= 9
     )
     aligned = x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0 and head.weight.data_ptr() % 16 == 0
-    return capable and aligned and x.element_size() == 2 and head.scale > 0
+    shapes = by_descriptors(x.dtype, x.shape[1], options=False)
+    fits = capable and table.row_of(BY_DESCRIPTORS, shapes, chip(x.device)) is not None
+    return fits and aligned and x.element_size() == 2 and head.scale > 0
 
 
-def blocks_of(head: Head, with_mean: bool) -> Blocks:
-    """The block shape of a call."""
-    return OPTIONS if with_mean or head.bias is not None or head.softcap is not None else PLAIN
+def plain(head: Head, with_mean: bool) -> bool:
+    """Whether a call has none of the options that `fold_octaves` leaves out."""
+    return not with_mean and head.bias is None and head.softcap is None
+
+
+def blocks_of(x: Tensor, head: Head, with_mean: bool) -> Blocks:
+    """Columns and features of a step, warps, pipeline stages of a call."""
+    shapes = by_descriptors(x.dtype, x.shape[1], options=not plain(head, with_mean))
+    return table.find(BY_DESCRIPTORS, shapes, chip(x.device), Blocks)
 
 
 def parts_of(tiles: int, n_blocks: int, processors: int) -> int:
@@ -164,7 +177,7 @@ def scan(
 ) -> None:
     """Launch the scan; ``per_part`` blocks of `blocks_of` to a part."""
     (n, d), v = x.shape, head.weight.shape[0]
-    blocks = blocks_of(head, parts.moment is not None)
+    blocks = blocks_of(x, head, parts.moment is not None)
     tiles, n_parts = triton.cdiv(n, TILE), parts.total.shape[0]
     scan_descriptors_kernel[(tiles * n_parts,)](
         TensorDescriptor.from_tensor(x, [TILE, blocks.inner]),
@@ -172,7 +185,7 @@ def scan(
         head.bias, target, target_logit, bound, columns, parts,
         n, v, d, 0 if columns is None else columns.stride(0), tiles, n_parts, per_part,
         head.scale, head.softcap, math.log(v), top,
-        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, OCTAVES=blocks is PLAIN,
+        TILE=TILE, BLOCK_V=blocks.outer, BLOCK_K=blocks.inner, OCTAVES=plain(head, parts.moment is not None),
         MASS=tl.bfloat16 if x.device.type == "cuda" else tl.float32,  # the interpreter has no products of bfloat16
         num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes their results and tables.
 
-    python benchmarks/run.py [--methods NAME,NAME] [SELECTION ...]
+    python benchmarks/run.py [--name NAME] [--methods NAME,NAME] [SELECTION ...]
 
 The ops' own tests run first: no speed is reported on red tests. Results go to benchmarks/results/<name>.json with the
 machine, versions and date; the tables of docs/performance.md between ``<!-- bench:<name> -->`` markers are rewritten
@@ -151,8 +151,8 @@ def main() -> None:
     parser.add_argument("selection", nargs="*", help="pytest arguments instead of all benchmarks")
     parser.add_argument(
         "--name",
-        help="of the result file: cpu-ops, cpu-step, cpu-nested, cpu-attackers, cpu-persistent, cpu-directions, "
-        "cpu-saliency",
+        help="the one result that is measured, of a selection the name of its file: cpu-ops, cpu-step, cpu-nested, "
+        "cpu-attackers, cpu-persistent, cpu-directions, cpu-saliency",
     )
     parser.add_argument("--methods", help="defenses whose steps are timed, by comma (bench_nested_steps.py)")
     parser.add_argument("--tables-only", action="store_true", help="rewrite docs/performance.md from the results")
@@ -172,6 +172,10 @@ def main() -> None:
         }  # fmt: skip
         if options.selection:
             jobs = {options.name or "selection": options.selection}
+        elif options.name is not None:
+            if options.name not in jobs:
+                parser.error(f"--name: expected one of {', '.join(jobs)} or a selection, got {options.name!r}")
+            jobs = {options.name: jobs[options.name]}
         if options.methods:
             jobs = {name: [*s, f"--methods={options.methods}"] for name, s in jobs.items() if NESTED in s}
             if not jobs:

@@ -27,6 +27,8 @@ _heads: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def constant(weight: Tensor) -> None:
     """Promise that nothing writes to ``weight`` [V, D] before it is released."""
+    if torch.compiler.is_compiling():
+        return
     packable = weight.device.type == "cpu" and weight.dtype == torch.float32 and hasattr(torch.ops.mkl, "_mkl_linear")
     if packable and type(weight) is Tensor and weight.numel() * weight.element_size() <= LARGEST:
         _heads[weight] = 0
@@ -34,7 +36,8 @@ def constant(weight: Tensor) -> None:
 
 def release(weight: Tensor) -> None:
     """Take the promise back, and let go of the packed copy."""
-    _heads.pop(weight, None)
+    if not torch.compiler.is_compiling():
+        _heads.pop(weight, None)
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -136,7 +136,7 @@ def test_a_frozen_head_is_not_copied_and_no_logits_are_made():
     shapes = []
     model.lm_head.register_forward_hook(lambda m, args, out: shapes.append(out.shape))
     figures = crl.backward(harmful=given[0], harmless=given[1])
-    assert shapes == [(7, 1, 97), (7, 1, 97)]  # one frozen and one live forward of the joined batch
+    assert shapes == [(7, 0, 97), (7, 0, 97)]  # one frozen and one live forward of the joined batch
     found = gradients(model)
     expected, parts = published(model, frozen, given, layers=crl.layers)
     assert_same_gradients(found, expected, 1e-8)

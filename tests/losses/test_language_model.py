@@ -378,7 +378,8 @@ def test_compiled_before_the_loss_was_constructed():
     model = tiny("llama", num_hidden_layers=1)
     wrapped = torch.compile(model, backend="aot_eager")
     batch = batch_of(form="ids")
-    wrapped(**batch, logits_to_keep=1, use_cache=False)
+    none = torch.empty(0, dtype=torch.int64)  # as a loss calls it: else it would be compiled anew, with taps
+    wrapped(**batch, logits_to_keep=none, use_cache=False)
     loss_fn = LanguageModelLoss(wrapped)
     for call in (loss_fn, loss_fn.sequence_logp):
         with pytest.raises(RuntimeError, match=r"LanguageModelLoss: .* before the first call of a compiled model"):

@@ -7,6 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import tiny_models
 from checks import assert_agrees, assert_catches_spoiled
 from fastguard import LanguageModelLoss, RepNoiseLoss, backend
+from fastguard.ops.lens_stats import lens_stats
 from fastguard.ops.linear_cross_entropy import linear_cross_entropy
 from fastguard.ops.lm_head_stats import lm_head_stats, reference
 
@@ -149,3 +150,30 @@ def test_compiles_once_for_any_number_of_rows():
         assert_agrees("compiled", found, want)
         counts.add(counter.frame_count)
     assert len(counts) == 1, counts
+
+
+@pytest.mark.parametrize("rows", [0, SOME, N])
+def test_the_head_s_first_gradient_is_written_before_anything_is_added(on_backend, rows):
+    """New memory holds NaN in deterministic mode."""
+    hidden, weight, _, target = draw()
+    states = [hidden, 2 * hidden]
+
+    def gradient(budget, chained):
+        w = weight.clone().requires_grad_()
+        token, total = (torch.zeros((), dtype=w.dtype).expand(V, D).requires_grad_() if chained else None), 0.0
+        first = token
+        for state in states:
+            stats, token = lens_stats(
+                state, torch.arange(N), w.detach() if chained else w, target, norm_kind="none", filter_tol=0.0,
+                keep_logits_bytes=budget, token=token,
+            )  # fmt: skip
+            total = total + stats.lse.sum()
+        return torch.autograd.grad(total, first if chained else w)[0]
+
+    exact = gradient(0, False)
+    torch.use_deterministic_algorithms(True)
+    try:
+        for chained in (True, False):
+            torch.testing.assert_close(gradient(rows * V * 8, chained), exact)
+    finally:
+        torch.use_deterministic_algorithms(False)

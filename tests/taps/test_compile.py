@@ -39,8 +39,9 @@ def test_compiled_before_the_loss_was_constructed():
     harmful, harmless = pair()
     wrapped = torch.compile(model, backend="aot_eager")
     both = {k: torch.cat([harmful[k], harmless[k]]) for k in harmful}
+    none = torch.empty(0, dtype=torch.int64)  # as a loss calls it: else it would be compiled anew, with taps
     with torch.enable_grad():
-        wrapped(**both, logits_to_keep=1, use_cache=False)
+        wrapped(**both, logits_to_keep=none, use_cache=False)
     loss_fn = RepNoiseLoss(wrapped)
     with pytest.raises(RuntimeError, match="before the first call of a compiled model"):
         loss_fn(harmful=harmful, harmless=harmless)

@@ -175,16 +175,20 @@ def warn_of_full_logits(structure: Structure, stacklevel: int = 3) -> None:
 def run(structure: Structure, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """One forward; returns what the loss must add for a wrapper's backward: 0 * (what logits it made), or nothing.
 
-    FSDP2 and DDP hang their backward on the model's output. Elsewhere the term would cost a [V, D] gradient of zeros.
+    FSDP2 and DDP hang their backward on the model's output. Elsewhere the term would cost a [V, D] gradient of zeros,
+    and one logit a sequence the reading of the whole head: transformers' own models are asked for none.
     """
+    hung = synchronised(model, structure.model)
     options: dict[str, Any] = {}
     if "logits_to_keep" in structure.arguments:
-        options["logits_to_keep"] = 1
+        device = next(structure.head.parameters()).device  # where hidden states are by then; meta: offloaded
+        none = not hung and device.type != "meta" and type(structure.model).__module__.startswith("transformers.")
+        options["logits_to_keep"] = torch.empty(0, dtype=torch.int64, device=device) if none else 1
     if "use_cache" in structure.arguments:
         options["use_cache"] = False
     out = model(**{k: v for k, v in batch.items() if k != "labels"}, **options)
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
-    return 0 * logits.sum() if synchronised(model, structure.model) else logits.new_zeros(())
+    return 0 * logits.sum() if hung else logits.new_zeros(())
 
 
 def next_tokens(batch: Mapping[str, Tensor], name: str, some: bool = True) -> tuple[Tensor, Tensor]:

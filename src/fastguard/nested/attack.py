@@ -291,13 +291,14 @@ class Tampered:
         self._every.scatter()
         value, gradients = self._gradients(loss, self._reads, what)
         self.check()
-        for i, grad in enumerate(gradients):
-            if grad is not None and self._accumulated[i] is None:
-                self._accumulated[i] = torch.zeros_like(grad, dtype=accumulation_dtype(grad.dtype))
         given = [(a, g) for a, g in zip(self._accumulated, gradients, strict=True) if a is not None and g is not None]
         sums = [a for a, _ in given]
         with span("accumulate", sums, 3):
             accumulate_(sums, [g for _, g in given], weight)
+        first = {i: g for i, g in enumerate(gradients) if g is not None and self._accumulated[i] is None}
+        with span("accumulate", list(first.values()), 2):
+            for i, grad in first.items():
+                self._accumulated[i] = weight * grad.to(accumulation_dtype(grad.dtype))
         return value
 
     def _gradients(self, losses: Losses, weights: Weights, what: str) -> tuple[Tensor, list[Tensor | None]]:

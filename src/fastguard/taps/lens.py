@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastguard.ops import transforms
 from fastguard.ops.lens_stats.op import lens
+from fastguard.ops.lm_head_stats import packed
 from fastguard.ops.lm_head_stats.op import LMHeadStats
 from fastguard.ops.vocabulary import Head, Norm
 from fastguard.taps import anchor
@@ -71,6 +72,7 @@ class Lens:
         """
         if self.weight is None:
             self.weight = self._head.full(dtype)
+            packed.constant(self.weight)
         if not self._begun:
             self._begun = True
             self.first_token = self.token = self._head.token()
@@ -117,10 +119,16 @@ class Lens:
 
     def end(self) -> None:
         """Forget the token, which refers to the graph, whose checkpoints refer to this lens; and the gathered head."""
-        self.token = self.weight = None
+        self.token = None
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self.weight is not None:
+            packed.release(self.weight)
+            self.weight = None
 
 
 def _release(lens: Lens | None) -> None:
     """Let go of a head that was gathered again for recomputations."""
     if lens is not None:
-        lens.weight = None
+        lens._let_go()

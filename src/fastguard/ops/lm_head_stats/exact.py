@@ -86,8 +86,10 @@ def backward(
             add_product(dx, d, w)
         if dweight is not None and overwrite and shrink is not None:
             torch.mul(product(d.t(), x), shrink, out=dweight[columns])
-        elif dweight is not None and overwrite:
+        elif dweight is not None and overwrite and dweight.dtype == d.dtype:
             torch.mm(d.t(), x, out=dweight[columns])
+        elif dweight is not None and overwrite:
+            dweight[columns] = product(d.t(), x)
         elif dweight is not None:
             add_product(dweight[columns], d.t(), x, shrink)
         if dbias is not None:

@@ -363,6 +363,7 @@ def _backward(
     columns: Tensor,
     kept: Tensor,
     acc: Tensor | None,
+    fresh: bool,
     need_hidden: bool,
     need_weight: bool,
     need_bias: bool,
@@ -389,15 +390,17 @@ def _backward(
     alone = exact and acc is None  # and may be written in the weight's own dtype
     dweight = acc
     if need_weight and acc is None:
-        make = torch.empty if alone else torch.zeros
-        dweight = make(weight.shape, dtype=weight.dtype if alone else wide, device=weight.device)
+        dweight = torch.empty(weight.shape, dtype=weight.dtype if alone else wide, device=weight.device)
+        fresh = True
+    if dweight is not None and fresh and not (k or exact):
+        dweight.zero_()
     dbias = torch.zeros(weight.shape[:1], dtype=wide, device=weight.device) if need_bias else None
     dx = None
     if k or exact:
         m = n if exact else k
         dx = impl.read_kept(
             part(grads, slice(m)), x[:m], head, t[:m], part(saved, slice(m)), first if k else None, need_hidden,
-            dweight, dbias, overwrite=alone,
+            dweight, dbias, overwrite=fresh,
         )  # fmt: skip
     if not exact:
         others = slice(k, None)
@@ -429,7 +432,7 @@ def _like(grad: Tensor | None, parameter: Tensor | None, none: Tensor) -> Tensor
 @_backward.register_fake
 def _(  # type: ignore[no-untyped-def]
     grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target, norm_kind, norm_weight,
-    norm_bias, norm_eps, scale, softcap, lse, rest_lse, mean_logit, columns, kept, acc,
+    norm_bias, norm_eps, scale, softcap, lse, rest_lse, mean_logit, columns, kept, acc, fresh,
     need_hidden, need_weight, need_bias,
 ):  # fmt: skip
     def like(t: Tensor | None, needed: bool) -> Tensor:
@@ -475,16 +478,17 @@ def _autograd(  # type: ignore[no-untyped-def]
     need_norm = needs["norm_weight"] or needs["norm_bias"]
     if all(g is None for g in (grad_lse, grad_rest, grad_target, grad_mean)):
         return tuple(acc if name == "token" else None for name in INPUTS)
+    fresh = ctx.token is not None and acc is None
     if ctx.token is None:
         acc = None
     elif torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError("token: has no second derivative (create_graph=True); give the weight itself the gradient")
-    elif acc is None:
+    elif fresh:
         shape, dtype = ctx.token
-        acc = torch.zeros(shape, dtype=dtype, device=weight.device)
+        acc = torch.empty(shape, dtype=dtype, device=weight.device)  # the op writes before it adds
     dhidden, dweight, dbias, dnorm_weight, dnorm_bias = _call_backward(
         grad_lse, grad_rest, grad_target, grad_mean, hidden, rows, weight, bias, target,
-        norm_kind, norm_weight, norm_bias, norm_eps, *ctx.head, *found, acc,
+        norm_kind, norm_weight, norm_bias, norm_eps, *ctx.head, *found, acc, fresh,
         needs["hidden"] or need_norm, needs["weight"] or acc is not None, needs["bias"],
     )  # fmt: skip
     given = {

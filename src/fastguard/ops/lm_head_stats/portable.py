@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fastguard.ops.lm_head_stats import exact
+from fastguard.ops.lm_head_stats import exact, packed
 from fastguard.ops.lm_head_stats.live import CODES_PER_OCTAVE, encode, tile_columns
 from fastguard.ops.lm_head_stats.op import TILE, Grads, Row, Saved, part
 from fastguard.ops.precision import accumulation_dtype
@@ -125,15 +125,14 @@ def forward(
     x = x.contiguous()
     n = x.shape[0]
     out = Row(*(torch.zeros(n, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in Row._fields))
-    buffer = torch.empty(min(TILE, n), head.weight.shape[0], dtype=x.dtype, device=x.device)
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
-        z = buffer[: rows.stop - start]
-        torch.mm(x[rows], head.weight.t(), out=z)
+        z = packed.product(x[rows], head.weight)
         code = columns[i] if columns.numel() else None
         stats = kernels.statistics(z, head, target[rows], filter_tol, with_mean, code)
         for o, s in zip(out, stats, strict=True):
             o[rows] = s
+        del z  # before the next tile's: one is alive at a time
     return out
 
 

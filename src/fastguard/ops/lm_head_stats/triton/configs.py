@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from fastguard.ops import table
+from fastguard.ops.lm_head_stats.op import TILE
 from fastguard.ops.table import Chip
 
 
@@ -35,8 +36,8 @@ COLUMNS = 128
 def config(dtype: torch.dtype, width: int, chip: Chip) -> Config:
     """Block shapes for hidden states of a dtype and of ``width`` features, of which the table has rows for a chip."""
     shapes = table.classes(dtype, width)
-    # A list's columns come in multiples of COLUMNS, which no block of them may straddle.
-    whole = {"scan": None, "dlogit": {"outer": COLUMNS}, "dx": {"inner": COLUMNS}, "dweight": None}
+    # A list's columns come in multiples of COLUMNS and rows in TILEs, which no block of them may straddle.
+    whole = {"scan": None, "dlogit": {"outer": COLUMNS}, "dx": {"inner": COLUMNS}, "dweight": {"inner": TILE}}
     found = (table.find(f"lm_head_stats.{kernel}", shapes, chip, Blocks, most) for kernel, most in whole.items())
     return Config(*found)
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from fastguard import backend
+from fastguard.ops.lm_head_stats import packed
 
 IN_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm}
 """Products that torch's flop counter has no formula for, and what they are otherwise."""
@@ -77,14 +78,18 @@ class Watch(TorchDispatchMode):
 
     @contextlib.contextmanager
     def on(self) -> Iterator[Watch]:
-        """Count in here, inside fastguard's ops too."""
-        choose = backend.choose
+        """Count in here, inside fastguard's ops too.
+
+        No head is packed, as on the GPUs that plans are for: the copy and its products are opaque to torch.
+        """
+        choose, largest = backend.choose, packed.LARGEST
         backend.choose = lambda op, device: _Entered(choose(op, device), self)
+        packed.LARGEST = 0
         try:
             with self:
                 yield self
         finally:
-            backend.choose = choose
+            backend.choose, packed.LARGEST = choose, largest
 
     def _note(self, tensor: Tensor) -> None:
         key = _key(tensor)

@@ -31,9 +31,9 @@ def test_bench_has_one_parser_with_typer_and_without(before):
     if not before:
         pytest.importorskip("typer")
     done = script("bench", "--help", before=before)
-    assert done.returncode == 0 and "(--gpu | --rehearse)" in done.stdout and "--peers" in done.stdout, done.stderr
+    assert done.returncode == 0 and "(--gpu | --rehearse | --record MODEL)" in done.stdout and "--peers" in done.stdout, done.stderr
     done = script("bench", before=before)
-    assert done.returncode == 2 and "one of the arguments --gpu --rehearse is required" in done.stderr
+    assert done.returncode == 2 and "one of the arguments --gpu --rehearse --record is required" in done.stderr
 
 
 def test_doctor_starts_with_torch_alone():

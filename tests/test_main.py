@@ -31,7 +31,8 @@ def test_bench_has_one_parser_with_typer_and_without(before):
     if not before:
         pytest.importorskip("typer")
     done = script("bench", "--help", before=before)
-    assert done.returncode == 0 and "(--gpu | --rehearse | --record MODEL)" in done.stdout and "--peers" in done.stdout, done.stderr
+    assert done.returncode == 0, done.stderr
+    assert "(--gpu | --rehearse | --record MODEL)" in done.stdout and "--peers" in done.stdout
     done = script("bench", before=before)
     assert done.returncode == 2 and "one of the arguments --gpu --rehearse --record is required" in done.stderr
 

@@ -40,15 +40,15 @@ def release(weight: Tensor) -> None:
         _heads.pop(weight, None)
 
 
-def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x @ weight^T [R, V] of at most TILE rows [R, D]."""
+def product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """x @ weight^T [R, V] of at most TILE rows [R, D]: in ``out``, or of a packed head, whose product makes its own."""
     found = _heads.get(weight)
     if found is None or 2 * len(x) <= TILE:  # it is packed for TILE rows and no others; few are not worth padding
-        return x @ weight.t()
+        return torch.mm(x, weight.t(), out=out)
     if not isinstance(found, Tensor):
         _heads[weight] = found + 1
         if found < AFTER:
-            return x @ weight.t()
+            return torch.mm(x, weight.t(), out=out)
         found = _heads[weight] = torch.ops.mkl._mkl_reorder_linear_weight(weight.contiguous(), TILE)
     rows = torch.nn.functional.pad(x, (0, 0, 0, TILE - len(x)))
     return torch.ops.mkl._mkl_linear(rows, found, weight, None, TILE)[: len(x)]  # type: ignore[no-any-return]

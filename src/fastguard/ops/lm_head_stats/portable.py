@@ -125,9 +125,10 @@ def forward(
     x = x.contiguous()
     n = x.shape[0]
     out = Row(*(torch.zeros(n, dtype=accumulation_dtype(x.dtype), device=x.device) for _ in Row._fields))
+    buffer = torch.empty(min(TILE, n), head.weight.shape[0], dtype=x.dtype, device=x.device)
     for i, start in enumerate(range(0, n, TILE)):
         rows = slice(start, min(start + TILE, n))
-        z = packed.product(x[rows], head.weight)
+        z = packed.product(x[rows], head.weight, buffer[: rows.stop - start])
         code = columns[i] if columns.numel() else None
         stats = kernels.statistics(z, head, target[rows], filter_tol, with_mean, code)
         for o, s in zip(out, stats, strict=True):
